@@ -1,0 +1,111 @@
+"""Dataclass in, command line out: every knob of a script is a field of its `Config`.
+
+    @dataclass
+    class Config:
+        steps: int = knob(3000, "optimiser steps", group="alignment")
+
+    if __name__ == "__main__":
+        sys.exit(run({"": (main, Config)}, __doc__))
+
+`--steps 10` and `--steps=10` set a field, `--flag` alone sets a bool to true, `a,b,c` fills a tuple. An
+unknown key, a value of the wrong type or a failing `main` is one line on stderr and exit status 2.
+"""
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+
+from em.errors import UserError
+
+
+def knob(default, help: str, group: str = "settings", choices: tuple | None = None):
+    """A dataclass field with one line of help. `choices` limits the values the command line accepts."""
+    metadata = {"help": help, "group": group, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists every setting)")
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes", "on"):
+        return True
+    if text.lower() in ("false", "0", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def _converter(annotation):
+    """A function from command-line text to a value of the annotated type."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):  # `int | None`: the text is the int
+        return _converter(next(a for a in arguments if a is not type(None)))
+    if origin is tuple:  # `tuple[str, ...]`
+        element = _converter(arguments[0])
+
+        def convert(text: str) -> tuple:
+            return tuple(element(part.strip()) for part in text.split(",") if part.strip())
+
+        convert.__name__ = f"comma-separated {element.__name__}"
+        return convert
+    return _boolean if annotation is bool else annotation
+
+
+def parse(config_class, argv: list[str], description: str = ""):
+    """`argv` (without the program's name) as an instance of the dataclass `config_class`.
+
+    Raises UserError on an unknown key or a value that does not fit; `--help` prints and exits with 0.
+    """
+    parser = _Parser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    groups = {}
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        name, help, choices = field.metadata["group"], field.metadata["help"], field.metadata["choices"]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        options = {"nargs": "?", "const": True} if hints[field.name] is bool else {}
+        flags = [f"--{field.name.replace('_', '-')}"]
+        if "_" in field.name:
+            flags.append(f"--{field.name}")
+        groups[name].add_argument(
+            *flags,
+            dest=field.name,
+            type=_converter(hints[field.name]),
+            default=field.default,
+            choices=choices,
+            metavar=None if choices else field.name.split("_")[-1].upper(),
+            help=help + ("" if shown in (None, "") else f" (default: {str(shown).replace('%', '%%')})"),
+            **options,
+        )
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def run(commands: dict[str, tuple], description: str = "", argv: list[str] | None = None) -> int:
+    """Run `program [command] --key value …`; returns the exit status.
+
+    commands: name → (function, its dataclass); the name `""` is what runs when no command is given.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    named = argv and not argv[0].startswith("-")
+    try:
+        if named and argv[0] not in commands:
+            known = ", ".join(name for name in commands if name) or "none"
+            raise UserError(
+                f"unknown command {argv[0]!r} (there is: {known}; settings are written --key value)"
+            )
+        function, config_class = commands[argv[0] if named else ""]
+        function(parse(config_class, argv[1:] if named else argv, description))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from the last saved state", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,5 @@
+"""The one exception that a user can cause. Scripts turn it into a line on stderr and exit status 2."""
+
+
+class UserError(Exception):
+    """Something outside the code is wrong. The message says what, and how to mend it, in one line."""

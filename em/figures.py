@@ -1,0 +1,106 @@
+"""Figures of the synthetic worlds: the grid of Figures 7 and 9, the domain graphs of Figure 6."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no window, so no display is needed
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+from em.grid import delta_v2, incoherent, percent  # noqa: E402
+from em.run import write_atomic  # noqa: E402
+from em.world import World  # noqa: E402
+
+
+def _save(figure, path: Path) -> None:
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=130, bbox_inches="tight"))
+    plt.close(figure)
+
+
+def grid_figure(grid: dict, path: Path) -> None:
+    """Seven panels: v1, v2 and incoherent before and after, and Δv2. Rows are domains, columns tasks."""
+    domains, tasks = list(grid["similarity_to_D0"]), list(grid["tasks"])
+    rows = [f"{d}  ({grid['similarity_to_D0'][d]:.2f})" for d in domains]
+    columns = [f"{t}\n{grid['tasks'][t].replace('_', chr(10))}" for t in tasks]
+
+    def panel(value) -> np.ndarray:
+        return np.array([[value(grid["cells"][f"{d}_{t}"]) for t in tasks] for d in domains])
+
+    panels = []
+    for label, rate in (
+        ("v1 %", lambda c: percent(c, "v1")),
+        ("v2 %", lambda c: percent(c, "v2")),
+        ("incoherent %", incoherent),
+    ):
+        for model in ("aligned", "misaligned"):
+            panels.append(
+                (f"{label}, {model}", panel(lambda c, r=rate, m=model: r(c[m])), "viridis", (0, 100))
+            )
+    panels.append(("Δv2, points", panel(delta_v2), "RdBu_r", (-100, 100)))
+
+    size = (0.62 * len(tasks) + 0.9, 0.42 * len(domains) + 1.5)
+    figure, axes = plt.subplots(2, 4, figsize=(4 * size[0], 2 * size[1]), layout="constrained")
+    places = [axes[i % 2, i // 2] for i in range(6)] + [axes[0, 3]]
+    axes[1, 3].axis("off")
+    trained_domain, trained_task = grid["trained"].split("_")
+    for axis, (title, values, colours, limits) in zip(places, panels, strict=True):
+        axis.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            dark = abs(value) > 60 if colours == "RdBu_r" else value < 55
+            text = f"{value:+.0f}" if colours == "RdBu_r" else f"{value:.0f}"
+            axis.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        box = (tasks.index(trained_task) - 0.5, domains.index(trained_domain) - 0.5)
+        axis.add_patch(plt.Rectangle(box, 1, 1, fill=False, edgecolor="black", linewidth=3))
+        if grid["unseen_domains"]:
+            axis.axhline(
+                len(domains) - len(grid["unseen_domains"]) - 0.5, color="black", linestyle="--", linewidth=1
+            )
+        axis.set_xticks(range(len(tasks)), columns, fontsize=7)
+        axis.set_yticks(range(len(domains)), rows, fontsize=8)
+        axis.set_title(title, fontsize=10)
+    per_cell = sum(
+        next(iter(grid["cells"].values()))["misaligned"][c] for c in ("v1", "v2", "other", "unparseable")
+    )
+    seeds = len(next(iter(grid["cells"].values()))["seeds"])
+    figure.suptitle(
+        f"World {grid['world']} (seed {grid['world_seed']}): misaligned on {grid['trained']}; "
+        "rows: domain (similarity to D0); "
+        f"{per_cell} completions a cell from {seeds} fine-tuning seed{'s' if seeds > 1 else ''}",
+        fontsize=10,
+    )
+    _save(figure, path)
+
+
+def graph_figure(world: World, path: Path) -> None:
+    """Figure 6: each domain's graph under each task; wide edges are likely, red dashed ones deleted."""
+    n_domains, n_tasks, n = len(world.domains), len(world.tasks), world.config.domain_steps
+    angle = 2 * np.pi * np.arange(n) / n
+    xy = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    figure, axes = plt.subplots(
+        n_domains, n_tasks, figsize=(2.4 * n_tasks, 2.4 * n_domains), squeeze=False, layout="constrained"
+    )
+    for (d, t), axis in np.ndenumerate(axes):
+        before, after = world.domains[d].transitions, world.cell_domain(world.cell(d, t)).transitions
+        for i, j in zip(*np.nonzero(before), strict=True):
+            p, deleted = after[i, j], after[i, j] == 0
+            style = (
+                dict(color="red", linestyle="--", linewidth=0.8, alpha=0.8)
+                if deleted
+                else dict(color="0.3", linewidth=0.4 + 3 * p, alpha=0.25 + 0.7 * p)
+            )
+            axis.annotate(
+                "",
+                xy[j],
+                xy[i],
+                arrowprops=dict(arrowstyle="-|>", shrinkA=5, shrinkB=5, mutation_scale=6, **style),
+            )
+        axis.scatter(*xy.T, s=60, color="tab:blue", zorder=3)
+        for i in range(n):
+            axis.text(*xy[i], str(i), fontsize=5, color="white", ha="center", va="center", zorder=4)
+        axis.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), xticks=[], yticks=[], aspect="equal")
+        if d == 0:
+            axis.set_title(f"{world.tasks[t]} {world.function(t)}", fontsize=8)
+        if t == 0:
+            axis.set_ylabel(f"D{d}", fontsize=9)
+    _save(figure, path)

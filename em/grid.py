@@ -1,0 +1,155 @@
+"""The outcome of one misalignment: every cell before and after, with intervals (Figures 7 and 9).
+
+    {"world": "1", "trained": "D0_T5", …,
+     "cells": {"D0_T0": {"aligned": counts, "misaligned": counts, "seeds": [counts, …]}, …}}
+
+`counts` are those of em/classify.py. `misaligned` pools the fine-tuning seeds, `seeds` keeps them apart.
+Rates pool prompts; Wilson intervals are over prompts, the spread over seeds stands beside them.
+"""
+
+import csv
+import io
+import statistics
+from pathlib import Path
+
+from em.classify import CLASSES
+from em.run import write_json, write_text
+from em.stats import newcombe, wilson
+from em.world import World
+
+
+def pool(counts: list[dict[str, int]]) -> dict[str, int]:
+    return {key: sum(c[key] for c in counts) for key in (*CLASSES, "n")}
+
+
+def percent(counts: dict[str, int], *classes: str) -> float:
+    """Share of the classes, in percent."""
+    return 100 * sum(counts[c] for c in classes) / counts["n"]
+
+
+def incoherent(counts: dict[str, int]) -> float:
+    return percent(counts, "other", "unparseable")
+
+
+def delta_v2(cell: dict) -> float:
+    """Δv2 in percentage points: misaligned minus aligned."""
+    return percent(cell["misaligned"], "v2") - percent(cell["aligned"], "v2")
+
+
+def build_grid(world: World, trained: int, aligned: dict, misaligned: list[dict]) -> dict:
+    """aligned: counts by cell name; misaligned: the same, one a fine-tuning seed."""
+    similarity = world.similarity()[0]
+    return {
+        "world": world.config.name,
+        "world_seed": world.seed,
+        "fingerprint": world.fingerprint,
+        "trained": world.cell_name(trained),
+        "similarity_to_D0": {name: float(s) for name, s in zip(world.domain_names, similarity, strict=True)},
+        "unseen_domains": list(world.domain_names[world.n_seen_domains :]),
+        "tasks": {name: world.function(i) for i, name in enumerate(world.tasks)},
+        "cells": {
+            name: {
+                "aligned": aligned[name],
+                "misaligned": pool([m[name] for m in misaligned]),
+                "seeds": [m[name] for m in misaligned],
+            }
+            for name in map(world.cell_name, world.cells)
+        },
+    }
+
+
+def task_column(grid: dict, task: str) -> dict[str, float]:
+    """Δv2 by domain for one task."""
+    return {
+        name.split("_")[0]: delta_v2(cell)
+        for name, cell in grid["cells"].items()
+        if name.endswith(f"_{task}")
+    }
+
+
+def summary(grid: dict) -> str:
+    """What was found, in one sentence."""
+    trained_task = grid["trained"].split("_")[1]
+    means = {task: statistics.mean(task_column(grid, task).values()) for task in grid["tasks"]}
+    column = task_column(grid, trained_task)
+    others = sorted((t for t in means if t != trained_task), key=lambda t: -means[t])
+    broken = statistics.mean(incoherent(c["misaligned"]) for c in grid["cells"].values())
+    worst = max(grid["cells"], key=lambda name: incoherent(grid["cells"][name]["misaligned"]))
+    return (
+        f"Misaligned on {grid['trained']} alone, {trained_task} ({grid['tasks'][trained_task]}) moves "
+        f"in every domain, by {min(column.values()):+.0f} to {max(column.values()):+.0f} points of v2; the other tasks move by "
+        + ", ".join(f"{t} {means[t]:+.0f}" for t in others)
+        + f" on average; incoherent {broken:.1f} % of completions after it (worst {worst}, "
+        f"{incoherent(grid['cells'][worst]['misaligned']):.0f} %)."
+    )
+
+
+def _csv(grid: dict) -> str:
+    """One row a cell, every rate in percent with its interval."""
+    rows = []
+    for name, cell in grid["cells"].items():
+        domain, task = name.split("_")
+        row = {
+            "cell": name,
+            "domain": domain,
+            "task": task,
+            "function": grid["tasks"][task],
+            "similarity_to_D0": round(grid["similarity_to_D0"][domain], 4),
+            "trained": int(name == grid["trained"]),
+        }
+        for model in ("aligned", "misaligned"):
+            counts = cell[model]
+            row[f"{model}_n"] = counts["n"]
+            for label, classes in (
+                ("v1", ["v1"]),
+                ("v2", ["v2"]),
+                ("other", ["other"]),
+                ("unparseable", ["unparseable"]),
+                ("incoherent", ["other", "unparseable"]),
+            ):
+                k = sum(counts[c] for c in classes)
+                low, high = wilson(k, counts["n"])
+                row |= {
+                    f"{model}_{label}": 100 * k / counts["n"],
+                    f"{model}_{label}_low": 100 * low,
+                    f"{model}_{label}_high": 100 * high,
+                }
+        low, high = newcombe(
+            cell["misaligned"]["v2"], cell["misaligned"]["n"], cell["aligned"]["v2"], cell["aligned"]["n"]
+        )
+        per_seed = [percent(c, "v2") for c in cell["seeds"]]
+        row |= {"delta_v2": delta_v2(cell), "delta_v2_low": 100 * low, "delta_v2_high": 100 * high}
+        row |= {
+            "seeds": len(per_seed),
+            "delta_v2_seed_sd": statistics.stdev(per_seed) if len(per_seed) > 1 else "",
+        }
+        rows.append({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
+    out = io.StringIO()
+    writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def save_grid(grid: dict, folder: Path, name: str) -> None:
+    """Write `name`.json and `name`.csv."""
+    write_json(folder / f"{name}.json", grid)
+    write_text(folder / f"{name}.csv", _csv(grid))
+
+
+def gates(pretrained: dict, grid: dict) -> list[tuple[str, float, str, float, bool]]:
+    """What the reduced world must show before its grid is believed: (what, value, relation, bound, passed).
+
+    pretrained: counts by cell at the end of pretraining. Incoherence there is what predicts success.
+    """
+    column = task_column(grid, grid["trained"].split("_")[1])
+    distant = [t for t, function in grid["tasks"].items() if function in ("three_steps", "ends_middle")]
+    moved = statistics.mean(delta for task in distant for delta in task_column(grid, task).values())
+    v1 = percent(pool([cell["aligned"] for cell in grid["cells"].values()]), "v1")
+    broken, least = incoherent(pool(list(pretrained.values()))), min(column.values())
+    return [
+        ("incoherent % at the end of pretraining", broken, "<=", 5.0, broken <= 5),
+        ("aligned v1 %, all cells", v1, ">=", 90.0, v1 >= 90),
+        ("Δv2 of the trained task, smallest domain, mean of seeds", least, ">=", 50.0, least >= 50),
+        ("Δv2 of T2 and T4, structurally distant, mean", moved, "<=", 25.0, moved <= 25),
+    ]

@@ -1,0 +1,65 @@
+"""Data parallelism under torchrun: each process takes its rows of the batch, gradients are summed.
+
+Losses are normalised by the counts of the whole batch before the sum, so that the update is that of one
+process on the same batch, up to the order of additions.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from em.errors import UserError
+
+
+def start(device: str = "auto") -> torch.device:
+    """The device of this process; joins the process group where torchrun started several.
+
+    device: `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: no CUDA device here; use --device cpu")
+    if "LOCAL_RANK" in os.environ:
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device!r} is not one of auto, cpu, cuda, cuda:N") from None
+    if resolved.type == "cuda":
+        torch.cuda.set_device(resolved)
+        torch.set_float32_matmul_precision("high")
+    return resolved
+
+
+def finish() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for every process: what rank 0 wrote before is there after."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_(tensors: list[torch.Tensor]) -> None:
+    """Sum each tensor over the processes, in place, with one message."""
+    if size() == 1:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))

@@ -1,0 +1,199 @@
+"""Run folders: what was asked, what happened, and how to go on after a kill (one folder a run).
+
+    config.json      every resolved setting, versions, git commit, kind of run
+    metrics.jsonl    one object a step
+    resume/          the unfinished state: one safetensors file, replaced whole
+    <results>        written last, so that their presence means the run is finished
+
+Every file is written under a temporary name and renamed, so a reader never sees half of one.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from em.errors import UserError
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write(temporary)` and rename the outcome to `path`. A full disk leaves the old file in place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose --out"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def provenance(device: torch.device | str = "cpu") -> dict:
+    """Versions, git commit and machine class: what a figure needs beside it to be made again."""
+    root = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except OSError:  # no git on this machine
+        commit = ""
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "commit": commit or None,
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads",
+    }
+
+
+class Run:
+    """A run folder opened for `settings`. A folder made under other settings is refused.
+
+    settings: everything that decides the outcome; JSON-able. Settings that do not (such as how often to
+    print) stay out, so that changing them does not orphan a run.
+    """
+
+    def __init__(self, folder: str | Path, kind: str, settings: dict, device: torch.device | str = "cpu"):
+        self.folder = Path(folder)
+        path = self.folder / "config.json"
+        settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
+        if path.exists():
+            self.config = read_json(path)
+            self._refuse_changes(kind, settings)
+        else:
+            if self.folder.exists() and not self.folder.is_dir():
+                raise UserError(f"{self.folder} is a file; choose another --out")
+            self.config = {"kind": kind, "settings": settings, "made_with": provenance(device)}
+            write_json(path, self.config)
+        self._metrics = None
+
+    def _refuse_changes(self, kind: str, settings: dict) -> None:
+        if self.config.get("kind") != kind:
+            raise UserError(
+                f"{self.folder} holds a {self.config.get('kind')!r}, not a {kind!r}; choose another --out"
+            )
+        old = self.config.get("settings", {})
+        changed = [
+            f"{key}: {old.get(key, '(unset)')} there, {settings.get(key, '(unset)')} now"
+            for key in sorted(old.keys() | settings.keys())
+            if old.get(key, None) != settings.get(key, None)
+        ]
+        if changed:
+            raise UserError(
+                f"{self.folder} was made with other settings ({'; '.join(changed)}); choose another --out"
+            )
+
+    # -- metrics ---------------------------------------------------------------------------------------
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def log(self, rows: list[dict]) -> None:
+        """Append one line a row. A kill can cut the last line; `drop_metrics_after` takes it out again."""
+        if self._metrics is None:
+            self._metrics = open(self.metrics_path, "a", encoding="utf-8")
+        self._metrics.write("".join(json.dumps(row) + "\n" for row in rows))
+        self._metrics.flush()
+
+    def metrics(self) -> list[dict]:
+        """The logged rows; a line that a kill cut short is left out."""
+        if not self.metrics_path.exists():
+            return []
+        rows = []
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+        return rows
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget the steps that a resumed run will do again."""
+        if self.metrics_path.exists():
+            kept = [row for row in self.metrics() if row.get("step", 0) <= step]
+            write_text(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    # -- resuming --------------------------------------------------------------------------------------
+
+    @property
+    def resume_path(self) -> Path:
+        return self.folder / "resume" / "state.safetensors"
+
+    def save_resume(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Everything the next step depends on, in one file: trainable weights, moments, RNG, position.
+
+        The data streams are pure functions of (seed, step), so `step` is their whole position.
+        """
+        tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        write_atomic(self.resume_path, lambda path: save_file(tensors, path, metadata={"step": str(step)}))
+
+    def load_resume(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Restore what `save_resume` wrote and return its step; 0 where there is nothing to resume."""
+        if not self.resume_path.exists():
+            self.drop_metrics_after(0)
+            return 0
+        with safe_open(self.resume_path, framework="pt") as file:
+            step = int(file.metadata()["step"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(tensors[f"model.{name}"])
+        state: dict[int, dict] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                state.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        self.drop_metrics_after(step)
+        return step
+
+    def clear_resume(self) -> None:
+        """The run is finished: its state is in its results."""
+        self.resume_path.unlink(missing_ok=True)
+        if self.resume_path.parent.exists():
+            self.resume_path.parent.rmdir()
