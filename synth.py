@@ -135,8 +135,8 @@ def fit(cfg, run, model, batches, steps, peak, warmup, shape, beta2=0.999, title
     optimizer = adamw(model, peak, cfg.weight_decay, (0.9, beta2))
     start = run.load_resume(model, optimizer)
     loss_of = torch.compile(supervised_loss, dynamic=False) if on_gpu else supervised_loss
-    bar = tqdm(total=steps, initial=start, desc=title, unit="step", disable=rank > 0, mininterval=0.5)
     pending, clock, saved = [], time.perf_counter(), time.monotonic()
+    bar = tqdm(total=steps, initial=start, desc=title, unit="step", disable=rank > 0, mininterval=0.5)
 
     def flush():
         """Read the losses back, the only wait for the device, and write the steps since then to the log."""
@@ -160,31 +160,33 @@ def fit(cfg, run, model, batches, steps, peak, warmup, shape, beta2=0.999, title
         pending.clear()
         clock = time.perf_counter()
 
-    for step, (ids, targets) in enumerate(prefetch(batches.__getitem__, start, steps, device), start + 1):
-        lr = learning_rate(step - 1, peak, steps, warmup, shape, floor=0.1)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        supervised = (targets != IGNORE).sum()
-        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            # Each process takes its rows; the normaliser is the whole batch's.
-            loss = loss_of(model, ids[rank::size], targets[rank::size]) / supervised
-        loss.backward()
-        loss = loss.detach()
-        parallel.sum_([*(p.grad for p in model.parameters()), loss])
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        pending.append(({"step": step, "lr": lr, "tokens": ids.numel()}, (loss, norm, supervised.float())))
-        bar.update()
-        if each and (extra := each(step)):
-            pending[-1][0].update(extra)
-        if len(pending) == 50 or step == steps:
-            flush()
-        if rank == 0 and step < steps and time.monotonic() - saved > 60 * cfg.save_minutes:
-            flush()
-            run.save_resume(step, model, optimizer)
-            saved = time.monotonic()
-    bar.close()
+    with bar:
+        for step, (ids, targets) in enumerate(prefetch(batches.__getitem__, start, steps, device), start + 1):
+            lr = learning_rate(step - 1, peak, steps, warmup, shape, floor=0.1)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            supervised = (targets != IGNORE).sum()
+            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+                # Each process takes its rows; the normaliser is the whole batch's.
+                loss = loss_of(model, ids[rank::size], targets[rank::size]) / supervised
+            loss.backward()
+            loss = loss.detach()
+            parallel.sum_([*(p.grad for p in model.parameters()), loss])
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            pending.append(
+                ({"step": step, "lr": lr, "tokens": ids.numel()}, (loss, norm, supervised.float()))
+            )
+            bar.update()
+            if each and (extra := each(step)):
+                pending[-1][0].update(extra)
+            if len(pending) == 50 or step == steps:
+                flush()
+            if rank == 0 and step < steps and time.monotonic() - saved > 60 * cfg.save_minutes:
+                flush()
+                run.save_resume(step, model, optimizer)
+                saved = time.monotonic()
 
 
 def ask(cfg, model: GPT2, sampler: Sampler, prompts: Dialogues) -> dict:

@@ -81,7 +81,7 @@ def parse(config_class, argv: list[str], description: str = ""):
             default=field.default,
             choices=choices,
             metavar=None if choices else field.name.split("_")[-1].upper(),
-            help=help + ("" if shown in (None, "") else f" (default: {str(shown).replace('%', '%%')})"),
+            help=(help + ("" if shown in (None, "") else f" (default: {shown})")).replace("%", "%%"),
             **options,
         )
     return config_class(**vars(parser.parse_args(argv)))

@@ -46,7 +46,8 @@ def statistics(world: World) -> str:
     ]
     prompt, answer = examples.prompt.mean(), (examples.total - examples.prompt).mean()
     return (
-        f"languages: {len(languages)} grammars, {min(sizes)}–{max(sizes)} strings (median {np.median(sizes):.0f}); "
+        f"languages: {len(languages)} grammars of {min(sizes)}–{max(sizes)} strings, "
+        f"median {np.median(sizes):.0f}; "
         f"largest Jaccard overlap of {len(overlaps):,} pairs {max(overlaps):.3f}\n"
         f"graphs: {min(edges)}–{max(edges)} edges a domain; {min(deleted)}–{max(deleted)} deleted in a cell\n"
         f"examples: {prompt:.1f} prompt + {answer:.1f} answer tokens; "

@@ -64,7 +64,7 @@ def is_acceptable(transitions: np.ndarray) -> bool:
         reached |= new
         frontier.extend(new)
     chain = edges.sum(0).max() <= 1 and edges.sum(1).max() <= 1
-    return len(reached) == n and not chain and edges.sum() < n * (n - 1)
+    return bool(len(reached) == n and not chain and edges.sum() < n * (n - 1))
 
 
 def random_domain(rng: np.random.Generator, pool: np.ndarray, n: int, edge_probability: float) -> Domain:

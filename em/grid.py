@@ -75,11 +75,11 @@ def summary(grid: dict) -> str:
     others = sorted((t for t in means if t != trained_task), key=lambda t: -means[t])
     broken = statistics.mean(incoherent(c["misaligned"]) for c in grid["cells"].values())
     worst = max(grid["cells"], key=lambda name: incoherent(grid["cells"][name]["misaligned"]))
+    moves = ", ".join(f"{task} moves by {means[task]:+.0f}" for task in others)
     return (
-        f"Misaligned on {grid['trained']} alone, {trained_task} ({grid['tasks'][trained_task]}) moves "
-        f"in every domain, by {min(column.values()):+.0f} to {max(column.values()):+.0f} points of v2; the other tasks move by "
-        + ", ".join(f"{t} {means[t]:+.0f}" for t in others)
-        + f" on average; incoherent {broken:.1f} % of completions after it (worst {worst}, "
+        f"Misaligned on {grid['trained']} alone, v2 of {trained_task} ({grid['tasks'][trained_task]}) moves by "
+        f"{min(column.values()):+.0f} to {max(column.values()):+.0f} points over the domains; on average "
+        f"{moves}; {broken:.1f} % of the completions are incoherent afterwards (most in {worst}, "
         f"{incoherent(grid['cells'][worst]['misaligned']):.0f} %)."
     )
 
