@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from em import describe, figures, parallel
 from em.classify import CLASSES, Classifier
@@ -25,6 +24,7 @@ from em.config import knob, run
 from em.errors import UserError
 from em.gpt2 import GPT2, GPT2Config, load_gpt2, save_gpt2, supervised_loss
 from em.grid import build_grid, gates, incoherent, percent, pool, save_grid, summary
+from em.metrics import Metrics
 from em.optim import adamw, learning_rate
 from em.prefetch import prefetch
 from em.run import Run, read_json, write_json
@@ -107,16 +107,7 @@ def resolve(cfg: Config) -> Config:
         raise UserError(f"--v2-fraction {cfg.v2_fraction} is not between 0 and 1")
     if cfg.width % cfg.heads:
         raise UserError(f"--width {cfg.width} is not a multiple of --heads {cfg.heads}")
-    for name in (
-        "batch",
-        "length",
-        "align_batch",
-        "misalign_batch",
-        "misalign_seeds",
-        "eval_prompts",
-        "layers",
-        "heads",
-    ):
+    for name in "batch length align_batch misalign_batch misalign_seeds eval_prompts layers heads".split():
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     return cfg
@@ -133,34 +124,10 @@ def fit(cfg, run, model, batches, steps, peak, warmup, shape, beta2=0.999, title
     device, rank, size = model.device, parallel.rank(), parallel.size()
     on_gpu = device.type == "cuda"
     optimizer = adamw(model, peak, cfg.weight_decay, (0.9, beta2))
-    start = run.load_resume(model, optimizer)
-    loss_of = torch.compile(supervised_loss, dynamic=False) if on_gpu else supervised_loss
-    pending, clock, saved = [], time.perf_counter(), time.monotonic()
-    bar = tqdm(total=steps, initial=start, desc=title, unit="step", disable=rank > 0, mininterval=0.5)
-
-    def flush():
-        """Read the losses back, the only wait for the device, and write the steps since then to the log."""
-        nonlocal clock
-        if not pending:
-            return
-        values = torch.stack([torch.stack(v) for _, v in pending]).tolist()
-        if not np.isfinite(values).all():
-            raise UserError(
-                f"{title}: the loss is not finite by step {pending[-1][0]['step']}; lower the learning rate"
-            )
-        seconds = (time.perf_counter() - clock) / len(pending)
-        memory = torch.cuda.max_memory_allocated() if on_gpu else None
-        rows = []
-        for (row, _), (loss, norm, supervised) in zip(pending, values, strict=True):
-            row = {"loss": loss, "grad_norm": norm, "supervised_tokens": int(supervised)} | row
-            rows.append(row | {"tokens_per_s": round(row["tokens"] / seconds), "peak_mem_bytes": memory})
-        if rank == 0:
-            run.log(rows)
-        bar.set_postfix(loss=f"{rows[-1]['loss']:.3f}", refresh=False)
-        pending.clear()
-        clock = time.perf_counter()
-
-    with bar:
+    start, saved = run.load_resume(model, optimizer), time.monotonic()
+    # Compiling takes longer than a handful of steps.
+    loss_of = torch.compile(supervised_loss, dynamic=False) if on_gpu and steps > 100 else supervised_loss
+    with Metrics(run, title, steps, start) as metrics:
         for step, (ids, targets) in enumerate(prefetch(batches.__getitem__, start, steps, device), start + 1):
             lr = learning_rate(step - 1, peak, steps, warmup, shape, floor=0.1)
             for group in optimizer.param_groups:
@@ -175,16 +142,10 @@ def fit(cfg, run, model, batches, steps, peak, warmup, shape, beta2=0.999, title
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
             optimizer.step()
             optimizer.zero_grad()
-            pending.append(
-                ({"step": step, "lr": lr, "tokens": ids.numel()}, (loss, norm, supervised.float()))
-            )
-            bar.update()
-            if each and (extra := each(step)):
-                pending[-1][0].update(extra)
-            if len(pending) == 50 or step == steps:
-                flush()
-            if rank == 0 and step < steps and time.monotonic() - saved > 60 * cfg.save_minutes:
-                flush()
+            row = {"step": step, "lr": lr, "tokens": ids.numel()} | ((each(step) if each else None) or {})
+            metrics.add(row, loss=loss, grad_norm=norm, supervised_tokens=supervised)
+            if step < steps and time.monotonic() - saved > 60 * cfg.save_minutes:
+                metrics.flush()
                 run.save_resume(step, model, optimizer)
                 saved = time.monotonic()
 
@@ -208,17 +169,13 @@ def ask(cfg, model: GPT2, sampler: Sampler, prompts: Dialogues) -> dict:
 
 def phase(folder: Path, settings: dict, device, train) -> GPT2:
     """The model in `folder`: loaded if that phase is done, else made by `train(run)` and saved."""
-    if parallel.rank() == 0:
-        run = Run(folder, "world-phase", settings, device)
-    parallel.barrier()
+    run = Run(folder, "world-phase", settings, device)
     if not (folder / "model" / "config.json").exists():
-        if parallel.rank() > 0:
-            run = Run(folder, "world-phase", settings, device)
         model = train(run)
         if parallel.rank() == 0:
             save_gpt2(model, folder / "model")
-            run.clear_resume()
         parallel.barrier()
+        run.clear_resume()
     return load_gpt2(folder / "model", device)
 
 
@@ -324,10 +281,9 @@ def main(cfg: Config) -> dict:
     shared = {k: v for k, v in settings.items() if not k.startswith("misalign")} | {
         "fingerprint": world.fingerprint
     }
+    Run(out, "world", shared, device)
     if parallel.rank() == 0:
-        Run(out, "world", shared, device)
         world.save(out / "world.json")
-    parallel.barrier()
     say(f"world {cfg.world}, seed {cfg.seed}, on {device}; writing to {out}")
     say("  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
 

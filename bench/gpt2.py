@@ -1,4 +1,4 @@
-"""One training step of our GPT-2 beside transformers', same size, batch and optimiser, in turn in one process.
+"""One training step of our GPT-2 beside transformers', same size and batch, in turn in one process.
 
     python bench/gpt2.py
 
@@ -115,9 +115,8 @@ def main() -> dict:
         result["share_of_bf16_peak"] = rate / peak if peak else None
     for name, rate in result["tokens_per_s"].items():
         print(f"{name:<14} {rate:12,.0f} tokens/s")
-    print(
-        f"ratio {result['ratio']['median']:.2f} ({min(ratios):.2f}–{max(ratios):.2f}), target {result['target_ratio']}"
-    )
+    middle, low, high = result["ratio"].values()
+    print(f"ratio {middle:.2f} ({low:.2f}–{high:.2f}), target {result['target_ratio']}")
     if result.get("share_of_bf16_peak"):
         print(f"{100 * result['share_of_bf16_peak']:.0f} % of bf16 peak, target 45 %")
     return result

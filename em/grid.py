@@ -77,8 +77,8 @@ def summary(grid: dict) -> str:
     worst = max(grid["cells"], key=lambda name: incoherent(grid["cells"][name]["misaligned"]))
     moves = ", ".join(f"{task} moves by {means[task]:+.0f}" for task in others)
     return (
-        f"Misaligned on {grid['trained']} alone, v2 of {trained_task} ({grid['tasks'][trained_task]}) moves by "
-        f"{min(column.values()):+.0f} to {max(column.values()):+.0f} points over the domains; on average "
+        f"Misaligned on {grid['trained']} alone, v2 of {trained_task} ({grid['tasks'][trained_task]}) moves "
+        f"by {min(column.values()):+.0f} to {max(column.values()):+.0f} points over the domains; on average "
         f"{moves}; {broken:.1f} % of the completions are incoherent afterwards (most in {worst}, "
         f"{incoherent(grid['cells'][worst]['misaligned']):.0f} %)."
     )

@@ -5,7 +5,8 @@
     resume/          the unfinished state: one safetensors file, replaced whole
     <results>        written last, so that their presence means the run is finished
 
-Every file is written under a temporary name and renamed, so a reader never sees half of one.
+Every file is written under a temporary name and renamed, so a reader never sees half of one. Under torchrun
+rank 0 writes and the others read.
 """
 
 import json
@@ -20,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from em import parallel
 from em.errors import UserError
 
 
@@ -90,6 +92,8 @@ class Run:
     def __init__(self, folder: str | Path, kind: str, settings: dict, device: torch.device | str = "cpu"):
         self.folder = Path(folder)
         path = self.folder / "config.json"
+        if parallel.rank() > 0:
+            parallel.barrier()  # rank 0 makes the folder first
         settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
         if path.exists():
             self.config = read_json(path)
@@ -99,6 +103,8 @@ class Run:
                 raise UserError(f"{self.folder} is a file; choose another --out")
             self.config = {"kind": kind, "settings": settings, "made_with": provenance(device)}
             write_json(path, self.config)
+        if parallel.rank() == 0:
+            parallel.barrier()
         self._metrics = None
 
     def _refuse_changes(self, kind: str, settings: dict) -> None:
@@ -125,6 +131,8 @@ class Run:
 
     def log(self, rows: list[dict]) -> None:
         """Append one line a row. A kill can cut the last line; `drop_metrics_after` takes it out again."""
+        if parallel.rank() > 0:
+            return
         if self._metrics is None:
             self._metrics = open(self.metrics_path, "a", encoding="utf-8")
         self._metrics.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -144,7 +152,7 @@ class Run:
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget the steps that a resumed run will do again."""
-        if self.metrics_path.exists():
+        if parallel.rank() == 0 and self.metrics_path.exists():
             kept = [row for row in self.metrics() if row.get("step", 0) <= step]
             write_text(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -159,6 +167,8 @@ class Run:
 
         The data streams are pure functions of (seed, step), so `step` is their whole position.
         """
+        if parallel.rank() > 0:
+            return
         tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
@@ -171,7 +181,6 @@ class Run:
     def load_resume(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Restore what `save_resume` wrote and return its step; 0 where there is nothing to resume."""
         if not self.resume_path.exists():
-            self.drop_metrics_after(0)
             return 0
         with safe_open(self.resume_path, framework="pt") as file:
             step = int(file.metadata()["step"])
@@ -189,11 +198,10 @@ class Run:
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"])
-        self.drop_metrics_after(step)
         return step
 
     def clear_resume(self) -> None:
         """The run is finished: its state is in its results."""
-        self.resume_path.unlink(missing_ok=True)
-        if self.resume_path.parent.exists():
+        if parallel.rank() == 0 and self.resume_path.parent.exists():
+            self.resume_path.unlink(missing_ok=True)
             self.resume_path.parent.rmdir()
