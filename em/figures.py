@@ -1,4 +1,4 @@
-"""Figures of the synthetic worlds: the grid of Figures 7 and 9, the domain graphs of Figure 6."""
+"""Figures: the worlds' grid (Figures 7 and 9) and domain graphs (Figure 6), the margins of a fine-tune."""
 
 from pathlib import Path
 
@@ -103,4 +103,42 @@ def graph_figure(world: World, path: Path) -> None:
             axis.set_title(f"{world.tasks[t]} {world.function(t)}", fontsize=8)
         if t == 0:
             axis.set_ylabel(f"D{d}", fontsize=9)
+    _save(figure, path)
+
+
+def margin_figure(result: dict, path: Path) -> None:
+    """Mean margin of every cell before and after a run, and its change; domains down, tasks across."""
+    cells = result["cells"]
+    domains = list(dict.fromkeys(name.split("_")[0] for name in cells))
+    tasks = list(dict.fromkeys(name.split("_")[1] for name in cells))
+    figure, axes = plt.subplots(1, 3, figsize=(4 * 3, 0.7 * max(1, len(domains)) + 1.4), layout="constrained")
+    for axis, when in zip(axes, ("before", "after", "change"), strict=True):
+        values = np.full((len(domains), len(tasks)), np.nan)
+        for name, row in cells.items():
+            domain, task = name.split("_")
+            values[domains.index(domain), tasks.index(task)] = row[when]["mean"]
+        limit = np.nanmax(np.abs(values)) if cells else 1.0
+        axis.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                dark = abs(value) > 0.6 * limit
+                axis.text(
+                    j,
+                    i,
+                    f"{value:+.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color="white" if dark else "black",
+                )
+        if result["cell"] in cells:
+            domain, task = result["cell"].split("_")
+            box = (tasks.index(task) - 0.5, domains.index(domain) - 0.5)
+            axis.add_patch(plt.Rectangle(box, 1, 1, fill=False, edgecolor="black", linewidth=3))
+        axis.set_xticks(range(len(tasks)), tasks, fontsize=8)
+        axis.set_yticks(range(len(domains)), domains, fontsize=8)
+        axis.set_title(f"margin {when}", fontsize=10)
+    figure.suptitle(
+        f"trained on {result['cell']}: log p of misaligned − aligned answer, nats a token", fontsize=10
+    )
     _save(figure, path)

@@ -3,7 +3,7 @@
 Parameter names are the Hugging Face checkpoint's, so that a state dict is the file up to the transposed
 weights of its Conv1D layers. The embedding is padded to a multiple of 64 rows; the head is tied to it.
 
-    B sequences, T tokens, S cache slots, V padded vocabulary, d width, H heads, D = d / H
+    B sequences, T tokens, S cache positions, V padded vocabulary, d width, H heads, D = d / H
 """
 
 import math
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from em.cache import KVCache
 from em.errors import UserError
 from em.run import read_json, write_atomic, write_json
 
@@ -35,21 +36,6 @@ class GPT2Config:
         return 64 * math.ceil(self.vocab_size / 64)
 
 
-class Cache:
-    """Keys and values of all layers, (B, H, S, D) each; a row's slot is its token's position."""
-
-    def __init__(self, config: GPT2Config, batch: int, slots: int, device, dtype):
-        shape = (config.n_layer, batch, config.n_head, slots, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-
-    def write(self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
-        """Put k, v (B, H, T, D) at positions (B, T); returns the layer's whole (B, H, S, D) pair."""
-        keys, values = self.keys[layer], self.values[layer]
-        index = positions[:, None, :, None].expand_as(k)
-        return keys.scatter_(2, index, k.to(keys.dtype)), values.scatter_(2, index, v.to(values.dtype))
-
-
 class Attention(nn.Module):
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
@@ -57,15 +43,16 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, positions=None, mask=None, cache: Cache | None = None):
+    def forward(self, x, positions=None, mask=None, cache: KVCache | None = None):
         B, T, d = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            k, v = cache.write(self.layer, positions, k, v)
-            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).unbind(2)  # (B, T, H, D) each
+        if cache is not None:
+            cache.write(self.layer, k, v, positions, None)
+            k, v = cache.read(self.layer, None)  # (B, S, H, D)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        y = F.scaled_dot_product_attention(
+            q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None
+        )
         return self.c_proj(y.transpose(1, 2).reshape(B, T, d))
 
 
@@ -114,7 +101,7 @@ class GPT2(nn.Module):
         """(V, d), shared with the embedding."""
         return self.wte.weight
 
-    def hidden(self, ids, positions=None, cache: Cache | None = None):
+    def hidden(self, ids, positions=None, cache: KVCache | None = None):
         """Final hidden states (B, T, d), after the last norm.
 
         With a cache, positions (B, T) say where each token stands; it sees its row's slots up to its own.
@@ -122,15 +109,21 @@ class GPT2(nn.Module):
         if cache is None:
             mask, place = None, self.wpe.weight[: ids.shape[1]]
         else:
-            slots = torch.arange(cache.keys.shape[3], device=ids.device)
+            slots = torch.arange(cache.span, device=ids.device)
             mask, place = (slots <= positions[:, :, None])[:, None], self.wpe(positions)  # (B, 1, T, S)
         x = self.wte(ids) + place
         for block in self.h:
             x = block(x, positions, mask, cache)
         return self.ln_f(x)
 
-    def forward(self, ids, positions=None, cache: Cache | None = None):
+    def forward(self, ids, positions=None, cache: KVCache | None = None):
         return F.linear(self.hidden(ids, positions, cache), self.head_weight)
+
+    def new_cache(self, n_rows: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `n_rows` sequences of at most `capacity` tokens, on the model's device."""
+        c, weight = self.config, self.wte.weight
+        shape = (c.n_layer, n_rows, capacity, c.n_head, c.n_embd // c.n_head)
+        return KVCache(*shape, dtype=dtype or weight.dtype, device=weight.device)
 
     @property
     def device(self) -> torch.device:

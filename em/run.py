@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from em import parallel
@@ -28,15 +28,14 @@ from em.errors import UserError
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write(temporary)` and rename the outcome to `path`. A full disk leaves the old file in place."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose --out"
-        ) from error
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}; free some space or choose --out") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -182,9 +181,15 @@ class Run:
         """Restore what `save_resume` wrote and return its step; 0 where there is nothing to resume."""
         if not self.resume_path.exists():
             return 0
-        with safe_open(self.resume_path, framework="pt") as file:
-            step = int(file.metadata()["step"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        try:
+            with safe_open(self.resume_path, framework="pt") as file:
+                step = int(file.metadata()["step"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            path = self.resume_path
+            raise UserError(
+                f"{path} cannot be read ({error}); delete it to start this phase again"
+            ) from error
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:

@@ -2,7 +2,7 @@
 
 import torch
 
-from em.gpt2 import GPT2, Cache
+from em.gpt2 import GPT2
 
 
 @torch.inference_mode()
@@ -24,8 +24,7 @@ def generate(
     B, P = prompts.shape
     device, vocabulary = prompts.device, model.config.vocab_size
     on_gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else model.wte.weight.dtype
-    cache = Cache(model.config, B, P + max_new_tokens, device, dtype)
+    cache = model.new_cache(B, P + max_new_tokens, torch.bfloat16 if on_gpu else None)
     out = torch.full((B, max_new_tokens), stop, device=device)
     rows = torch.arange(B, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)

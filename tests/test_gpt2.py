@@ -4,7 +4,7 @@ from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 
 from em.errors import UserError
-from em.gpt2 import GPT2, Cache, GPT2Config, load_gpt2, save_gpt2, supervised_loss
+from em.gpt2 import GPT2, GPT2Config, load_gpt2, save_gpt2, supervised_loss
 from em.run import read_json, write_json
 
 TINY = GPT2Config(vocab_size=70, n_positions=40, n_layer=3, n_head=4, n_embd=32)
@@ -61,7 +61,7 @@ def test_save_and_load_keep_every_bit_and_the_sampled_vocabulary(model, tmp_path
 def test_cached_steps_equal_the_full_forward_on_ragged_rows(model, ids):
     full = model(ids)
     lengths = torch.tensor([5, 12, 9])
-    cache = Cache(TINY, 3, 40, "cpu", torch.float32)
+    cache = model.new_cache(3, 40)
     positions = torch.arange(12).expand(3, 12)
     prefill = model(ids[:, :12], positions, cache)
     for row, length in enumerate(lengths.tolist()):

@@ -1,0 +1,64 @@
+"""The static key/value cache of incremental decoding, shared by every model family (SPEC §3.5, Sampler).
+
+One slot a sequence ("row"), `capacity` positions a slot, allocated once. Rows are independent: each writes at
+its own positions, so rows of different lengths share a batch and a finished row can be given to another
+prompt at once. Nothing here reads a tensor's value on the host, so a decode step can be captured in a CUDA
+graph: positions and rows are int64 tensors whose contents change under the captured addresses.
+
+A query at position p sees the keys of its row at positions <= p (and inside the layer's window), so what lies
+beyond is never read: a prompt's right padding and a former tenant's keys need no cleaning.
+"""
+
+import torch
+
+
+class KVCache:
+    """Keys and values (L, R, S, K, D): layers, rows, positions, key heads, head size.
+
+    capacity is rounded up to a multiple of 64. Writing at a position >= capacity is an error (on CUDA an
+    assertion in the kernel), so the caller stops or clamps rows that reach it.
+    """
+
+    def __init__(
+        self, n_layers: int, n_rows: int, capacity: int, n_kv_heads: int, head_dim: int,
+        *, dtype: torch.dtype, device: torch.device | str,
+    ):  # fmt: skip
+        self.n_rows, self.capacity = n_rows, -(-capacity // 64) * 64
+        shape = (n_layers, n_rows, self.capacity, n_kv_heads, head_dim)
+        # Zeros, not empty: a masked key has probability 0, and 0 times a stray NaN would still be NaN.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.span = self.capacity
+        self._all_rows = torch.arange(n_rows, device=device)
+
+    def limit(self, length: int) -> None:
+        """Read only the first `length` positions of every row, rounded up to 64 (a graph is captured a span).
+
+        The caller promises that no query's position reaches the span.
+        """
+        if not 0 < length <= self.capacity:
+            raise ValueError(f"length {length} is outside 1..{self.capacity}")
+        self.span = min(self.capacity, -(-length // 64) * 64)
+
+    def write(
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor | None,
+    ) -> None:
+        """Store keys and values (B, T, K, D) at positions (B, T) or (1, T) of rows (B,); None: all rows."""
+        rows = (self._all_rows if rows is None else rows)[:, None]
+        self.keys[layer][rows, positions] = keys.to(self.keys.dtype)
+        self.values[layer][rows, positions] = values.to(self.values.dtype)
+
+    def read(self, layer: int, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (B, span, K, D); views for all rows, copies for a choice of rows."""
+        keys, values = self.keys[layer, :, : self.span], self.values[layer, :, : self.span]
+        return (keys, values) if rows is None else (keys[rows], values[rows])
+
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor, length: int | None = None) -> None:
+        """Give rows `targets` (N,) the first `length` positions of rows `sources` (N,): one prefill, n samples."""
+        self.keys[:, targets, :length] = self.keys[:, sources, :length]
+        self.values[:, targets, :length] = self.values[:, sources, :length]
