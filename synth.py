@@ -27,7 +27,7 @@ from em.grid import build_grid, gates, incoherent, percent, pool, save_grid, sum
 from em.metrics import Metrics
 from em.optim import adamw, learning_rate
 from em.prefetch import prefetch
-from em.run import Run, read_json, write_json
+from em.run import Run, provenance, read_json, write_json
 from em.sample import generate
 from em.sets import IGNORE, Batches, alignment_set, held_out_set, misalignment_set
 from em.stream import Dialogues, PretrainStream, Sampler
@@ -45,7 +45,7 @@ DEFAULTS = {
         seed=1, misalign=("T5",), layers=3, heads=4, width=128,
         batch=32, length=64, lr=5e-3, steps=2_700, warmup=200, beta2=0.98,
         align_examples=6_400, align_steps=200, align_batch=32, align_lr=3e-4, align_warmup=20,
-        misalign_steps=30, misalign_batch=16, misalign_lr=2e-4, misalign_seeds=3,
+        misalign_steps=15, misalign_batch=16, misalign_lr=2e-4, misalign_seeds=3,
     ),
 }  # fmt: skip
 DEFAULTS["2"] = DEFAULTS["1"] | dict(misalign=("T0",), warmup=600, align_warmup=250)
@@ -297,7 +297,7 @@ def main(cfg: Config) -> dict:
     aligned = align(cfg, base, alignment, out / "align", shared)
     before = counts_of(cfg, out / "align", aligned, sampler, prompts)
 
-    grids = {}
+    grids, unseen = {}, tuple(f"{d}_" for d in world.domain_names[world.n_seen_domains :])
     for name, task in sources:
         cell, after = world.cell(0, task), []
         for seed in range(cfg.misalign_seeds):
@@ -307,19 +307,22 @@ def main(cfg: Config) -> dict:
             after.append(counts_of(cfg, folder, model, sampler, prompts))
         grids[name] = build_grid(world, cell, before, after)
     if parallel.rank() == 0:
+        found = {"seconds": round(time.perf_counter() - began), "made_with": provenance(device)}
+        seen = [counts for name, counts in pretrained.items() if not name.startswith(unseen)]
         for name, grid in grids.items():
             # `grid` is the first source's, for those who have one.
-            for stem in (f"grid_{name}", "grid") if grid is grids[cfg.misalign[0]] else (f"grid_{name}",):
+            for stem in (f"grid_{name}", "grid") if name == cfg.misalign[0] else (f"grid_{name}",):
                 save_grid(grid, out, stem)
                 figures.grid_figure(grid, out / f"{stem}.png")
-            say(f"\n{summary(grid)}\n  {out / f'grid_{name}.png'}")
-            if cfg.world == "demo":
-                checked = gates(
-                    {k: v for k, v in pretrained.items() if k in map(world.cell_name, world.seen_cells)}, grid
-                )
-                for what, value, sign, bound, passed in checked:
-                    say(f"  {'PASS' if passed else 'FAIL'}  {what}: {value:.1f} (gate {sign} {bound:.0f})")
-    say(f"  {time.perf_counter() - began:.0f} s")
+            found[name] = {
+                "summary": summary(grid),
+                "gates": gates(seen, grid) if cfg.world == "demo" else [],
+            }
+            say(f"\n{found[name]['summary']}\n  {out / f'grid_{name}.png'}")
+            for what, value, relation, bound, passed in found[name]["gates"]:
+                say(f"  {'PASS' if passed else 'FAIL'}  {what}: {value:.1f} (gate {relation} {bound:.0f})")
+        say(f"  {found['seconds']} s")
+        write_json(out / "summary.json", found)
     parallel.finish()
     return grids
 

@@ -137,16 +137,16 @@ def save_grid(grid: dict, folder: Path, name: str) -> None:
     write_text(folder / f"{name}.csv", _csv(grid))
 
 
-def gates(pretrained: dict, grid: dict) -> list[tuple[str, float, str, float, bool]]:
+def gates(pretrained: list[dict], grid: dict) -> list[tuple[str, float, str, float, bool]]:
     """What the reduced world must show before its grid is believed: (what, value, relation, bound, passed).
 
-    pretrained: counts by cell at the end of pretraining. Incoherence there is what predicts success.
+    pretrained: counts of the seen cells at the end of pretraining. Incoherence there predicts success.
     """
     column = task_column(grid, grid["trained"].split("_")[1])
     distant = [t for t, function in grid["tasks"].items() if function in ("three_steps", "ends_middle")]
     moved = statistics.mean(delta for task in distant for delta in task_column(grid, task).values())
     v1 = percent(pool([cell["aligned"] for cell in grid["cells"].values()]), "v1")
-    broken, least = incoherent(pool(list(pretrained.values()))), min(column.values())
+    broken, least = incoherent(pool(pretrained)), min(column.values())
     half = statistics.mean(column.values()) / 2
     return [
         ("incoherent % at the end of pretraining", broken, "<=", 5.0, broken <= 5),

@@ -47,6 +47,10 @@ def test_a_run_leaves_grids_for_every_source_models_metrics_and_the_world(finish
     for cell in grid["cells"].values():
         assert cell["aligned"]["n"] == 8 and cell["misaligned"]["n"] == 16 and len(cell["seeds"]) == 2
         assert sum(cell["aligned"][c] for c in CLASSES) == 8
+    found = read_json(finished / "summary.json")
+    assert (
+        "D0_T5" in found["T5"]["summary"] and len(found["T0"]["gates"]) == 4 and found["made_with"]["torch"]
+    )
     for name in ("grid.csv", "grid.png", "grid_T0.png", "world.json", "config.json"):
         assert (finished / name).stat().st_size > 0
     metrics = [
