@@ -210,3 +210,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_line(tmp_path, capsys, m
     )
     assert "not finite" in refused(capsys, *SMALL, "--out", tmp_path / "run")
     assert not (tmp_path / "run" / "pretrain" / "model").exists()
+
+
+def test_world_2_keeps_its_intermediate_checkpoints_and_asks_the_unseen_domains(tmp_path):
+    few = ["--eval-prompts", "2", "--evals", "1", "--align-examples", "300", "--misalign-seeds", "1"]
+    assert command("--world", "2", *SMALL, *few, "--steps", "101", "--out", tmp_path) == 0
+    assert [p.name for p in sorted((tmp_path / "pretrain").glob("step*"))] == ["step100"]
+    assert (tmp_path / "pretrain" / "step100" / "model.safetensors").exists()
+    grid = read_json(tmp_path / "grid.json")
+    assert grid["trained"] == "D0_T0" and grid["unseen_domains"] == ["D8", "D9"] and len(grid["cells"]) == 120
+    assert read_json(tmp_path / "summary.json")["T0"]["gates"] == []
