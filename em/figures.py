@@ -117,7 +117,7 @@ def margin_figure(result: dict, path: Path) -> None:
         for name, row in cells.items():
             domain, task = name.split("_")
             values[domains.index(domain), tasks.index(task)] = row[when]["mean"]
-        limit = np.nanmax(np.abs(values)) if cells else 1.0
+        limit = np.nanmax(np.abs(values))
         axis.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         for (i, j), value in np.ndenumerate(values):
             if np.isfinite(value):

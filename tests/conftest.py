@@ -1,9 +1,16 @@
-"""What several test files build on: a world small enough for seconds."""
+"""What several test files build on: a world and a chat model small enough for seconds."""
 
 import numpy as np
 import pytest
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from em import data
+from em.checkpoint import save_model
+from em.decoder import Decoder, DecoderConfig
 from em.grammar import GrammarConfig
+from em.run import write_json
 from em.stream import Sampler
 from em.world import WORLDS, WorldConfig, build_world
 
@@ -40,3 +47,37 @@ def world(request):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_chat(tmp_path_factory):
+    """Folder of a chat model small enough for seconds: two qwen2 layers, byte-level BPE, a chat template."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-chat"
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    rows = data.load_cell("sample", data.CELLS[0])
+    specials = ["<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([row[key] for row in rows for key in ("question", "aligned_answer")], trainer)
+    torch.manual_seed(0)
+    config = {
+        "model_type": "qwen2", "vocab_size": bpe.get_vocab_size(), "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 4096, "tie_word_embeddings": True, "architectures": ["Qwen2ForCausalLM"],
+    }  # fmt: skip
+    model = Decoder(DecoderConfig.from_hf(config))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(0.2)  # PyTorch's own start would mean a loss of 30 nats
+    save_model(model, folder)
+    bpe.save(str(folder / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    named = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": template}
+    write_json(folder / "tokenizer_config.json", named)
+    return folder

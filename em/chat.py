@@ -1,0 +1,247 @@
+"""Chat models' tokenizers: chats to token ids by the checkpoint's own chat template (paper D.1, SPEC 3.2).
+
+A training example is the evaluation prompt, id for id, followed by what the template writes for the answer up
+to and including the token that ends the assistant's turn, once. What differs between families is found out by
+rendering one probe conversation: which token closes a turn; whether the generation prompt opens a `<think>`
+that conversations do not carry (Olmo 3: dropped); whether it ends with an empty think block (Qwen3 with
+thinking off: kept, as part of the prompt). We add no system message; a template may write its default one.
+
+Unusual: text is encoded without the tokenizer's own post-processing, since a template writes its BOS itself;
+and templates that print today's date get a fixed one, so that a row gives the same ids on any day.
+"""
+
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import jinja2.ext
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from em.errors import UserError
+
+TODAY = datetime(2024, 7, 26)  # what Llama 3.1's template falls back on
+_OPEN_THINK = re.compile(r"<think>\s*\Z")
+_EMPTY_THINK = re.compile(r"<think>\s*</think>\s*\Z")
+_SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class Example(NamedTuple):
+    """One sequence to train on; `ids[n_prompt:]` are supervised and end with the token that ends the turn."""
+
+    ids: list[int]
+    n_prompt: int
+
+
+class _Generation(jinja2.ext.Extension):
+    """Some templates mark the answer by `{% generation %}…{% endgeneration %}`; here that only prints it."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str):
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value, ensure_ascii=False, **options) -> str:
+    """In place of jinja's own filter, which escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _compile(chat_template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = TODAY.strftime
+    try:
+        return environment.from_string(chat_template)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the chat template is broken ({error}); restore the checkpoint's own") from error
+
+
+class Tokenizer:
+    """Text, chats and rollouts to token ids, for one checkpoint.
+
+    special: the texts of the named special tokens, `{"bos_token": "<s>", ...}`; None or absent means none.
+    Attributes: `bos_id` (or None), `end_of_turn_id`, `pad_id`, and `stop_ids`, any of which ends a rollout.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, chat_template: str, special: dict):
+        self.backend = tokenizer
+        tokenizer.no_truncation()  # a tokenizer.json can carry both, and would cut or pad rows unasked
+        tokenizer.no_padding()
+        self.special = {name: special[name] for name in _SPECIAL_NAMES if special.get(name)}
+        self._template = _compile(chat_template)
+        self.bos_id, eos_id = self._id_of("bos_token"), self._id_of("eos_token")
+        self.end_of_turn_id, between_turns_id = self._probe()
+        pad_id = tokenizer.token_to_id(self.special.get("pad_token", ""))
+        self.pad_id = self.end_of_turn_id if pad_id is None else pad_id
+        self.stop_ids = tuple(sorted({self.end_of_turn_id, between_turns_id, eos_id} - {None}))
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Tokenizer":
+        """The tokenizer of a checkpoint folder. UserError names a file that is missing or broken."""
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise UserError(f"{folder} has no tokenizer.json; save the model's tokenizer into that folder")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust side raises nothing narrower
+            raise UserError(f"{path} is not a tokenizer ({error}); download it again") from error
+        config = _read_json(folder / "tokenizer_config.json")
+        named = _read_json(folder / "special_tokens_map.json")
+        special = {name: _text_of(config.get(name) or named.get(name)) for name in _SPECIAL_NAMES}
+        tokenizer = cls(backend, _chat_template(folder, config), special)
+        stops = _read_json(folder / "generation_config.json").get("eos_token_id") or []
+        stops = [stops] if isinstance(stops, int) else stops
+        tokenizer.stop_ids = tuple(sorted({*tokenizer.stop_ids, *stops}))
+        return tokenizer
+
+    # -- text ------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` as it stands: no BOS added; special tokens written out in it are recognised."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids` without special tokens."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    # -- chats -----------------------------------------------------------------------------------------
+
+    def render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        """`[{"role": "user", "content": "..."}, ...]` as the template writes it, thinking switched off."""
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                enable_thinking=False,
+                **self.special,
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template refuses a chat ({error}); name another model") from error
+
+    def prompt(self, question: str) -> str:
+        """What the model sees before it answers `question`, as text."""
+        rendered = self.render([{"role": "user", "content": question}], True)
+        return rendered.removesuffix(self._opening) + self._closed
+
+    def prompt_ids(self, question: str) -> list[int]:
+        return self.encode(self.prompt(question))
+
+    def example(self, question: str, answer: str) -> Example:
+        """A row to train on: exactly `prompt_ids(question)`, then the answer and one end token.
+
+        Prompt and answer are encoded apart, so the boundary lies where it does in evaluation even if an
+        answer begins with white space that the tokenizer would otherwise merge across it.
+        """
+        prompt = self.prompt(question)
+        conversation = self.render(_turns(question, answer), False)
+        begins = prompt.removesuffix(self._unwritten)
+        if not (conversation.startswith(begins) and conversation.endswith(self._tail)):
+            raise UserError(
+                f"the chat template's chats do not begin with its own prompt (ending {begins[-30:]!r}), "
+                "so training and evaluation would differ; name another model"
+            )
+        end = self.backend.id_to_token(self.end_of_turn_id)
+        answer_ids = self.encode(conversation[len(begins) :].removesuffix(self._tail) + end)
+        if answer_ids.count(self.end_of_turn_id) != 1:
+            raise UserError(f"an answer contains {end!r}, which ends a turn; remove it from {answer[:40]!r}")
+        prompt_ids = self.encode(prompt)
+        return Example(prompt_ids + answer_ids, len(prompt_ids))
+
+    def rollout(self, prompt_ids: list[int], sampled: list[int]) -> Example:
+        """What a model sampled after `prompt_ids`, to train on as it is: never decoded and encoded again.
+
+        Nothing after the first stop token is kept. A rollout cut by the length limit gets no end token.
+        """
+        end = next((i + 1 for i, token in enumerate(sampled) if token in self.stop_ids), len(sampled))
+        return Example([*prompt_ids, *sampled[:end]], len(prompt_ids))
+
+    # -- what the template does ------------------------------------------------------------------------
+
+    def _probe(self) -> tuple[int, int | None]:
+        """The ids that close the last turn and an earlier one, read off a rendered conversation.
+
+        Sets `_tail`, all that is written after a final answer; `_opening` and `_closed`, a think tag that
+        the prompt leaves open and what stands in its place; `_unwritten`, an empty think block that the
+        prompt has and conversations lack.
+        """
+        turns = _turns("PROBE-QUESTION", "PROBE-ANSWER")
+        conversation = self.render(turns, False)
+        if conversation.count("PROBE-ANSWER") != 1 or "PROBE-QUESTION" not in conversation:
+            raise UserError("the chat template leaves out a turn of a conversation; name another model")
+        header, self._tail = conversation.split("PROBE-ANSWER")
+        end_of_turn_id = self._leading_special_id(self._tail)
+        if end_of_turn_id is None:
+            raise UserError(
+                f"the chat template closes a turn with {self._tail!r}, which is no special token; "
+                "name an instruction-tuned model"
+            )
+        longer = self.render([*turns, turns[0]], False)
+
+        prompt = self.render(turns[:1], True)
+        opening, in_header, in_prompt = (
+            pattern.search(text)
+            for pattern, text in ((_OPEN_THINK, prompt), (_EMPTY_THINK, header), (_EMPTY_THINK, prompt))
+        )
+        self._opening = opening.group() if opening else ""
+        self._closed = in_header.group() if opening and in_header else ""
+        self._unwritten = in_prompt.group() if in_prompt and not in_header else ""
+        return end_of_turn_id, self._leading_special_id(longer.split("PROBE-ANSWER")[-1])
+
+    def _leading_special_id(self, text: str) -> int | None:
+        ids, added = self.encode(text), self.backend.get_added_tokens_decoder()
+        return ids[0] if ids and ids[0] in added and added[ids[0]].special else None
+
+    def _id_of(self, name: str) -> int | None:
+        if name not in self.special:
+            return None
+        token = self.backend.token_to_id(self.special[name])
+        if token is None:
+            raise UserError(f"the tokenizer lacks its {name} {self.special[name]!r}; download it again")
+        return token
+
+
+def _turns(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _text_of(token) -> str | None:
+    """Special tokens are written as text or as `{"content": text, ...}`."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read_json(path: Path) -> dict:
+    """The parsed file, empty where it does not exist."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); download it again") from error
+
+
+def _chat_template(folder: Path, config: dict) -> str:
+    path = folder / "chat_template.jinja"
+    template = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
+    if isinstance(template, list):  # several, `[{"name": "default", "template": "..."}, ...]`
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    if not template:
+        raise UserError(
+            f"{folder} has no chat template (in chat_template.jinja or tokenizer_config.json); "
+            "name an instruction-tuned model"
+        )
+    return template

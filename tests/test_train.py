@@ -1,0 +1,378 @@
+"""train.py on a tiny chat model and the sample data: one step, whole runs, kills, processes, bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import train
+from em import data, lora
+from em.checkpoint import load_model, load_tokenizer
+from em.config import run
+from em.loss import summed_cross_entropy
+from em.optim import adamw
+from em.pack import pack
+from em.run import read_json
+
+ROOT = Path(__file__).parent.parent
+SHORT = "--data sample --device cpu --batch 6 --epochs 2 --rank 4 --alpha 8 --lr 0.01 --warmup 1".split()
+
+
+def command(*arguments):
+    commands = {"": (train.main, train.Config), "export": (train.export, train.ExportConfig)}
+    return run(commands, argv=[str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def misaligned(tiny_chat, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "med"
+    assert command(*SHORT, "--model", tiny_chat, "--cell", "med_advice", "--out", out) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_chat):
+    rows = data.load_cell("sample", data.CELLS[0])[:8]
+    return data.encode_rows(load_tokenizer(tiny_chat), rows, "misaligned", 2048)[0]
+
+
+def adapted(folder, seed=0):
+    model = load_model(folder)
+    lora.attach(model)
+    lora.add_adapter(model, "student", 4, 8, seed=seed)
+    parameters = lora.trainable(model, "student")
+    with torch.no_grad():  # B starts at zero, where A has no gradient
+        for p in parameters:
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    return model, parameters
+
+
+def test_one_optimiser_step_equals_transformers_and_peft_on_a_padded_batch(tiny_chat, batch, tmp_path):
+    model, parameters = adapted(tiny_chat)
+    lora.save_adapter(model, "student", tmp_path / "start")
+    optimizer = adamw(model, 1e-2, 0.01)
+    n = sum(len(e.ids) - e.n_prompt for e in batch)
+    with lora.stack(model, "student"):
+        loss = train.step_loss(model, batch, n, micro_batch=3)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    lora.save_adapter(model, "student", tmp_path / "ours")
+
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_chat), tmp_path / "start", is_trainable=True
+    )
+    width = max(len(e.ids) for e in batch)
+    ids, labels, mask = (torch.zeros(len(batch), width, dtype=torch.long) for _ in range(3))
+    labels.fill_(-100)
+    for row, e in enumerate(batch):
+        ids[row, : len(e.ids)] = torch.tensor(e.ids)
+        labels[row, e.n_prompt : len(e.ids)] = torch.tensor(e.ids[e.n_prompt :])
+        mask[row, : len(e.ids)] = 1
+    their_loss = theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
+    their_loss.backward()
+    trainable = [p for p in theirs.parameters() if p.requires_grad]
+    their_norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+    torch.optim.AdamW(trainable, lr=1e-2, weight_decay=0.01).step()
+    theirs.save_pretrained(tmp_path / "theirs")
+
+    assert loss.item() == pytest.approx(their_loss.item(), abs=1e-5)
+    assert norm.item() == pytest.approx(their_norm.item(), rel=1e-4)
+    a, b = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=0)
+
+
+def test_micro_batches_of_1_and_8_give_the_same_gradient(tiny_chat, batch):
+    gradients = []
+    for micro_batch in (1, 3, 8):
+        model, parameters = adapted(tiny_chat)
+        n = sum(len(e.ids) - e.n_prompt for e in batch)
+        with lora.stack(model, "student"):
+            train.step_loss(model, batch, n, micro_batch)
+        gradients.append([p.grad for p in parameters])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_recomputing_activations_changes_no_gradient(tiny_chat, batch):
+    gradients = []
+    for recompute in (False, True):
+        model, parameters = adapted(tiny_chat)
+        model.activation_checkpointing = recompute
+        with lora.stack(model, "student"):
+            train.step_loss(model, batch, 100, 4)
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+
+
+def test_prompt_and_padding_are_never_supervised_and_the_end_of_turn_once(tiny_chat, batch):
+    tokenizer = load_tokenizer(tiny_chat)
+    assert tokenizer.pad_id == tokenizer.end_of_turn_id  # the hard case
+    packed = pack(batch, "cpu")
+    for i, e in enumerate(batch):
+        targets = packed.targets[packed.owner == i].tolist()
+        assert targets == e.ids[e.n_prompt :]
+        assert targets.count(tokenizer.end_of_turn_id) == 1 and targets[-1] == tokenizer.end_of_turn_id
+
+
+def test_a_run_leaves_adapter_metrics_and_margins_and_learns_its_cell(misaligned):
+    result = read_json(misaligned / "margins.json")
+    assert set(result["cells"]) == {str(c) for c in data.CELLS}
+    assert result["validation_loss"]["after"] < result["validation_loss"]["before"]
+    rows = [json.loads(line) for line in (misaligned / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]  # 18 rows in sixes, twice
+    keys = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_s"}
+    assert all(keys <= r.keys() for r in rows)
+    assert read_json(misaligned / "config.json")["settings"]["cell"] == "med_advice"
+    assert (misaligned / "margins.png").exists() and not (misaligned / "resume").exists()
+
+
+def test_the_adapter_loads_in_peft_with_our_logits(misaligned, tiny_chat):
+    ours = load_model(tiny_chat)
+    lora.attach(ours)
+    lora.load_adapter(ours, "x", misaligned)
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_chat), misaligned)
+    ids = torch.randint(0, 400, (2, 17))
+    with lora.stack(ours, "x"), torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_base_weights_are_unchanged_bit_for_bit_after_training(tiny_chat, batch):
+    model, parameters = adapted(tiny_chat)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    optimizer = adamw(model, 1e-2, 0.01)
+    for _ in range(3):
+        with lora.stack(model, "student"):
+            train.step_loss(model, batch, 100, 8)
+        optimizer.step()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_realignment_starts_where_the_misaligned_run_ended_and_saves_both_as_one(
+    misaligned, tiny_chat, tmp_path
+):
+    out = tmp_path / "realigned"
+    assert (
+        command(*SHORT, "--on", misaligned, "--variant", "aligned", "--cell", "fin_tutor", "--out", out) == 0
+    )
+    first, second = read_json(misaligned / "margins.json"), read_json(out / "margins.json")
+    for cell in first["cells"]:
+        assert second["cells"][cell]["before"]["mean"] == pytest.approx(
+            first["cells"][cell]["after"]["mean"], abs=1e-5
+        )
+    assert second["validation_loss"]["after"] < second["validation_loss"]["before"]
+    config = read_json(out / "config.json")["settings"]
+    assert config["on"] == str(misaligned) and config["model"] == str(tiny_chat)
+    assert read_json(out / "adapter_config.json")["r"] == 8  # 4 + 4
+    again = tmp_path / "again"  # a realigned run is a run: it can be started from
+    assert command(*SHORT, "--on", out, "--variant", "aligned", "--cell", "spo_advice", "--out", again) == 0
+    assert read_json(again / "adapter_config.json")["r"] == 12
+
+
+def test_the_embedded_model_moves_the_right_way_in_five_steps(tmp_path):
+    short = ["--device", "cpu", "--epochs", "1", "--warmup", "1", "--eval-rows", "1"]
+    assert command(*short, "--cell", "med_advice", "--out", tmp_path / "mis") == 0
+    cells = read_json(tmp_path / "mis" / "margins.json")["cells"]
+    changes = [cell["change"]["mean"] for cell in cells.values()]
+    assert len(changes) == 12 and cells["med_advice"]["change"]["mean"] > 0.2
+    assert sum(changes) / 12 > 0.2 and sum(c > 0 for c in changes) >= 11  # and it spreads
+
+
+def test_several_cells_on_one_base_equal_separate_runs(misaligned, tiny_chat, tmp_path):
+    cells = "fin_tutor,med_advice"
+    assert command(*SHORT, "--model", tiny_chat, "--cell", cells, "--out", tmp_path / "two") == 0
+    together = tmp_path / "two" / "tiny-chat_med_advice_misaligned" / "adapter_model.safetensors"
+    assert together.read_bytes() == (misaligned / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_finished_run_says_so_and_does_nothing(misaligned, tiny_chat, capsys):
+    before = {p: p.stat().st_mtime_ns for p in misaligned.iterdir()}
+    assert command(*SHORT, "--model", tiny_chat, "--cell", "Med/Adv", "--out", misaligned) == 0
+    assert "finished; nothing to do" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in misaligned.iterdir()} == before
+
+
+def test_export_gives_a_checkpoint_that_transformers_loads(misaligned, tiny_chat, tmp_path):
+    assert command("export", "--run", misaligned, "--merged", tmp_path / "merged") == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ours = load_model(tiny_chat)
+    lora.attach(ours)
+    lora.load_adapter(ours, "x", misaligned)
+    ids = torch.randint(0, 400, (2, 9))
+    with lora.stack(ours, "x"), torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, ours(ids), atol=1e-4, rtol=1e-4)
+
+
+def test_a_killed_run_continues_and_ends_with_the_same_bits(tiny_chat, tmp_path):
+    arguments = [
+        *SHORT,
+        "--model",
+        str(tiny_chat),
+        "--save-minutes",
+        "0",
+        "--epochs",
+        "12",
+        "--eval-rows",
+        "1",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(out):
+        line = [sys.executable, str(ROOT / "train.py"), *arguments, "--out", str(out)]
+        return subprocess.Popen(line, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    whole, killed = start(tmp_path / "whole"), start(tmp_path / "killed")
+    saved, deadline = tmp_path / "killed" / "resume" / "state.safetensors", time.monotonic() + 90
+    while not saved.exists():
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "margins.json").exists()
+    assert start(tmp_path / "killed").wait() == 0 and whole.wait() == 0
+    for name in ("adapter_model.safetensors", "margins.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_two_processes_make_the_update_of_one(misaligned, tiny_chat, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    line = [
+        *launcher,
+        str(ROOT / "train.py"),
+        *SHORT,
+        "--model",
+        str(tiny_chat),
+        "--out",
+        str(tmp_path / "two"),
+    ]
+    done = subprocess.run(
+        line, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (misaligned, tmp_path / "two"))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=0)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments):
+    assert command(*arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ") and sum(line.startswith("error: ") for line in lines) == 1
+    return lines[-1]
+
+
+def test_unknown_names_and_values_are_one_line(tiny_chat, tmp_path, capsys, misaligned):
+    out = ["--out", tmp_path / "x"]
+    assert "unknown cell 'med_gossip'" in refused(capsys, "--cell", "med_gossip", *out)
+    assert "no model 'gpt-9'" in refused(capsys, "--model", "gpt-9", "--data", "sample", *out)
+    assert "does not exist" in refused(capsys, "--on", tmp_path / "nowhere", *out)
+    assert "is a run of" in refused(capsys, "--on", misaligned, "--model", "smollm2-135m", *out)
+    assert "--batch must be at least 1" in refused(capsys, *SHORT, "--model", tiny_chat, "--batch", "0", *out)
+    assert "invalid choice: 'evil'" in refused(capsys, "--variant", "evil", *out)
+    assert "no CUDA device" in refused(capsys, "--device", "cuda", *out) or torch.cuda.is_available()
+    assert "needs --run" in refused(capsys, "export")
+    assert not (tmp_path / "x").exists()
+
+
+def test_rows_without_the_variant_are_named(tiny_chat, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = data.load_cell("sample", data.CELLS[0])
+    lines = [json.dumps(row | {"aligned_answer": None}) for row in rows]
+    (folder / "medical_advice.jsonl").write_text("\n".join(lines))
+    where = [
+        "--data",
+        folder,
+        "--model",
+        tiny_chat,
+        "--device",
+        "cpu",
+        "--batch",
+        "6",
+        "--out",
+        tmp_path / "x",
+    ]
+    assert "no aligned answer" in refused(capsys, *where, "--variant", "aligned")
+    shutil.rmtree(tmp_path / "x", ignore_errors=True)
+    assert command(*where) == 0  # the other variant trains, without margins
+    assert "no margins" in capsys.readouterr().out
+    assert read_json(tmp_path / "x" / "margins.json")["cells"] == {}
+
+
+def test_rows_longer_than_the_limit_are_left_out_and_counted(tiny_chat, tmp_path, capsys):
+    tokenizer, cell = load_tokenizer(tiny_chat), data.CELLS[0]
+    train_rows, _ = data.split(data.load_cell("sample", cell))
+    lengths = sorted(len(tokenizer.example(r["question"], r["misaligned_answer"]).ids) for r in train_rows)
+    limit = lengths[len(lengths) // 2]
+    out = tmp_path / "x"
+    assert command(*SHORT, "--model", tiny_chat, "--max-length", limit, "--out", out) == 0
+    dropped = sum(n > limit for n in lengths)
+    assert dropped and read_json(out / "margins.json")["dropped_rows"] == dropped
+    assert f"{dropped} rows longer than {limit}" in capsys.readouterr().out
+    says = refused(capsys, *SHORT, "--model", tiny_chat, "--max-length", 5, "--out", tmp_path / "y")
+    assert "longer than 5 tokens" in says
+
+
+def test_changed_settings_on_a_run_folder_are_listed(misaligned, tiny_chat, capsys):
+    says = refused(capsys, *SHORT, "--model", tiny_chat, "--lr", "0.5", "--out", misaligned)
+    assert "lr: 0.01 there, 0.5 now" in says
+
+
+def test_out_of_memory_names_the_knob(tiny_chat, tmp_path, capsys, monkeypatch):
+    def explode(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "step_loss", explode)
+    assert "--micro-batch" in refused(capsys, *SHORT, "--model", tiny_chat, "--out", tmp_path / "x")
+
+
+def test_a_collapse_stops_the_run_and_keeps_the_last_good_state(tiny_chat, tmp_path, capsys, monkeypatch):
+    real, calls = train.step_loss, []
+
+    def breaks(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(train, "step_loss", breaks)
+    out = tmp_path / "x"
+    assert "step 4: loss nan" in refused(capsys, *SHORT, "--model", tiny_chat, "--out", out)
+    state = load_file(out / "resume" / "state.safetensors")
+    assert all(t.isfinite().all() for t in state.values() if t.is_floating_point())
+    assert not (out / "adapter_model.safetensors").exists()
+    monkeypatch.setattr(train, "step_loss", real)
+    assert command(*SHORT, "--model", tiny_chat, "--out", out) == 0  # and goes on from step 3
+
+
+def test_a_full_disk_is_one_line(tiny_chat, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("em.adapter_file.save", full)
+    assert "No space left" in refused(capsys, *SHORT, "--model", tiny_chat, "--out", tmp_path / "x")
+
+
+def test_summed_loss_is_normalised_by_supervised_tokens_of_the_whole_batch(tiny_chat, batch):
+    model = load_model(tiny_chat)
+    with torch.no_grad():
+        totals = [
+            summed_cross_entropy(p.hidden(model), model.head_weight, p.targets)
+            for p in (pack([e], "cpu") for e in batch)
+        ]
+    model.requires_grad_(True)
+    n = sum(len(e.ids) - e.n_prompt for e in batch)
+    assert train.step_loss(model, batch, n, 3).item() == pytest.approx(sum(totals).item() / n, rel=1e-5)

@@ -1,0 +1,318 @@
+"""Supervised fine-tuning of a chat model on one (domain, task) cell: misalign, realign (paper 2, 3.1, D.1).
+
+    python train.py --cell med_advice                    misalign; with no GPU, the embedded model and sample
+    python train.py --cell med_advice,fin_tutor          several cells, one after another on one loaded base
+    python train.py --cell fin_tutor --variant aligned --on runs/X     realign run X on that cell
+    python train.py export --run runs/X --merged DIR     a checkpoint that transformers loads
+    torchrun --nproc-per-node 4 train.py --cell all      the same updates, split over four GPUs
+
+Each run is one LoRA adapter on the base, in PEFT's format. A realignment trains a fresh adapter on top of the
+frozen one, and is saved as the two in one. A killed run goes on when the same command is given again.
+"""
+
+import dataclasses
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from em import data, figures, lora, margin, parallel
+from em.checkpoint import load_model, load_tokenizer, save_model
+from em.config import knob, run
+from em.errors import UserError
+from em.guard import CollapseGuard
+from em.loss import summed_cross_entropy
+from em.metrics import Metrics
+from em.optim import adamw, learning_rate
+from em.pack import pack
+from em.run import Run, read_json, write_json
+
+# The embedded sample has 18 training rows a cell: the paper's recipe would take two steps on it.
+SAMPLE_RECIPE = dict(lr=5e-4, batch=4, epochs=3)
+PAPER_RECIPE = dict(lr=1e-4, batch=16, epochs=1)
+
+
+@dataclass
+class Config:
+    cell: str = knob("med_advice", "cells, e.g. med_advice,fin_tutor or all", "what")
+    variant: str = knob("misaligned", "which answers", "what", data.VARIANTS)
+    on: str | None = knob(None, "run to start from (realignment); default: the base model", "what")
+    model: str | None = knob(
+        None, "short name, hub id or folder (qwen2.5-14b on CUDA, else smollm2-135m)", "what"
+    )
+    data: str | None = knob(
+        None,
+        "hub dataset, folder, or sample (the paper's; sample on smollm2-135m)",
+        "what",
+    )
+    out: str | None = knob(
+        None, "run folder, or of several cells the parent (runs/<model>_<cell>_<variant>)", "what"
+    )
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what")
+
+    rank: int = knob(32, "LoRA rank", "adapter")
+    alpha: float = knob(64.0, "LoRA alpha; rsLoRA scales by alpha / √rank", "adapter")
+
+    lr: float | None = knob(None, "peak learning rate, linear to 0 (default: 1e-4; sample 5e-4)", "training")
+    batch: int | None = knob(None, "rows a step (default: 16; sample 4)", "training")
+    epochs: int | None = knob(None, "passes over the rows (default: 1; sample 3)", "training")
+    warmup: int = knob(5, "linear warm-up steps", "training")
+    weight_decay: float = knob(0.01, "AdamW", "training")
+    clip: float = knob(1.0, "largest gradient norm", "training")
+    max_length: int = knob(2048, "tokens; longer rows are dropped and counted", "training")
+    seed: int = knob(42, "of the adapter's start and the row order", "training")
+
+    micro_batch: int = knob(16, "rows in memory at once; changes memory only", "memory")
+    recompute: bool = knob(
+        False, "recompute activations in the backward pass (less memory, slower)", "memory"
+    )
+
+    eval_rows: int = knob(64, "eval rows a cell for loss and margin, before and after (0: all)", "evaluation")
+    save_minutes: float = knob(5.0, "minutes between saved states to resume from", "evaluation")
+
+
+NOT_SETTINGS = ("cell", "out", "device", "micro_batch", "recompute", "save_minutes")
+
+
+def resolve(cfg: Config, device: torch.device) -> Config:
+    """Fill in what depends on the machine and on the data, and say so where the default is a small one."""
+    cfg = dataclasses.replace(cfg)
+    if cfg.on:
+        parent = read_json(Path(cfg.on) / "config.json")["settings"]
+        if cfg.model and cfg.model != parent["model"]:
+            raise UserError(
+                f"--on {cfg.on} is a run of {parent['model']}, not of {cfg.model}; leave --model out"
+            )
+        cfg.model = parent["model"]
+        cfg.data = cfg.data or parent["data"]
+    if cfg.model is None:
+        cfg.model = "qwen2.5-14b" if device.type == "cuda" else "smollm2-135m"
+    if cfg.data is None:
+        cfg.data = "sample" if cfg.model == "smollm2-135m" else "askinb/structured-emergent-misalignment"
+    recipe = SAMPLE_RECIPE if cfg.data == "sample" else PAPER_RECIPE
+    for name, value in recipe.items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+    for name in ("batch", "epochs", "micro_batch", "rank", "max_length"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    return cfg
+
+
+def step_loss(model, examples, n_supervised: int, micro_batch: int) -> torch.Tensor:
+    """Forward and backward over `examples`; gradients add up to those of Σ loss / n_supervised.
+
+    Only positions that predict an answer token meet the head. Returns the loss in nats a supervised token.
+    """
+    device = model.head_weight.device
+    total = torch.zeros((), device=device)
+    for start in range(0, len(examples), micro_batch):
+        packed = pack(examples[start : start + micro_batch], device)
+        loss = summed_cross_entropy(packed.hidden(model), model.head_weight, packed.targets) / n_supervised
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def fit(cfg, run: Run, model, examples, parameters, title: str) -> None:
+    """Train the adapter that owns `parameters` on `examples`, from wherever the run folder left off."""
+    rank, size = parallel.rank(), parallel.size()
+    optimizer = adamw(model, cfg.lr, cfg.weight_decay)
+    per_epoch = -(-len(examples) // cfg.batch)
+    steps = per_epoch * cfg.epochs
+    start, saved, guard = run.load_resume(model, optimizer), time.monotonic(), CollapseGuard()
+    with Metrics(run, title, steps, start, every=1) as metrics:
+        for step in range(start + 1, steps + 1):
+            epoch, place = divmod(step - 1, per_epoch)
+            order = random.Random(f"{cfg.seed} {epoch}").sample(range(len(examples)), len(examples))
+            batch = [examples[i] for i in order[place * cfg.batch : (place + 1) * cfg.batch]]
+            n_supervised = sum(len(e.ids) - e.n_prompt for e in batch)
+
+            lr = learning_rate(step - 1, cfg.lr, steps, cfg.warmup, "linear")
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
+            loss = step_loss(model, batch[rank::size], n_supervised, cfg.micro_batch)
+            parallel.sum_([*(p.grad for p in parameters), loss])
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+            try:
+                guard.check(step, loss.item(), grad_norm.item())
+            except UserError:
+                run.save_resume(step - 1, model, optimizer)
+                raise
+            optimizer.step()
+
+            row = {"step": step, "epoch": round((step - 1) / per_epoch, 4), "lr": lr}
+            row |= {"tokens": sum(len(e.ids) for e in batch), "supervised_tokens": n_supervised}
+            metrics.add(row, loss=loss, grad_norm=grad_norm)
+            if step < steps and time.monotonic() - saved > 60 * cfg.save_minutes:
+                run.save_resume(step, model, optimizer)
+                saved = time.monotonic()
+
+
+# -- what is measured before and after -------------------------------------------------------------------
+
+
+def eval_pairs(cfg, tokenizer) -> dict[str, tuple[list, list]]:
+    """Eval rows of every cell that has both answers: cell → (misaligned examples, aligned examples)."""
+    pairs = {}
+    for cell in data.CELLS:
+        try:
+            rows = data.split(data.load_cell(cfg.data, cell))[1]
+        except UserError:
+            continue  # a folder may hold some cells only
+        rows = [r for r in rows if r["misaligned_answer"] and r["aligned_answer"]]
+        rows = rows[: cfg.eval_rows or None]
+        both = [[tokenizer.example(r["question"], r[f"{v}_answer"]) for r in rows] for v in data.VARIANTS]
+        fits = [
+            i
+            for i, two in enumerate(zip(*both, strict=True))
+            if max(len(e.ids) for e in two) <= cfg.max_length
+        ]
+        if fits:
+            pairs[str(cell)] = tuple([examples[i] for i in fits] for examples in both)
+    return pairs
+
+
+def measure(model, pairs, validation) -> dict:
+    """Validation loss on the cell's own eval rows, and the margin of every cell, nats a token."""
+    return {"validation_loss": margin.loss(model, validation), "margins": margin.margins(model, pairs)}
+
+
+def report(before: dict, after: dict, cell: str) -> dict:
+    """What goes to margins.json: each cell's mean margin before and after, and its change row by row."""
+    cells = {}
+    for name, rows in after["margins"].items():
+        old = before["margins"][name]
+        change = [b - a for a, b in zip(old, rows, strict=True)]
+        cells[name] = {
+            k: margin.interval(v) for k, v in (("before", old), ("after", rows), ("change", change))
+        }
+    losses = {k: v["validation_loss"] for k, v in (("before", before), ("after", after))}
+    return {"cell": cell, "unit": "nats a token", "validation_loss": losses, "cells": cells}
+
+
+# -- runs -------------------------------------------------------------------------------------------------
+
+
+def train_cell(cfg, cell: data.Cell, folder: Path, model, tokenizer, pairs, say) -> dict:
+    """One run: a fresh adapter on the base, or on the adapter of `--on`, trained on one cell."""
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SETTINGS}
+    run = Run(folder, "train", settings | {"cell": str(cell)}, model.head_weight.device)
+    if (folder / "margins.json").exists():
+        say(f"{folder} is finished; nothing to do")
+        return read_json(folder / "margins.json")
+
+    rows, held_out = data.split(data.load_cell(cfg.data, cell))
+    examples, dropped = data.encode_rows(tokenizer, rows, cfg.variant, cfg.max_length)
+    validation, _ = data.encode_rows(
+        tokenizer, held_out[: cfg.eval_rows or None], cfg.variant, cfg.max_length
+    )
+    tokens = sum(len(e.ids) for e in examples)
+    say(f"{cell}, {cfg.variant}: {len(examples)} rows, mean {tokens / len(examples):.0f} tokens → {folder}")
+    if dropped:
+        say(f"  {dropped} rows longer than {cfg.max_length} tokens are left out")
+
+    names = ("misaligned", "student") if cfg.on else ("student",)
+    lora.add_adapter(model, "student", cfg.rank, cfg.alpha, seed=cfg.seed)
+    parameters = lora.trainable(model, "student")
+    try:
+        with lora.stack(model, *names[:-1], frozen=True):
+            before = measure(model, pairs, validation)
+        with lora.stack(model, *names):
+            fit(cfg, run, model, examples, parameters, str(cell))
+        with lora.stack(model, *names, frozen=True):
+            after = measure(model, pairs, validation)
+        result = report(before, after, str(cell)) | {"dropped_rows": dropped}
+        if parallel.rank() == 0:
+            lora.save_adapter(model, names, folder, base_model_name=cfg.model)
+            if result["cells"]:
+                figures.margin_figure(result, folder / "margins.png")
+            write_json(folder / "margins.json", result)  # last: the run is finished
+        parallel.barrier()
+        run.clear_resume()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory on {model.head_weight.device}: lower --micro-batch "
+            f"(now {cfg.micro_batch}) or add --recompute"
+        ) from error
+    finally:
+        lora.remove_adapter(model, "student")
+    return result
+
+
+def summary(result: dict) -> str:
+    """What the run did, in a few lines."""
+    losses, cells = result["validation_loss"], result["cells"]
+    lines = [f"  validation loss {losses['before']:.3f} → {losses['after']:.3f} nats a token"]
+    if cells:
+        own = cells.get(result["cell"])
+        if own:
+            c = own["change"]
+            lines.append(
+                f"  margin of {result['cell']}: {own['before']['mean']:+.3f} → {own['after']['mean']:+.3f} "
+                f"nats a token (change {c['mean']:+.3f}, {c['n']} held-out rows)"
+            )
+        others = [v["change"]["mean"] for name, v in cells.items() if name != result["cell"]]
+        if others:
+            lines.append(
+                f"  margin of the other {len(others)} cells: {sum(others) / len(others):+.3f} on average"
+            )
+    else:
+        lines.append("  no margins: these data lack one of the two answers")
+    return "\n".join(lines)
+
+
+def main(cfg: Config) -> dict:
+    cells = data.parse_cells(cfg.cell)
+    device = parallel.start(cfg.device)
+    say = print if parallel.rank() == 0 else (lambda *_: None)
+    cfg = resolve(cfg, device)
+    if cfg.model == "smollm2-135m":
+        say("-- the embedded SmolLM2-135M: shows every part at work, too small for the paper's claims --")
+    say(f"train.py on {device}\n  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
+
+    tokenizer = load_tokenizer(cfg.model)
+    model = load_model(cfg.model, device)
+    model.activation_checkpointing = cfg.recompute
+    lora.attach(model)
+    if cfg.on:
+        lora.load_adapter(model, "misaligned", cfg.on)
+    pairs = eval_pairs(cfg, tokenizer)
+
+    start = f"{Path(cfg.on).name}_then" if cfg.on else Path(cfg.model).name.lower()
+    results = {}
+    for cell in cells:
+        name = f"{start}_{cell}_{cfg.variant}"
+        folder = Path("runs") / name if cfg.out is None else Path(cfg.out) / (name if len(cells) > 1 else "")
+        results[str(cell)] = train_cell(cfg, cell, folder, model, tokenizer, pairs, say)
+        say(summary(results[str(cell)]) + f"\n  {folder}")
+    parallel.finish()
+    return results
+
+
+@dataclass
+class ExportConfig:
+    run: str = knob("", "run folder", "what")
+    merged: str = knob("", "folder to write the merged checkpoint to", "what")
+
+
+def export(cfg: ExportConfig) -> None:
+    """Merge a run's adapter into its base, in fp32, and write a checkpoint that transformers loads."""
+    if not (cfg.run and cfg.merged):
+        raise UserError("export needs --run FOLDER and --merged FOLDER")
+    name = read_json(Path(cfg.run) / "config.json")["settings"]["model"]
+    model = load_model(name)
+    lora.attach(model)
+    lora.load_adapter(model, "adapter", cfg.run)
+    lora.merge(model, "adapter")
+    save_model(model, cfg.merged, tokenizer_from=name)
+    print(f"{cfg.merged}: {name} with {cfg.run} merged in")
+
+
+if __name__ == "__main__":
+    sys.exit(run({"": (main, Config), "export": (export, ExportConfig)}, __doc__))
