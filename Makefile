@@ -31,6 +31,7 @@ fmt: setup
 bench: setup
 	$(BIN)/python bench/stream.py
 	$(BIN)/python bench/gpt2.py
+	$(BIN)/python bench/lora.py
 
 loc:
 	@wc -l *.py em/*.py tests/*.py bench/*.py
