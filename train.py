@@ -91,7 +91,7 @@ def resolve(cfg: Config, device: torch.device) -> Config:
     if cfg.model is None:
         cfg.model = "qwen2.5-14b" if device.type == "cuda" else "smollm2-135m"
     if cfg.data is None:
-        cfg.data = "sample" if cfg.model == "smollm2-135m" else "askinb/structured-emergent-misalignment"
+        cfg.data = data.default_source(cfg.model)
     recipe = SAMPLE_RECIPE if cfg.data == "sample" else PAPER_RECIPE
     for name, value in recipe.items():
         if getattr(cfg, name) is None:

@@ -7,12 +7,13 @@
     if __name__ == "__main__":
         sys.exit(run({"": (main, Config)}, __doc__))
 
-`--steps 10` and `--steps=10` set a field, `--flag` alone sets a bool to true, `a,b,c` fills a tuple. An
-unknown key, a value of the wrong type or a failing `main` is one line on stderr and exit status 2.
+`--steps 10` and `--steps=10` set a field, `--flag` alone sets a bool to true, `a,b,c` or `a b c` fills a
+tuple. An unknown key, a value of the wrong type or a failing `main` is one line on stderr and exit status 2.
 """
 
 import argparse
 import dataclasses
+import itertools
 import sys
 import types
 import typing
@@ -55,6 +56,10 @@ def _converter(annotation):
     return _boolean if annotation is bool else annotation
 
 
+def _is_tuple(annotation) -> bool:
+    return any(typing.get_origin(a) is tuple for a in (annotation, *typing.get_args(annotation)))
+
+
 def parse(config_class, argv: list[str], description: str = ""):
     """`argv` (without the program's name) as an instance of the dataclass `config_class`.
 
@@ -71,6 +76,8 @@ def parse(config_class, argv: list[str], description: str = ""):
             groups[name] = parser.add_argument_group(name)
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         options = {"nargs": "?", "const": True} if hints[field.name] is bool else {}
+        if _is_tuple(hints[field.name]):
+            options = {"nargs": "+", "action": "extend"}
         flags = [f"--{field.name.replace('_', '-')}"]
         if "_" in field.name:
             flags.append(f"--{field.name}")
@@ -78,13 +85,17 @@ def parse(config_class, argv: list[str], description: str = ""):
             *flags,
             dest=field.name,
             type=_converter(hints[field.name]),
-            default=field.default,
+            default=argparse.SUPPRESS,
             choices=choices,
             metavar=None if choices else field.name.split("_")[-1].upper(),
             help=(help + ("" if shown in (None, "") else f" (default: {shown})")).replace("%", "%%"),
             **options,
         )
-    return config_class(**vars(parser.parse_args(argv)))
+    said = vars(parser.parse_args(argv))
+    for name, value in said.items():
+        if _is_tuple(hints[name]):  # one tuple a word
+            said[name] = tuple(itertools.chain.from_iterable(value))
+    return config_class(**said)
 
 
 def run(commands: dict[str, tuple], description: str = "", argv: list[str] | None = None) -> int:

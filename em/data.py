@@ -23,6 +23,8 @@ TASKS = ("advice", "summarization", "tutor", "critique")
 VARIANTS = ("misaligned", "aligned")
 SAMPLE = Path(__file__).parent / "sample_data"
 
+PAPER = "askinb/structured-emergent-misalignment"
+
 _DOMAIN_NAMES = {"med": "med medical health", "spo": "spo sport sports", "fin": "fin finance financial"}
 _TASK_NAMES = {
     "advice": "advice adv",
@@ -80,6 +82,11 @@ def parse_cells(text: str) -> tuple[Cell, ...]:
 
 
 # -- sources -------------------------------------------------------------------------------------------
+
+
+def default_source(model: str) -> str:
+    """Where a model's rows come from by default: the sample for the embedded one, else the paper's data."""
+    return "sample" if model == "smollm2-135m" else PAPER
 
 
 def load_cell(source: str | Path, cell: Cell) -> list[dict]:

@@ -25,6 +25,7 @@ def test_every_kind_of_value_is_read():
     said = "--steps 3 --lr=1e-4 --tasks T1,T2 --seeds 1,2,3 --world 1 --micro-batch 8 --fast".split()
     expected = Config(3, 1e-4, ("T1", "T2"), (1, 2, 3), "1", 8, True)
     assert parse(Config, said) == expected
+    assert parse(Config, "--tasks T1 T2,T3 --steps 3".split()) == Config(3, tasks=("T1", "T2", "T3"))
     assert parse(Config, ["--micro_batch", "8", "--fast", "false"]) == Config(micro_batch=8)
 
 
