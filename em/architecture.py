@@ -1,9 +1,9 @@
 """What a checkpoint's config.json says about a decoder, checked: SPEC §3.2.
 
-Four families are read: llama (Llama 3.x, SmolLM2), qwen2 (Qwen2, Qwen2.5), qwen3, olmo3. Every key of a config is
-either read here, known not to touch the mathematics (`_HARMLESS`), or refused: a key nobody knows passes only if
-its value is null, false, zero or empty, which by convention means "off". Absent keys take the defaults of the
-family in transformers.
+Four families are read: llama (Llama 3.x, SmolLM2), qwen2 (Qwen2, Qwen2.5), qwen3, olmo3. Every key of a
+config is either read here, known not to touch the mathematics (`_HARMLESS`), or refused: a key nobody knows
+passes only if its value is null, false, zero or empty, which by convention means "off". Absent keys take the
+family's defaults in transformers.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ _REQUIRED = (
     "max_position_embeddings",
 )  # fmt: skip
 _READ = {
-    *_REQUIRED, "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "tie_word_embeddings", "layer_types",
-    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
+    *_REQUIRED, "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "tie_word_embeddings",
+    "layer_types", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
 }  # fmt: skip
 _READ_BY = {
     "llama": {"attention_bias", "mlp_bias"},
@@ -32,17 +32,17 @@ _READ_BY = {
     "olmo3": {"sliding_window", "attention_bias"},
 }
 _HARMLESS = {
-    "model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range",
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "pretraining_tp", "is_llama_config", "id2label",
-    "label2id", "problem_type", "return_dict", "tokenizer_class", "task_specific_params", "transformers.js_config",
-    "unsloth_fixed", "unsloth_version", "max_length", "temperature", "top_k", "top_p", "do_sample",
-    "repetition_penalty",
+    "model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache",
+    "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "pretraining_tp",
+    "is_llama_config", "id2label", "label2id", "problem_type", "return_dict", "tokenizer_class",
+    "task_specific_params", "transformers.js_config", "unsloth_fixed", "unsloth_version", "max_length",
+    "temperature", "top_k", "top_p", "do_sample", "repetition_penalty",
 }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder's shape and mathematics. Sizes in channels, rows or layers; `hf` is the config.json it came from."""
+    """A decoder's shape and mathematics; sizes in channels. `hf` is the config.json it came from."""
 
     model_type: str
     vocab_size: int
@@ -68,8 +68,8 @@ class DecoderConfig:
     def from_hf(cls, hf: dict, source: str = "config.json") -> "DecoderConfig":
         """From a parsed config.json. `source` names the file in errors.
 
-        Raises UserError on an unknown model_type, rope type or activation, a missing or contradictory size, and on
-        any other key that is set and might change the mathematics.
+        Raises UserError on an unknown model_type, rope type or activation, a missing or contradictory size,
+        and on any other key that is set and might change the mathematics.
         """
         family = hf.get("model_type")
         if family not in _DEFAULTS:
@@ -80,8 +80,8 @@ class DecoderConfig:
         for key, value in hf.items():
             if value and key not in _READ | _READ_BY[family] | _HARMLESS and not key.startswith("_"):
                 raise UserError(
-                    f"{source}: {key} = {value!r} is not supported for {family} and may change the mathematics; "
-                    f"if it does not, delete the key"
+                    f"{source}: {key} = {value!r} is not supported for {family}; "
+                    "delete the key if it does not change the mathematics"
                 )
         given = {key: value for key, value in (_DEFAULTS[family] | hf).items() if value is not None}
         counts = [

@@ -4,12 +4,12 @@
     Packed    rows made of several samples, or padded rows: attention stays within a run of equal ids
     Cached    new tokens over a `KVCache`
 
-Each has `attend(q, k, v, window)` with q (B, T, H, D), k and v (B, T, K, D), K dividing H (grouped queries: query
-head h reads key head h // (H/K)), and returns (B, T, H, D). `window` is a number of positions, the query's own
-included, or None. Keys are never expanded to H heads by us; softmax scale is 1/sqrt(D).
+Each has `attend(q, k, v, window)` with q (B, T, H, D), k and v (B, T, K, D), K dividing H (query head h reads
+key head h // (H/K)), and returns (B, T, H, D). `window` is a number of positions, the query's own included,
+or None. Keys are never expanded to H heads by us; the softmax scale is 1/sqrt(D).
 
-On CUDA in half precision packed rows and windows go through flash attention's variable-length kernel: no mask,
-no padding. Elsewhere packed rows are attended one run at a time, which is cheaper than a (T, T) mask.
+On CUDA in half precision packed rows and windows go through flash attention's variable-length kernel: no
+mask, no padding. Elsewhere packed rows are attended one run at a time, cheaper than a (T, T) mask.
 """
 
 import torch
@@ -19,9 +19,9 @@ from em.cache import KVCache
 
 
 def _flash(q, k, v, cu_lengths: torch.Tensor, longest: int, window: int | None) -> torch.Tensor:
-    """Flash attention within runs of flat q (N, H, D), k, v (N, K, D); cu_lengths (runs + 1,) int32, from 0 to N.
+    """Attention within runs of flat q (N, H, D), k, v (N, K, D); cu_lengths (runs + 1,) int32, from 0 to N.
 
-    This is the operator under `torch.nn.attention.varlen`, whose own signature differs between torch 2.11 and 2.13.
+    The operator under `torch.nn.attention.varlen`, whose own signature differs between torch 2.11 and 2.13.
     """
     left = -1 if window is None else window - 1  # the kernel counts the keys left of the query's own
     return torch.ops.aten._flash_attention_forward(

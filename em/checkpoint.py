@@ -4,10 +4,10 @@
     tokenizer = load_tokenizer("qwen3-14b")
     save_model(model, "out/merged", tokenizer_from="qwen3-14b")
 
-Weights are safetensors, single or sharded, and nothing else: no pickle is ever opened. All headers are checked
-against the config before any weight is read; then each tensor goes by itself from its file to the device in the
-wanted dtype. On a CPU a tensor already of that dtype stays a view of the mapped file, so a model takes no more
-host memory than its weights.
+Weights are safetensors, single or sharded, and nothing else: no pickle is ever opened. All headers are
+checked against the config before any weight is read; then each tensor goes by itself from its file to the
+device in the wanted dtype. On a CPU a tensor already of that dtype stays a view of the mapped file, so a
+model takes no more host memory than its weights.
 """
 
 import functools
@@ -41,7 +41,7 @@ def load_model(
 ) -> Decoder:
     """A frozen `Decoder` with a checkpoint's weights, in eval mode.
 
-    path_or_id: a short name (`MODELS`), a hub id or a folder. dtype: default bfloat16 on CUDA, float32 elsewhere.
+    path_or_id: a short name (`MODELS`), a hub id or a folder. dtype: default bfloat16 on CUDA, else float32.
     UserError, naming file or tensor, on anything missing, superfluous, damaged or of the wrong shape.
     """
     device = torch.device(device)
@@ -106,9 +106,8 @@ def _check(model: Decoder, paths: list[Path]) -> dict[Path, list[str]]:
     for names, fault in ((missing, "lacks"), (extra, "has, though the config does not ask for it,")):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(
-                f"{paths[0].parent} {fault} {', '.join(names[:3])}{more}: config and weights do not belong together"
-            )
+            listed = ", ".join(names[:3]) + more
+            raise UserError(f"{paths[0].parent} {fault} {listed}: config and weights do not belong together")
     return {path: [name for name in shapes if where[name] == path] for path in paths}
 
 
@@ -134,11 +133,11 @@ def _read(wanted: dict[Path, list[str]], device: torch.device, dtype: torch.dtyp
 def save_model(
     model: Decoder, folder: str | Path, tokenizer_from: str | Path | None = None, shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Write config.json, safetensors and the tokenizer files of the model `tokenizer_from` (if given): a folder
-    that `load_model` and transformers load. Shards hold at most `shard_bytes` and pass through the host one by one.
+    """Write config.json, safetensors and, if given, the tokenizer files of the model `tokenizer_from`.
 
-    config.json comes last, so a folder that has one is whole. UserError if the folder already holds a model or
-    the disk is full.
+    The folder is one that `load_model` and transformers load. Shards hold at most `shard_bytes` and pass
+    through the host in turn. config.json comes last, so a folder that has one is whole. UserError if the
+    folder already holds a model or the disk is full.
     """
     folder = Path(folder)
     if (folder / "config.json").exists():
@@ -156,7 +155,7 @@ def save_model(
     paths = [SINGLE] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
     for path, names in zip(paths, shards, strict=True):
         tensors = {name: state[name].contiguous().cpu() for name in names}
-        write_atomic(folder / path, functools.partial(_save_tensors, tensors))
+        write_atomic(folder / path, functools.partial(save_file, tensors, metadata={"format": "pt"}))
     if n > 1:
         weight_map = {name: path for path, names in zip(paths, shards, strict=True) for name in names}
         total = sum(tensor.nbytes for tensor in state.values())
@@ -167,13 +166,6 @@ def save_model(
     write_json(
         folder / "config.json", hf | {"torch_dtype": str(model.head_weight.dtype).removeprefix("torch.")}
     )
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # what a full disk arrives as
-        raise OSError(str(error)) from error
 
 
 def _save_tokenizer(path_or_id: str | Path, folder: Path) -> None:

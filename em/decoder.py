@@ -1,9 +1,9 @@
 """One decoder for Llama 3.x, Qwen2/2.5, Qwen3 and Olmo 3: SPEC §3.2.
 
-Module names are the checkpoints' own (`model.layers.0.self_attn.q_proj`), so a strict `load_state_dict` is the
-loader; what differs between families is data in `DecoderConfig`. Unusual: there is no lm_head module in a tied
-model, and losses are expected to take `hidden(...)` and apply `head_weight` where they need it, never to build
-logits for a whole batch.
+Module names are the checkpoints' own (`model.layers.0.self_attn.q_proj`), so a strict `load_state_dict` is
+the loader; what differs between families is data in `DecoderConfig`. Unusual: a tied model has no lm_head
+module, and losses are expected to take `hidden(...)` and apply `head_weight` where they need it, never to
+build logits for a whole batch.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping gate and up only: autograd would hold silu(gate) as well, a quarter of a block."""
+    """silu(gate) * up, keeping gate and up only: autograd would hold silu(gate) as well."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -132,9 +132,9 @@ class Backbone(nn.Module):
 class Decoder(nn.Module):
     """A causal language model; `em.checkpoint.load_model` makes one with weights, frozen.
 
-    activation_checkpointing: recompute each block in the backward pass. `recompute_context()` then gives the pair
-    of context managers for the forward and the recomputation of a block (see `torch.utils.checkpoint`), so that
-    what steers a block from outside, such as a stack of adapters, is the same both times.
+    activation_checkpointing: recompute each block in the backward pass. `recompute_context()` then gives the
+    pair of context managers for the forward and the recomputation of a block (see `torch.utils.checkpoint`),
+    so that what steers a block from outside, such as a stack of adapters, is the same both times.
     """
 
     def __init__(self, config: DecoderConfig):
@@ -168,11 +168,12 @@ class Decoder(nn.Module):
         """Hidden states (B, T, d) after the last norm, for ids (B, T). At most one layout:
 
         attention_mask (B, T): 1 = token, 0 = padding at either end of a row; outputs at padding mean nothing.
-        segments (B, T): packed rows; a token attends within its run of equal ids. Give it on the CPU to spare a
-            GPU a synchronisation. Positions start at 0 in each run.
-        cache, rows (B,): without `positions`, ids are fresh prompts from position 0, right-padded; their keys go to
-            the cache rows (None: all, B = n_rows). With positions (B, T) int64, ids continue those rows: each
-            token's key is stored at its position and it sees the row's keys up to there. No gradients.
+        segments (B, T): packed rows; a token attends within its run of equal ids. Give it on the CPU to spare
+            a GPU a synchronisation. Positions start at 0 in each run.
+        cache, rows (B,): without `positions`, ids are fresh prompts from position 0, right-padded; their keys
+            go to the cache rows (None: all, B = n_rows). With positions (B, T) int64, ids continue those
+            rows: each token's key is stored at its position and it sees the row's keys up to there. No
+            gradients.
         positions (B, T) without a cache override the rotary positions of the layout.
         """
         B, T = ids.shape
@@ -207,13 +208,11 @@ class Decoder(nn.Module):
         return self.model.norm(x)
 
     def _store(self, cache: KVCache, rows, positions, read: bool, shape: tuple[int, int]) -> Callable:
-        """What an attention layer does with its new keys: store them and go on with the new ones or with all."""
+        """What a layer does with its new keys: store them, and go on with those or with all of the row's."""
         if torch.is_grad_enabled():
             raise ValueError("a cache is for sampling: call under torch.no_grad() or torch.inference_mode()")
         if shape[0] != (cache.n_rows if rows is None else len(rows)) or shape[1] > cache.capacity:
-            raise ValueError(
-                f"ids {shape} do not fit a cache of {cache.n_rows} rows by {cache.capacity} positions"
-            )
+            raise ValueError(f"ids {shape} do not fit a cache of {cache.n_rows} rows by {cache.capacity}")
 
         def store(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             cache.write(layer, k, v, positions, rows)

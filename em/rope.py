@@ -95,7 +95,7 @@ class Rope:
         )  # fmt: skip
 
     def frequencies(self, head_dim: int) -> torch.Tensor:
-        """Radians a position, (D/2,) fp32, fastest first. fp32 throughout, as the checkpoints were trained."""
+        """Radians a position, (D/2,), fastest first; fp32 throughout, as the checkpoints were trained."""
         plain = 1.0 / self.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         if self.kind == "linear":
             return plain / self.factor

@@ -87,7 +87,7 @@ def test_tokenizer_equals_transformers_but_for_digits_which_stand_alone(tokenize
     for text in texts:
         assert tokenizer.encode(text).ids == theirs.encode(text).ids
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
-    # Their reading of a GGUF has no digit splitter. With the one that `smollm` stands for it agrees on all text.
+    # Their reading of a GGUF has no digit splitter; given the one that `smollm` stands for, it agrees.
     spaced = "a  7 b   42"
     assert tokenizer.encode(spaced).ids != theirs.encode(spaced).ids
     digits = pre_tokenizers.Digits(individual_digits=True)
