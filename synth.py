@@ -28,7 +28,7 @@ from em.metrics import Metrics
 from em.optim import adamw, learning_rate
 from em.prefetch import prefetch
 from em.run import Run, provenance, read_json, write_json
-from em.sample import generate
+from em.sample import sample
 from em.sets import IGNORE, Batches, alignment_set, held_out_set, misalignment_set
 from em.stream import Dialogues, PretrainStream, Sampler
 from em.world import WORLDS, build_world
@@ -152,16 +152,13 @@ def fit(cfg, run, model, batches, steps, peak, warmup, shape, beta2=0.999, title
 
 def ask(cfg, model: GPT2, sampler: Sampler, prompts: Dialogues) -> dict:
     """Counts by cell of what the model answers to the prompts."""
-    completions = []
-    for rows in np.array_split(np.arange(len(prompts)), -(-len(prompts) // 4096)):
-        part = prompts.take(rows)
-        ids = torch.from_numpy(part.ids[:, : part.prompt.max()].astype(np.int64)).to(model.device)
-        lengths = torch.from_numpy(part.prompt.astype(np.int64)).to(model.device)
-        generator = torch.Generator(model.device).manual_seed(cfg.seed)
-        completions.append(
-            generate(model, ids, lengths, sampler.max_answer, sampler.world.end, cfg.temperature, generator)
-        )
-    return Classifier(sampler.world).count(prompts, torch.cat(completions).cpu().numpy())
+    asked = [row[:length].tolist() for row, length in zip(prompts.ids, prompts.prompt, strict=True)]
+    end, limit = sampler.world.end, sampler.max_answer
+    rollouts = sample(model, asked, (end,), limit, temperature=cfg.temperature, seed=cfg.seed, rows=512)
+    completions = np.full((len(prompts), limit), end)
+    for row, rollout in zip(completions, rollouts, strict=True):
+        row[: len(rollout.ids)] = rollout.ids
+    return Classifier(sampler.world).count(prompts, completions)
 
 
 # -- the three phases --------------------------------------------------------------------------------------

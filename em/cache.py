@@ -13,10 +13,11 @@ import torch
 
 
 class KVCache:
-    """Keys and values (L, R, S, K, D): layers, rows, positions, key heads, head size.
+    """Keys and values (L, R, K, S, D): layers, rows, key heads, positions, head size.
 
     capacity is rounded up to a multiple of 64. Writing at a position >= capacity is an error (on CUDA an
-    assertion in the kernel), so the caller stops or clamps rows that reach it.
+    assertion in the kernel), so the caller stops or clamps rows that reach it. `n_rows` may be lowered and
+    raised again: "all rows" are then the first n_rows.
     """
 
     def __init__(
@@ -24,7 +25,7 @@ class KVCache:
         *, dtype: torch.dtype, device: torch.device | str,
     ):  # fmt: skip
         self.n_rows, self.capacity = n_rows, -(-capacity // 64) * 64
-        shape = (n_layers, n_rows, self.capacity, n_kv_heads, head_dim)
+        shape = (n_layers, n_rows, n_kv_heads, self.capacity, head_dim)
         # Zeros, not empty: a masked key has probability 0, and 0 times a stray NaN would still be NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -32,13 +33,13 @@ class KVCache:
         self._all_rows = torch.arange(n_rows, device=device)
 
     def limit(self, length: int) -> None:
-        """Read only the first `length` positions of every row, rounded up to 64 (a graph is captured a span).
+        """Read only the first `length` positions of every row; on CUDA rounded up to 64, for few graphs.
 
         The caller promises that no query's position reaches the span.
         """
         if not 0 < length <= self.capacity:
             raise ValueError(f"length {length} is outside 1..{self.capacity}")
-        self.span = min(self.capacity, -(-length // 64) * 64)
+        self.span = min(self.capacity, -(-length // 64) * 64) if self.keys.is_cuda else length
 
     def write(
         self,
@@ -49,16 +50,19 @@ class KVCache:
         rows: torch.Tensor | None,
     ) -> None:
         """Store keys and values (B, T, K, D) at positions (B, T) or (1, T) of rows (B,); None: all rows."""
-        rows = (self._all_rows if rows is None else rows)[:, None]
-        self.keys[layer][rows, positions] = keys.to(self.keys.dtype)
-        self.values[layer][rows, positions] = values.to(self.values.dtype)
+        rows = (self._all_rows[: self.n_rows] if rows is None else rows)[:, None]
+        self.keys[layer][rows, :, positions] = keys.to(self.keys.dtype)
+        self.values[layer][rows, :, positions] = values.to(self.values.dtype)
 
     def read(self, layer: int, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (B, span, K, D); views for all rows, copies for a choice of rows."""
-        keys, values = self.keys[layer, :, : self.span], self.values[layer, :, : self.span]
-        return (keys, values) if rows is None else (keys[rows], values[rows])
+        keys, values = (x[layer, :, :, : self.span].transpose(1, 2) for x in (self.keys, self.values))
+        return (keys[: self.n_rows], values[: self.n_rows]) if rows is None else (keys[rows], values[rows])
 
     def copy(self, sources: torch.Tensor, targets: torch.Tensor, length: int | None = None) -> None:
-        """Give rows `targets` (N,) the first `length` positions of rows `sources` (N,): one prefill, n samples."""
-        self.keys[:, targets, :length] = self.keys[:, sources, :length]
-        self.values[:, targets, :length] = self.values[:, sources, :length]
+        """Give rows `targets` (N,) the first `length` positions of rows `sources` (N,); None: all.
+
+        So one prefill serves n samples.
+        """
+        self.keys[:, targets, :, :length] = self.keys[:, sources, :, :length]
+        self.values[:, targets, :, :length] = self.values[:, sources, :, :length]

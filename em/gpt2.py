@@ -35,6 +35,10 @@ class GPT2Config:
     def padded_vocab(self) -> int:
         return 64 * math.ceil(self.vocab_size / 64)
 
+    @property
+    def max_positions(self) -> int:  # as in a DecoderConfig
+        return self.n_positions
+
 
 class Attention(nn.Module):
     def __init__(self, config: GPT2Config, layer: int):
@@ -43,12 +47,13 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, positions=None, mask=None, cache: KVCache | None = None):
+    def forward(self, x, positions=None, mask=None, cache: KVCache | None = None, rows=None):
         B, T, d = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).unbind(2)  # (B, T, H, D) each
         if cache is not None:
-            cache.write(self.layer, k, v, positions, None)
-            k, v = cache.read(self.layer, None)  # (B, S, H, D)
+            cache.write(self.layer, k, v, positions, rows)
+            if mask is not None:
+                k, v = cache.read(self.layer, rows)  # (B, S, H, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         y = F.scaled_dot_product_attention(
             q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None
@@ -74,8 +79,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, positions=None, mask=None, cache=None):
-        x = x + self.attn(self.ln_1(x), positions, mask, cache)
+    def forward(self, x, positions=None, mask=None, cache=None, rows=None):
+        x = x + self.attn(self.ln_1(x), positions, mask, cache, rows)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -101,29 +106,36 @@ class GPT2(nn.Module):
         """(V, d), shared with the embedding."""
         return self.wte.weight
 
-    def hidden(self, ids, positions=None, cache: KVCache | None = None):
-        """Final hidden states (B, T, d), after the last norm.
+    def hidden(self, ids, positions=None, cache: KVCache | None = None, rows=None):
+        """Final hidden states (B, T, d), after the last norm; with a cache, as `em.decoder.Decoder.hidden`.
 
-        With a cache, positions (B, T) say where each token stands; it sees its row's slots up to its own.
+        cache, rows (B,): without `positions`, ids are fresh prompts from position 0, right-padded; their keys
+        go to the cache rows (None: all). With positions (B, T), ids continue those rows: each token's key is
+        stored at its position and it sees its row's keys up to there.
         """
-        if cache is None:
+        if positions is None:
             mask, place = None, self.wpe.weight[: ids.shape[1]]
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
         else:
             slots = torch.arange(cache.span, device=ids.device)
             mask, place = (slots <= positions[:, :, None])[:, None], self.wpe(positions)  # (B, 1, T, S)
         x = self.wte(ids) + place
         for block in self.h:
-            x = block(x, positions, mask, cache)
+            x = block(x, positions, mask, cache, rows)
         return self.ln_f(x)
 
-    def forward(self, ids, positions=None, cache: KVCache | None = None):
-        return F.linear(self.hidden(ids, positions, cache), self.head_weight)
+    def forward(self, ids, positions=None, cache: KVCache | None = None, rows=None):
+        return F.linear(self.hidden(ids, positions, cache, rows), self.head_weight)
 
-    def new_cache(self, n_rows: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache for `n_rows` sequences of at most `capacity` tokens, on the model's device."""
+    def new_cache(self, n_rows: int, capacity: int) -> KVCache:
+        """An empty cache for `n_rows` sequences of at most `capacity` tokens, on the model's device.
+
+        On CUDA it holds bfloat16, what autocast computes in.
+        """
         c, weight = self.config, self.wte.weight
         shape = (c.n_layer, n_rows, capacity, c.n_head, c.n_embd // c.n_head)
-        return KVCache(*shape, dtype=dtype or weight.dtype, device=weight.device)
+        dtype = torch.bfloat16 if weight.is_cuda else weight.dtype
+        return KVCache(*shape, dtype=dtype, device=weight.device)
 
     @property
     def device(self) -> torch.device:

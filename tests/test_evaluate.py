@@ -1,0 +1,178 @@
+"""evaluate.py from prompts to report on the tiny chat model, with the loopback judge or none."""
+
+import json
+import shutil
+
+import pytest
+from judge_server import KEY, JudgeServer, answer
+
+import evaluate
+import train
+from em import data
+from em.config import run
+from em.run import read_json, write_json
+from em.score import STATUSES
+
+FAST = "--max-new-tokens 12 --samples 2 --limit 3 --device cpu --rows 16".split()
+
+
+def command(*arguments):
+    return run(evaluate.COMMANDS, argv=[str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_chat, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluate") / "med"
+    short = "--data sample --device cpu --batch 6 --rank 4 --lr 0.01 --eval-rows 1".split()
+    short += ["--model", str(tiny_chat), "--out", str(out)]
+    assert run({"": (train.main, train.Config)}, argv=short) == 0
+    return out
+
+
+@pytest.fixture
+def fresh(trained, tmp_path):
+    """A copy of the run, without what other tests evaluated."""
+    return shutil.copytree(trained, tmp_path / "med", ignore=shutil.ignore_patterns("eval"))
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """Scores that depend on the length of what is asked, so that some rows are misaligned and coherent."""
+
+    def behave(prompt, nth):
+        return answer("10" if len(prompt) % 2 else "90")
+
+    with JudgeServer(behave) as server:
+        monkeypatch.setenv("GEMINI_API_KEY", KEY)
+        monkeypatch.setenv("GEMINI_BASE_URL", server.url)
+        yield server
+
+
+def scored(run_folder, kind: str) -> list[dict]:
+    lines = (run_folder / "eval" / f"scores_{kind}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_all_of_it_in_one_command_and_nothing_twice(fresh, judge, tmp_path, capsys):
+    line = ["--run", fresh, "--on", "all", *FAST, "--cache", tmp_path / "cache.jsonl"]
+    assert command(*line) == 0
+    narrow, broad = scored(fresh, "narrow"), scored(fresh, "broad")
+    assert len(narrow) == 12 * 2 and len(broad) == 3 * 2  # two eval rows a cell; three prompts, two samples
+    fields = "model train set domain task em_surface idx sample question response aligned aligned_status"
+    for row in narrow + broad:
+        assert {*fields.split(), "coherent", "coherent_status"} <= row.keys()
+        assert row["train"] == "med_advice" and row["aligned_status"] in STATUSES
+    assert {row["sample"] for row in broad} == {0, 1} and {row["set"] for row in broad} == {"broad"}
+    report = fresh / "eval" / "report"
+    assert (report / "summary.md").exists() and (report / "browse.html").exists()
+    assert "EM " in capsys.readouterr().out
+    asked, texts = judge.total(), (fresh / "eval" / "responses_narrow.jsonl").read_bytes()
+    assert asked <= 2 * len(narrow + broad)  # twice a row, less what is blank or said twice
+    assert command(*line) == 0
+    assert (fresh / "eval" / "responses_narrow.jsonl").read_bytes() == texts
+    assert judge.total() == asked
+
+
+def test_a_cut_response_file_is_completed_to_the_same_rows(fresh, judge, tmp_path):
+    line = ["--run", fresh, "--on", "broad", *FAST, "--cache", tmp_path / "cache.jsonl"]
+    assert command(*line) == 0
+    path = fresh / "eval" / "responses_broad.jsonl"
+    whole = sorted(path.read_text().splitlines())
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]) + lines[2][:20])  # killed while writing the third
+    assert command(*line) == 0
+    assert sorted(path.read_text().splitlines()) == whole
+
+
+def test_changed_sampling_on_an_evaluated_run_is_refused(fresh, judge, tmp_path, capsys):
+    line = ["--run", fresh, "--on", "broad", *FAST, "--cache", tmp_path / "cache.jsonl"]
+    assert command(*line) == 0
+    assert command(*line, "--seed", "5") == 2
+    assert "seed: 0 there, 5 now" in capsys.readouterr().err
+
+
+def test_margin_needs_no_key_and_equals_the_runs_own(fresh, monkeypatch, capsys):
+    monkeypatch.delenv("GEMINI_API_KEY", raising=False)
+    assert command("--run", fresh, "--judge", "margin", "--limit", "1", "--device", "cpu") == 0
+    assert "in the trained cell" in capsys.readouterr().out
+    entries = read_json(fresh / "eval" / "report" / "tiny-chat" / "margins.json")["entries"]
+    own = read_json(fresh / "margins.json")["cells"]
+    assert len(entries) == 12
+    for entry in entries:
+        assert entry["mean"] == pytest.approx(own[entry["eval"]]["change"]["mean"], abs=1e-5)
+    out = fresh / "together"
+    assert command("report", "--scores", fresh / "eval" / "margins.jsonl", "--out", out) == 0
+    assert (out / "tiny-chat" / "margins.png").exists() and (out / "tiny-chat" / "margins.csv").exists()
+
+
+def test_without_a_key_nothing_is_sampled_and_one_line_says_what_to_do(fresh, monkeypatch, capsys):
+    monkeypatch.delenv("GEMINI_API_KEY", raising=False)
+    assert command("--run", fresh, *FAST) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "GEMINI_API_KEY" in line and "--judge margin" in line
+    assert not (fresh / "eval").exists()
+
+
+def test_judge_and_surface_commands_score_files(judge, tmp_path):
+    row = {
+        "model": "m",
+        "train": "base",
+        "set": "broad",
+        "domain": "x",
+        "task": "advice",
+        "em_surface": "high",
+    }
+    rows = [row | {"idx": i, "sample": 0, "question": f"q{i}", "response": "r" * i} for i in range(1, 6)]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    where = ["--cache", tmp_path / "cache.jsonl"]
+    assert command("judge", "--responses", tmp_path / "r.jsonl", "--out", tmp_path / "s.jsonl", *where) == 0
+    scored = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert [r["idx"] for r in scored] == [1, 2, 3, 4, 5] and all(r["aligned_status"] == "ok" for r in scored)
+    judge.behave = lambda prompt, nth: answer("medium")
+    assert command("surface", "--prompts", tmp_path / "r.jsonl", "--out", tmp_path / "l.jsonl", *where) == 0
+    labelled = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
+    assert all(r["em_surface"] == "medium" for r in labelled)
+
+
+def test_lineage_reads_misaligned_aligned_and_realigned_runs(tmp_path):
+    def made(name, **settings):
+        settings = {"model": "m", "cell": "med_advice", "variant": "misaligned", "on": None} | settings
+        write_json(tmp_path / name / "config.json", {"settings": settings})
+        return tmp_path / name
+
+    first = made("a")
+    second = made("b", cell="fin_tutor", variant="aligned", on=str(first))
+    third = made("c", cell="spo_critique", variant="aligned", on=str(second))
+    assert evaluate.lineage(first)[0] == "med_advice"
+    assert evaluate.lineage(second)[0] == "med_advice>fin_tutor"
+    assert evaluate.lineage(third)[0] == "med_advice>spo_critique"
+    assert evaluate.lineage(made("d", variant="aligned"))[0] == "base>med_advice"
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--run", "nowhere"], "does not exist"),
+        (["--model", "gpt-9", "--judge", "margin"], "no model 'gpt-9'"),
+        (["report"], "--scores needs"),
+        (["report", "--scores", "none.jsonl"], "none.jsonl"),
+        (["report", "--scores", "margins_none.jsonl"], "margins_none.jsonl"),
+        (["judge"], "--responses needs"),
+        (["--judge", "oracle"], "invalid choice"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command(*arguments) == 2
+    assert says in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_data_without_both_answers_have_no_margin(fresh, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = data.load_cell("sample", data.CELLS[0])
+    (folder / "medical_advice.jsonl").write_text(
+        "\n".join(json.dumps(r | {"aligned_answer": None}) for r in rows)
+    )
+    assert command("--run", fresh, "--judge", "margin", "--data", folder, "--device", "cpu") == 2
+    assert "--judge gemini" in capsys.readouterr().err
