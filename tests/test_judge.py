@@ -728,12 +728,17 @@ def test_ctrl_c_ends_the_program_at_once_and_keeps_what_was_answered(serve, tmp_
     paths = [tmp_path / name for name in ("rows.jsonl", "cache.jsonl", "scores.jsonl")]
     paths[0].write_text("".join(json.dumps(row(i)) + "\n" for i in range(100)))
     command = [sys.executable, "-c", SCORE, *map(str, paths)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        while server.total() < 28:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) != 0
+    # A program started in the background inherits an ignored SIGINT, and so would this child of it.
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, **heeds) as process:
+        try:
+            while server.total() < 28:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=20) != 0
+        finally:
+            process.kill()
     assert len(AnswerCache(paths[1])) == 20
 
 
