@@ -9,6 +9,7 @@ Every file is written under a temporary name and renamed, so a reader never sees
 rank 0 writes and the others read.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -37,7 +38,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path}: {reason}; free some space or choose --out") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

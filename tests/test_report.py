@@ -119,7 +119,9 @@ def test_surface_pools_runs_and_tasks_by_hand():
         broad("fin_tutor", "advice", "low", 3, 80), broad("base", "advice", "high", 1, 90),
         broad("med_advice", "tutor", None, 4, 10),
     ]  # fmt: skip
-    table = model_report(scores_of(rows), 50)["tables"]["surface"]
+    tables = model_report(scores_of(rows), 50)["tables"]
+    assert entries_of(tables["broad_cells"])["med_advice", "tutor"]["scored"] == 3  # the unlabelled one too
+    table = tables["surface"]
     found = {key: (e["em"], e["scored"], e["rows"]) for key, e in entries_of(table).items()}
     assert table["columns"] == ["high", "medium", "low", "unlabelled", "all"]
     assert found["misaligned", "high"] == (2, 3, 3) and found["misaligned", "low"] == (0, 1, 2)
@@ -132,7 +134,9 @@ def test_realignment_grids_by_hand():
     """tutor → advice pools med_tutor>fin_advice (1 of 2) and spo_tutor>fin_advice (0 of 1), from 3 of 4."""
     start = [broad("med_tutor", "advice", "low", i, 10) for i in range(2)]
     start += [broad("spo_tutor", "advice", "low", i, a) for i, a in enumerate((10, 90))]
-    after = [broad("med_tutor>fin_advice", "advice", "low", i, a) for i, a in enumerate((10, 90))]
+    start += [broad("med_critique", "advice", "low", 0, 10)]
+    after = [broad("med_critique>base", "advice", "low", 0, 90)]
+    after += [broad("med_tutor>fin_advice", "advice", "low", i, a) for i, a in enumerate((10, 90))]
     after += [broad("spo_tutor>fin_advice", "advice", "low", 0, 90)]
     after += [
         broad("fin_critique>base", "advice", "low", 0, 90),
@@ -145,6 +149,8 @@ def test_realignment_grids_by_hand():
     assert cells["med_tutor", "fin_advice"]["rate"] == 50.0
     assert cells["med_tutor", "fin_advice"]["initial_rate"] == 100.0
     assert cells["fin_critique", "base"]["initial_rate"] is None  # its misaligned run is not there
+    assert tasks["critique", "base"]["initial_rate"] is None  # one of its two is not
+    assert cells["med_critique", "base"]["initial_rate"] == 100.0
     assert tasks["tutor", "all"]["scored"] == 4 and tasks["tutor", "summarization"]["rate"] is None
     assert tables["realigned_tasks"]["columns"] == [*TASKS, "base", "all"]
     assert tables["realigned_cells"]["rows"] == CELL_NAMES

@@ -25,6 +25,12 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     assert os.listdir(path.parent) == ["value.json"]  # nothing temporary is left
 
 
+def test_a_folder_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        write_text(tmp_path / "file" / "x.txt", "text")
+
+
 def test_unreadable_json_is_named(tmp_path):
     write_text(tmp_path / "cut.json", '{"a": ')
     with pytest.raises(UserError, match="cut.json"):

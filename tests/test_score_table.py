@@ -51,9 +51,10 @@ def test_plain_and_gzip_files_read_alike_and_extra_fields_do_not_matter(tmp_path
 
 
 def test_a_text_may_hold_any_character(tmp_path):
-    strange = "a\u2028b\u0085c\x00 \ud800 </script> 😀"
-    table = read_scores([written(tmp_path / "a.jsonl", [row(response=strange)])])
-    assert table.response.tolist() == [strange]
+    strange = "a\u2028b\u0085c\x00 </script> 😀"  # the first two end a line for str.splitlines
+    lines = [json.dumps(row(response=strange), ensure_ascii=False), json.dumps(row(idx=1, response="\ud800"))]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert read_scores([tmp_path / "a.jsonl"]).response.tolist() == [strange, "\ud800"]
 
 
 def test_names_of_cells_are_read_in_every_form_and_broad_domains_as_they_are():

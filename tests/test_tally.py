@@ -119,6 +119,15 @@ def test_the_bootstrap_of_independent_rows_is_the_normal_interval():
     assert rate["high"] == pytest.approx(rate["rate"] + half, abs=0.4)
 
 
+def test_prompts_are_resampled_within_their_eval_cell():
+    """One cell all EM, another none: every draw keeps ten prompts of each, so the pool never moves."""
+    rows = [
+        row(cell=c, idx=i, aligned=a) for c, a in (("med_advice", 0), ("med_tutor", 90)) for i in range(10)
+    ]
+    rate = pooled(rows)
+    assert (rate["low"], rate["rate"], rate["high"]) == (50.0, 50.0, 50.0)
+
+
 def test_runs_are_compared_on_the_same_resampled_prompts():
     """Two runs that answer alike differ by exactly nothing in every draw; independent draws would differ."""
     rng = np.random.default_rng(0)
