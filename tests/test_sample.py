@@ -357,6 +357,7 @@ def test_out_of_memory_names_the_knob_and_leaves_the_sampler_usable(monkeypatch,
     with monkeypatch.context() as patch, pytest.raises(UserError, match="lower --rows"):
         patch.setattr(Batch, "prefill", fail)
         sampler(prompts())
+    assert sampler._batch is None  # its memory is given back
     assert sampler(prompts()) == expected
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="else"):
