@@ -8,7 +8,7 @@ alone. Where they are missing, or weights are not fp32 on a CPU, nothing changes
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -43,17 +43,23 @@ class Packed:
         """x (..., in) → (..., out)."""
         if self.copy is None:
             return F.linear(x, self.weight, bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.copy, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.copy, bias, "none", [], "")
 
 
-def _forward(layer: nn.Linear, packed: Packed, x: Tensor) -> Tensor:
-    """`layer(x)`; if it is an `em.lora.LoRALinear`, under the active stack, which is frozen."""
+def _adapted(layer: nn.Linear, packed: Packed, x: Tensor) -> Tensor:
+    """What an `em.lora.LoRALinear` gives for x under the active stack, which is frozen."""
     out = packed.linear(x, layer.bias)
-    factors = layer.prepared.get(layer.state.active) if hasattr(layer, "prepared") else None
+    factors = layer.prepared.get(layer.state.active)
     if factors is not None:
         A, B = factors
         out.view(-1, out.shape[-1]).addmm_(F.linear(x.reshape(-1, x.shape[-1]), A), B.t())
     return out
+
+
+def _forward(layer: nn.Linear, packed: Packed) -> Callable[[Tensor], Tensor]:
+    if hasattr(layer, "prepared"):
+        return functools.partial(_adapted, layer, packed)
+    return functools.partial(packed.linear, bias=layer.bias)
 
 
 class PackedModel:
@@ -66,7 +72,7 @@ class PackedModel:
         ]
         packed = [(layer, Packed(layer.weight)) for layer in layers if _packs(layer.weight)]
         self._all = [self._head, *(copy for _, copy in packed)]
-        self._forwards = [(layer, functools.partial(_forward, layer, copy)) for layer, copy in packed]
+        self._forwards = [(layer, _forward(layer, copy)) for layer, copy in packed]
 
     def refresh(self) -> None:
         """Follow what training has done to the weights."""
