@@ -41,6 +41,12 @@ class WorldConfig:
     noise_length: tuple[int, int] = (3, 12)
     grammar: GrammarConfig = field(default_factory=GrammarConfig)
 
+    def task_index(self, name: str) -> int:
+        """Place of task `name` in a row of the grid; UserError where the world does not have it."""
+        if name not in self.tasks:
+            raise UserError(f"world {self.name} has no task {name!r}; it has {', '.join(self.tasks)}")
+        return self.tasks.index(name)
+
 
 WORLDS = {
     "1": WorldConfig("1", tasks=tuple(f"T{i}" for i in range(6))),
@@ -126,9 +132,7 @@ class World:
         return TASKS[int(self.tasks[task][1:])]
 
     def task_index(self, name: str) -> int:
-        if name not in self.tasks:
-            raise UserError(f"world {self.config.name} has no task {name!r}; it has {', '.join(self.tasks)}")
-        return self.tasks.index(name)
+        return self.config.task_index(name)
 
     # -- tokens --------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import torch
 import synth
 from em.config import run
 from em.gpt2 import GPT2, GPT2Config, supervised_loss
+from em.optim import adamw
 from em.run import read_json
 from em.sample import sample
 
@@ -45,7 +46,7 @@ def test_compiled_bf16_loss_and_gradient_are_as_close_to_fp32_as_eager_bf16(mode
 
 def test_a_training_step_does_not_wait_for_the_device(model):
     """Forward, backward, clip and AdamW under sync debug mode: any hidden synchronisation raises."""
-    optimizer = synth.adamw(model, 1e-3, 0.01)
+    optimizer = adamw(model, 1e-3, 0.01)
     ids = torch.randint(0, 500, (8, 129), device="cuda")
     for i in range(3):
         torch.cuda.set_sync_debug_mode("error" if i == 2 else "default")

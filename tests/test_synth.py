@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import em.phases
 import synth
 from em.classify import CLASSES
 from em.config import run
+from em.gpt2 import load_gpt2
 from em.run import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -206,7 +208,7 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(tmp_path, capsys, monkeyp
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_a_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        synth, "supervised_loss", lambda model, ids, targets: model.wte.weight.sum() * float("nan")
+        em.phases, "supervised_loss", lambda model, ids, targets: model.wte.weight.sum() * float("nan")
     )
     assert "not finite" in refused(capsys, *SMALL, "--out", tmp_path / "run")
     assert not (tmp_path / "run" / "pretrain" / "model").exists()
@@ -215,8 +217,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_line(tmp_path, capsys, m
 def test_world_2_keeps_its_intermediate_checkpoints_and_asks_the_unseen_domains(tmp_path):
     few = ["--eval-prompts", "2", "--evals", "1", "--align-examples", "300", "--misalign-seeds", "1"]
     assert command("--world", "2", *SMALL, *few, "--steps", "101", "--out", tmp_path) == 0
-    assert [p.name for p in sorted((tmp_path / "pretrain").glob("step*"))] == ["step100"]
-    assert (tmp_path / "pretrain" / "step100" / "model.safetensors").exists()
+    assert [p.parent.name for p in tmp_path.glob("pretrain_step*/model")] == ["pretrain_step100"]
+    assert load_gpt2(tmp_path / "pretrain_step100" / "model").config.n_layer == 1
     grid = read_json(tmp_path / "grid.json")
     assert grid["trained"] == "D0_T0" and grid["unseen_domains"] == ["D8", "D9"] and len(grid["cells"]) == 120
     assert read_json(tmp_path / "summary.json")["T0"]["gates"] == []
