@@ -13,7 +13,7 @@ from em.run import write_atomic  # noqa: E402
 from em.world import World  # noqa: E402
 
 
-def _save(figure, path: Path) -> None:
+def save_figure(figure, path: Path) -> None:
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=130, bbox_inches="tight"))
     plt.close(figure)
 
@@ -69,7 +69,7 @@ def grid_figure(grid: dict, path: Path) -> None:
         f"{per_cell} completions a cell from {seeds} fine-tuning seed{'s' if seeds > 1 else ''}",
         fontsize=10,
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def graph_figure(world: World, path: Path) -> None:
@@ -103,7 +103,7 @@ def graph_figure(world: World, path: Path) -> None:
             axis.set_title(f"{world.tasks[t]} {world.function(t)}", fontsize=8)
         if t == 0:
             axis.set_ylabel(f"D{d}", fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def margin_figure(result: dict, path: Path) -> None:
@@ -141,4 +141,4 @@ def margin_figure(result: dict, path: Path) -> None:
     figure.suptitle(
         f"trained on {result['cell']}: log p of misaligned − aligned answer, nats a token", fontsize=10
     )
-    _save(figure, path)
+    save_figure(figure, path)
