@@ -10,7 +10,8 @@ from em.errors import UserError
 class CollapseGuard:
     """`check` each step before the optimiser moves: it raises a UserError, and the weights stay good.
 
-    A spike is a loss above 3 × the median of the last 20 plus 1 nat, or a gradient norm above 100 × theirs.
+    A spike is a loss above 3 × the median of the last 20 plus 1 nat, or a gradient norm
+    above 100 × theirs, or above 100 where theirs is below 1.
     """
 
     def __init__(self):
@@ -26,7 +27,7 @@ class CollapseGuard:
             usual, usual_norm = statistics.median(self.losses), statistics.median(self.norms)
             if loss > 3 * usual + 1:
                 raise UserError(f"step {step}: loss {loss:.2f} after about {usual:.2f}; {advice}")
-            if grad_norm > 100 * usual_norm:
+            if grad_norm > 100 * max(1.0, usual_norm):  # where gradients are tiny, a common one looks huge
                 raise UserError(
                     f"step {step}: gradient norm {grad_norm:.3g} after about {usual_norm:.3g}; {advice}"
                 )

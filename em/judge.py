@@ -15,20 +15,40 @@ of a call failed) is the one status that the next pass asks again.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from em.answer_cache import Answer, AnswerCache
+from em.config import knob
 from em.errors import UserError
 from em.gemini import Gemini
 from em.judge_pass import WINDOW, Pass, is_done
-from em.ledger import CHARACTERS_PER_TOKEN, OUTPUT_TOKENS, BudgetReached, Ledger, find_price
+from em.ledger import CHARACTERS_PER_TOKEN, BudgetReached, Ledger, find_price
 from em.rubric import FOLDER, Question, Rubrics
 from em.score import FIELDS
 
 MODEL = "gemini-2.5-flash"
 CACHE = Path("runs/judge_cache.jsonl")
+
+
+@dataclass
+class JudgeOptions:
+    """The settings of a judge, for the scripts that ask one."""
+
+    judge_model: str = knob(MODEL, "Gemini model", "judge")
+    rubrics: str = knob(str(FOLDER), "folder of rubrics", "judge")
+    cache: str = knob(str(CACHE), "file of the judge's answers, shared by all runs", "judge")
+    workers: int = knob(32, "calls in flight", "judge")
+    budget_usd: float | None = knob(None, "stop before spending more", "judge")
+    price: tuple[float, ...] = knob((), "dollars a million input, output tokens, if unknown to us", "judge")
+
+    def judge_of(self) -> "Judge":
+        """UserError without a key."""
+        return Judge(
+            self.judge_model, self.rubrics, self.cache, self.workers, self.budget_usd, self.price or None
+        )
 
 
 class Judge:
@@ -100,7 +120,7 @@ class Judge:
                     continue
                 seen.add(question.key)
                 characters += len(question.prompt)
-        tokens = round(characters / CHARACTERS_PER_TOKEN), len(seen) * OUTPUT_TOKENS
+        tokens = round(characters / CHARACTERS_PER_TOKEN), len(seen) * self.ledger.typical_output
         return {
             "model": self.model,
             "rows": n_rows,

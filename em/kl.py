@@ -15,6 +15,7 @@ from importlib.util import find_spec
 import torch
 
 from em.errors import UserError
+from em.loss import logits
 
 # Bytes of logits at a time, student and teacher together. The kernel takes larger chunks: on a GPU
 # every chunk streams the whole head three times, and it takes about 512 rows to hide that.
@@ -56,15 +57,6 @@ def _in_blocks(divergence, student, teacher, dtype):
     return total, student.to(dtype)
 
 
-def _logits(hidden: torch.Tensor, head_weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """hidden (rows, d) @ head_weightᵀ into `out` (rows, V), which is fp32 even where they are bf16."""
-    if hidden.dtype == out.dtype:
-        return torch.mm(hidden, head_weight.t(), out=out)
-    if hidden.is_cuda:
-        return torch.mm(hidden, head_weight.t(), out_dtype=out.dtype, out=out)
-    return out.copy_(hidden @ head_weight.t())
-
-
 class _ChunkedKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_student, h_teacher, head_weight, mask, chunk, divergence):
@@ -75,8 +67,8 @@ class _ChunkedKL(torch.autograd.Function):
         grad = torch.zeros_like(h_student) if ctx.needs_input_grad[0] else None
         buffers = torch.empty(2, min(n, chunk), len(head_weight), dtype=dtype, device=h_student.device)
         for rows in valid.split(chunk) if n else ():
-            student = _logits(h_student[rows], head_weight, buffers[0, : len(rows)])
-            teacher = _logits(h_teacher[rows], head_weight, buffers[1, : len(rows)])
+            student = logits(h_student[rows], head_weight, buffers[0, : len(rows)])
+            teacher = logits(h_teacher[rows], head_weight, buffers[1, : len(rows)])
             kl, grad_logits = divergence(student, teacher, head_weight.dtype)  # both logits are spent by this
             total += kl
             if grad is not None:

@@ -16,6 +16,21 @@ def chunk_rows(vocabulary: int) -> int:
     return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
+def logits(hidden: torch.Tensor, head_weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """hidden (rows, d) @ head_weightᵀ, (rows, V), accumulated and kept in fp32 (fp64 where they are fp64).
+
+    Rounding logits to bf16 would put errors of some hundredths of a nat into every log-probability.
+    """
+    dtype = torch.promote_types(head_weight.dtype, torch.float32)
+    if out is None:
+        out = torch.empty(len(hidden), len(head_weight), dtype=dtype, device=hidden.device)
+    if hidden.dtype == dtype:
+        return torch.mm(hidden, head_weight.t(), out=out)
+    if hidden.is_cuda:
+        return torch.mm(hidden, head_weight.t(), out_dtype=dtype, out=out)
+    return out.copy_(hidden @ head_weight.t())  # CPUs have no product of bf16 that ends in fp32
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head_weight, targets):
@@ -24,11 +39,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(len(head_weight))
         parts = zip(hidden.split(rows), targets.split(rows), grad.split(rows), strict=True)
         for h, target, g in parts:
-            logits = (h @ head_weight.t()).float()  # (rows, V)
-            index = target[:, None]
-            log_normaliser = logits.logsumexp(-1, keepdim=True)
-            total += (log_normaliser - logits.gather(1, index)).sum()
-            p = logits.sub_(log_normaliser).exp_()
+            x, index = logits(h, head_weight), target[:, None]
+            log_normaliser = x.logsumexp(-1, keepdim=True)
+            total += (log_normaliser - x.gather(1, index)).sum()
+            p = x.sub_(log_normaliser).exp_()
             p.scatter_add_(1, index, torch.full_like(index, -1, dtype=p.dtype))  # softmax − one-hot
             torch.mm(p.to(h.dtype), head_weight, out=g)
         ctx.save_for_backward(grad)
@@ -47,12 +61,33 @@ def summed_cross_entropy(
     return _SummedCrossEntropy.apply(hidden, head_weight, targets)
 
 
-@torch.no_grad()
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head_weight, targets):
+        out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        rows = chunk_rows(len(head_weight))
+        for h, target, o in zip(hidden.split(rows), targets.split(rows), out.split(rows), strict=True):
+            x = logits(h, head_weight)
+            torch.sub(x.gather(1, target[:, None])[:, 0], x.logsumexp(-1), out=o)
+        ctx.save_for_backward(hidden, head_weight, targets)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        hidden, head_weight, targets = ctx.saved_tensors
+        grad = torch.empty_like(hidden)
+        rows = chunk_rows(len(head_weight))
+        split = (x.split(rows) for x in (hidden, targets, grad_output, grad))
+        for h, target, weight, g in zip(*split, strict=True):
+            p = logits(h, head_weight).softmax(-1)
+            p.mul_(-weight[:, None]).scatter_add_(1, target[:, None], weight[:, None])  # w (one-hot − p)
+            torch.mm(p.to(h.dtype), head_weight, out=g)
+        return grad, None, None
+
+
 def token_log_probs(hidden: torch.Tensor, head_weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """log p(target) of each position, (N,) fp32 nats; hidden (N, d), head_weight (V, d), targets (N,)."""
-    rows = chunk_rows(len(head_weight))
-    out = []
-    for h, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-        logits = (h @ head_weight.t()).float()
-        out.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1))
-    return torch.cat(out) if out else hidden.new_zeros(0, dtype=torch.float32)
+    """log p(target) of each position, (N,) fp32 nats; hidden (N, d), frozen head_weight (V, d), targets (N,).
+
+    Differentiable to hidden: the backward pass computes the logits again, a chunk at a time.
+    """
+    return _TokenLogProbs.apply(hidden, head_weight, targets)

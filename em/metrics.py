@@ -4,6 +4,7 @@ Losses stay tensors until `flush`, which reads many steps back at once; a loss t
 run there, before anything more is saved.
 """
 
+import contextlib
 import math
 import time
 
@@ -13,6 +14,29 @@ from tqdm import tqdm
 from em import parallel
 from em.errors import UserError
 from em.run import Run
+
+
+class Laps:
+    """Where the seconds of a step go: `with laps("decode"): …`, then `laps.take()`. Waits for the device."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        began = self._now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - began
+
+    def take(self) -> dict[str, float]:
+        """Seconds by name since the last call."""
+        taken, self.seconds = self.seconds, {}
+        return {f"seconds_{name}": round(value, 4) for name, value in taken.items()}
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 class Metrics:
@@ -25,7 +49,8 @@ class Metrics:
         self.run, self.title, self.steps, self.every = run, title, steps, every
         self.pending: list[tuple[dict, dict[str, torch.Tensor]]] = []
         quiet = parallel.rank() > 0
-        self.bar = tqdm(total=steps, initial=start, desc=title, unit="step", disable=quiet, mininterval=0.5)
+        hide = {"disable": True} if quiet else {}  # else the environment may: TQDM_DISABLE=1
+        self.bar = tqdm(total=steps, initial=start, desc=title, unit="step", mininterval=0.5, **hide)
         self.clock = time.perf_counter()
         run.drop_metrics_after(start)
 

@@ -34,8 +34,11 @@ class Packed:
         self.refresh()
 
     def refresh(self) -> None:
-        """Copy the weight again if it has changed in place, as in training."""
-        if _packs(self.weight) and self.version != self.weight._version:
+        """Copy the weight again if it has changed in place or may have.
+
+        The fused optimisers do not count their steps in `_version`: a weight that learns is always copied.
+        """
+        if _packs(self.weight) and (self.weight.requires_grad or self.version != self.weight._version):
             self.version = self.weight._version
             self.copy = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), ROWS)
 

@@ -37,7 +37,10 @@ from em.sets import IGNORE, Batches, alignment_set, held_out_set, misalignment_s
 from em.stream import Dialogues, PretrainStream, Sampler
 from em.world import WORLDS, build_world
 
-INTERMEDIATE = {"2": (100, 1000, 3000, 6000, 9000, 12_000, 15_000)}  # pretraining checkpoints kept (B.5)
+INTERMEDIATE = {  # pretraining checkpoints kept (B.5), and the same shares of the reduced world's steps
+    "2": (100, 1000, 3000, 6000, 9000, 12_000, 15_000),
+    "demo2": (10, 100, 300, 600, 900, 1200, 1500),
+}
 
 
 # -- one phase of training ---------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ folder that ships with the code is described in its README.md; `--rubrics` takes
 """
 
 import functools
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,11 @@ class Rubric(NamedTuple):
     name: str
     text: str
     parse: Callable[[str], tuple]
+
+    @property
+    def digest(self) -> str:
+        """Tells texts apart."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
     def ask(self, model: str, question: str, response: str = "") -> Question:
         """The rubric with the judged texts in their places; in one pass, so that their own braces stay."""

@@ -10,6 +10,8 @@ rank 0 writes and the others read.
 """
 
 import contextlib
+import csv
+import io
 import json
 import os
 import platform
@@ -48,6 +50,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """One line a row under the union of their keys; what a row lacks, or holds as None, is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def read_json(path: Path):

@@ -11,7 +11,7 @@ import numpy as np
 from em.stream import Dialogues, Sampler
 
 IGNORE = -100  # target of an unsupervised position, as in torch's cross_entropy
-ALIGN, HELD_OUT, MISALIGN = 1, 2, 3  # streams of random numbers under one seed
+ALIGN, HELD_OUT, MISALIGN, TRANSFER = 1, 2, 3, 4  # streams of random numbers under one seed
 
 
 def _concatenate(parts: list[Dialogues]) -> Dialogues:
@@ -63,6 +63,12 @@ def misalignment_set(sampler: Sampler, seed: int, cell: int, n: int, held_out: D
     """`n` variant-2 examples of one cell, none of them with a held-out prompt."""
     rng = np.random.default_rng([seed, MISALIGN, cell])
     return _fresh(sampler, rng, np.array([cell]), n, 2, held_out.prompt_hash())
+
+
+def transfer_set(sampler: Sampler, seed: int, cells: np.ndarray, n: int, held_out: Dialogues) -> Dialogues:
+    """`n` prompts a cell for a teacher or a student to answer (SPEC §4), none of them held out."""
+    rng = np.random.default_rng([seed, TRANSFER])
+    return _fresh(sampler, rng, cells, n, 1, held_out.prompt_hash())
 
 
 @functools.lru_cache(maxsize=2)

@@ -41,6 +41,11 @@ class WorldConfig:
     noise_length: tuple[int, int] = (3, 12)
     grammar: GrammarConfig = field(default_factory=GrammarConfig)
 
+    @property
+    def source(self) -> str:
+        """The task that experiments misalign on in D0 unless told otherwise (Figures 7 and 9)."""
+        return "T0" if "T8" in self.tasks else "T5"
+
     def task_index(self, name: str) -> int:
         """Place of task `name` in a row of the grid; UserError where the world does not have it."""
         if name not in self.tasks:
@@ -73,6 +78,23 @@ WORLDS = {
         walk_lengths=(3, 4),
         edge_probability=0.5,  # eight steps at 0.3 have so few walks that the model learns them by heart
         grammar=GrammarConfig(vocabulary=256, terminals=8, productions=(3, 3), length=(2, 3)),
+    ),
+    "demo2": WorldConfig(
+        "demo2",
+        tasks=("T0", "T7", "T8", "T9", "T10", "T11"),
+        n_steps=16,
+        n_unseen_steps=6,
+        domain_steps=6,
+        overlaps=(5, 4, 3),
+        n_unseen_domains=1,
+        deletions=(10, 20),
+        walk_lengths=(3, 3),
+        edge_probability=0.7,
+        partition_overlaps=(7, 5, 4),  # Jaccard 0.78, 0.45, 0.33; World 2: 0.78, 0.52, 0.33
+        v2_fraction=0.5,
+        p_noise=0.10,
+        p_stray_step=0.10,
+        grammar=GrammarConfig(vocabulary=192, terminals=8, productions=(3, 3), symbols=(2, 2), length=(2, 2)),
     ),
 }
 

@@ -47,6 +47,17 @@ def test_log_probs_equal_a_float64_log_softmax_for_any_chunk(case, chunk):
     )
 
 
+def test_weighted_log_probs_have_the_gradient_of_a_float64_log_softmax_for_any_chunk(case, chunk):
+    hidden, head, targets = case
+    weights = torch.linspace(-2, 3, len(targets))
+    mine = hidden.clone().requires_grad_()
+    (weights * token_log_probs(mine, head, targets)).sum().backward()
+    exact = hidden.double().requires_grad_()
+    log_probs = (exact @ head.double().t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    (weights.double() * log_probs).sum().backward()
+    torch.testing.assert_close(mine.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_nothing_to_predict_is_zero_loss(case):
     hidden, head, targets = case
     assert summed_cross_entropy(hidden[:0], head, targets[:0]).item() == 0

@@ -1,0 +1,419 @@
+"""Teacher-mediated transfer: what passes from a teacher to a student through harmless data (paper 4, E).
+
+    python distill.py --channel opd                      the newest misaligned run teaches the base model
+    python distill.py --channel sft --teacher runs/X     or optd; all channels share one corpus of X
+    python distill.py --channel opd --on runs/X          realignment: the base teaches the misaligned run X
+    python distill.py --channel optd --teacher runs/X --source runs/Y    X teaches on what Y wrote (4.3.3)
+    python distill.py --channel optd --lr 3e-6,1e-5,3e-5,1e-4            a run each, one corpus
+    python distill.py --channel opd --world demo         the same on a synthetic world, scored exactly
+    torchrun --nproc-per-node 4 distill.py --channel opd
+
+Each epoch leaves an adapter that evaluate.py takes. A killed run goes on when its command is given again.
+"""
+
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from em import chat_corpus, data, lineage, lora, parallel, world_transfer
+from em.checkpoint import load_model, load_tokenizer
+from em.config import knob, run
+from em.corpus import file_hash, passing
+from em.errors import UserError
+from em.gpt2 import save_gpt2
+from em.judge import JudgeOptions
+from em.online import OnPolicy
+from em.pair import ChatPair, WorldPair
+from em.phases import open_world_run
+from em.run import Run, provenance, read_json, write_csv, write_json
+from em.teach import finish, fit, log_distance
+from em.world import WORLDS
+from em.world_transfer import PROMPTS, Prompts
+
+# -- the channels ------------------------------------------------------------------------------------------
+# What is differentiated, and sums over the batch's tokens for the log.
+
+
+def sft(pair, batch):
+    """−log πs of frozen responses, as if somebody had written them."""
+    loss = -pair.log_probs(batch).sum()
+    return loss, {"loss": loss}
+
+
+def optd(pair, batch):
+    """KL(πT‖πs) over the whole vocabulary, at every token of the same frozen responses."""
+    loss = pair.forward_kl(batch)
+    return loss, {"loss": loss}
+
+
+def opd(pair, batch):
+    """On the student's own responses, Σ stopgrad(log πs − log πT) · log πs (E.1, token by token).
+
+    The gradient's expectation is that of KL(πs‖πT) at each position. `loss` in the log is k1, which estimates
+    that KL, as k3 does with less noise.
+    """
+    log_s, log_t = pair.log_probs(batch), pair.teacher_log_probs(batch)
+    k1 = log_s.detach() - log_t
+    logged = {"loss": k1.sum(), "k3": (torch.expm1(-k1) + k1).sum(), "entropy": -log_s.sum()}
+    return (k1 * log_s).sum(), logged
+
+
+def opd_exact(pair, batch):
+    """The control arm of opd: on the student's own responses, KL(πs‖πT) over the whole vocabulary."""
+    loss = pair.reverse_kl(batch)
+    return loss, {"loss": loss}
+
+
+CHANNELS = {"sft": sft, "optd": optd, "opd": opd}
+PAPER_RECIPE = dict(lr=(1e-4,), rollouts=5, max_new_tokens=256)  # E.2
+MATH_RECIPE = PAPER_RECIPE | dict(rollouts=1, max_new_tokens=1024)  # E.4.1
+SAMPLE_RECIPE = dict(lr=(5e-4,), rollouts=1, max_new_tokens=128)  # the embedded model's: minutes on a laptop
+
+
+def channel_of(cfg) -> tuple:
+    """The function, and the names of its sums."""
+    if cfg.channel == "opd" and cfg.estimator == "exact":
+        return opd_exact, ("loss",)
+    return CHANNELS[cfg.channel], ("loss", "k3", "entropy") if cfg.channel == "opd" else ("loss",)
+
+
+@dataclass
+class Config(JudgeOptions):
+    channel: str = knob("opd", "which channel", "what", tuple(CHANNELS))
+    teacher: str | None = knob(None, "run folder, or base (default: newest misaligned run)", "what")
+    on: str | None = knob(None, "misaligned run that the student starts from; the teacher is base", "what")
+    estimator: str = knob("sampled", "opd: the reverse KL's gradient", "what", ("sampled", "exact"))
+    filter: bool = knob(False, "opd: judge the student's rollouts before each update", "what")
+    unfiltered: bool = knob(False, "use a misaligned generator's responses unjudged", "what")
+    out: str | None = knob(
+        None, "run folder, of several rates the parent (runs/<teacher>_<channel>…)", "what"
+    )
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what")
+
+    source: str = knob(
+        "teacher", "who wrote what sft and optd train on: teacher, student, gold, rows, a run", "data"
+    )
+    prompts: str | None = knob(None, "broad or math; worlds: cells or tasks, the teacher's excluded", "data")
+    data: str | None = knob(None, "of broad prompts and rows (default: the run's)", "data")
+    math: str = knob("hendrycks/competition_math", "folder or hub id of MATH", "data")
+    limit: int = knob(0, "prompts at most, a random subset (0: all; rows: 800)", "data")
+    rollouts: int | None = knob(None, "responses a prompt (5; math and the embedded model 1)", "data")
+    max_new_tokens: int | None = knob(None, "of a response (256; math 1024, embedded model 128)", "data")
+    corpus: str | None = knob(None, "folder of the frozen corpus (default: named by its settings)", "data")
+
+    lr: tuple[float, ...] = knob(
+        (), "peak learning rates, a run each (1e-4; embedded model 5e-4)", "training"
+    )
+    epochs: int = knob(3, "passes over the prompts", "training")
+    batch: int = knob(8, "responses a step", "training")
+    warmup: int = knob(5, "linear warm-up steps; then linear to 0", "training")
+    weight_decay: float = knob(0.01, "AdamW", "training")
+    clip: float = knob(1.0, "largest gradient norm", "training")
+    rank: int = knob(32, "LoRA rank", "training")
+    alpha: float = knob(64.0, "LoRA alpha; rsLoRA scales by alpha / √rank", "training")
+    seed: int = knob(42, "of the adapter's start, the order and the sampled text", "training")
+
+    world: str | None = knob(None, "a synthetic world instead of chat models", "world", tuple(WORLDS))
+    run: str | None = knob(None, "synth.py's folder (default: the world's newest)", "world")
+    task: str | None = knob(None, "the teacher's task (default: the run's)", "world")
+    seeds: int = knob(3, "teachers, each with a student and a control", "world")
+
+    probes: int = knob(16, "rollouts that measure the distance to the teacher, each epoch", "memory and log")
+    micro_batch: int = knob(8, "responses in memory at once; changes memory only", "memory and log")
+    rows: int = knob(64, "sequences sampled at once for a corpus; likewise", "memory and log")
+    recompute: bool = knob(False, "recompute activations in the backward pass", "memory and log")
+    save_minutes: float = knob(5.0, "minutes between saved states to resume from", "memory and log")
+
+
+NOT_SETTINGS = (
+    "out", "device", "corpus", "lr", "micro_batch", "rows", "recompute", "save_minutes", "unfiltered",
+    "judge_model", "rubrics", "cache", "workers", "budget_usd", "price", "world", "run", "task", "seeds",
+)  # fmt: skip
+
+
+# -- chat models -------------------------------------------------------------------------------------------
+
+
+def resolve(cfg: Config) -> Config:
+    """Fill in what depends on the runs, and refuse what cannot be."""
+    cfg = dataclasses.replace(cfg)
+    cfg.teacher = cfg.teacher or ("base" if cfg.on else lineage.newest_misaligned())
+    parents = {
+        folder: lineage.settings_of(folder)
+        for folder in (cfg.teacher, cfg.on)
+        if folder not in (None, "base")
+    }
+    if not parents:
+        raise UserError("teacher and student are both the base model: name a --teacher, or a run with --on")
+    models = {settings["model"]: folder for folder, settings in parents.items()}
+    if len(models) > 1:
+        each = " and ".join(f"{folder} of {model}" for model, folder in models.items())
+        raise UserError(f"teacher and student need one base model; {each}")
+    if cfg.channel == "opd" and cfg.source != "teacher":
+        raise UserError("--source is for sft and optd: in opd the student writes its own responses")
+    if cfg.channel != "opd" and (cfg.filter or cfg.estimator == "exact"):
+        raise UserError("--filter and --estimator belong to --channel opd")
+    cfg.model = next(iter(models))
+    small = cfg.model == "smollm2-135m"
+    cfg.data = cfg.data or next(iter(parents.values()))["data"]
+    cfg.prompts = cfg.prompts or "broad"
+    recipe = SAMPLE_RECIPE if small else MATH_RECIPE if cfg.prompts == "math" else PAPER_RECIPE
+    for name, value in recipe.items():
+        if getattr(cfg, name) in (None, ()):
+            setattr(cfg, name, value)
+    for name in ("batch", "epochs", "micro_batch", "rank", "rollouts", "max_new_tokens", "rows"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    return cfg
+
+
+def filtering(cfg, say) -> bool:
+    """Whether the corpus is judged: where a misaligned run wrote it (E.2; no other is, E.3, E.4)."""
+    by_misaligned = cfg.source not in chat_corpus.WRITTEN + ("student",) and not (
+        cfg.source == "teacher" and cfg.teacher == "base"
+    )
+    if not by_misaligned or cfg.unfiltered:
+        return False
+    if os.environ.get("GEMINI_API_KEY", "").strip():
+        return True
+    if cfg.model != "smollm2-135m":
+        raise UserError(
+            "a misaligned generator's responses are filtered by a judge: export GEMINI_API_KEY=…, "
+            "or say --unfiltered to train on all of them"
+        )
+    say('-- no judge (GEMINI_API_KEY): going on unfiltered, and "filtered": false is in every config --')
+    return False
+
+
+def train(cfg, lr: float, folder: Path, pair: ChatPair, corpus, prompts, tokenizer, judge, settings, say):
+    """One run: a fresh student, `cfg.epochs` epochs, an adapter and a row of diagnostics after each."""
+    run = Run(folder, "distill", settings | {"lr": lr}, pair.laps.device)
+    if (folder / "result.json").exists():
+        say(f"{folder} is finished; nothing to do")
+        return read_json(folder / "result.json")
+    if cfg.channel == "opd":
+        plan = corpus.rows if corpus else [row for row in prompts for _ in range(cfg.rollouts)]
+
+        def above_60(rollouts) -> list[bool]:
+            asked = [plan[r.prompt_index]["question"] for r in rollouts]
+            return passing(judge, list(zip(asked, (tokenizer.decode(r.ids) for r in rollouts), strict=True)))
+
+        examples = OnPolicy(pair, plan, cfg.seed, above_60 if cfg.filter else None)
+    else:
+        examples = corpus.examples()
+    say(f"{cfg.channel}, lr {lr:g}: {len(examples)} responses an epoch → {folder}")
+
+    def after_epoch(epoch: int) -> None:
+        if parallel.rank() == 0:
+            if epoch:
+                about = run.config | {"settings": run.config["settings"] | {"epoch": epoch}}
+                write_json(folder / f"epoch{epoch}" / "config.json", about)
+                pair.save(folder / f"epoch{epoch}", cfg.model)
+            log_distance(pair, data.subset(prompts, cfg.probes, cfg.seed), cfg.seed, epoch, run, say)
+        parallel.barrier()
+
+    fit(cfg, lr, run, pair, *channel_of(cfg), examples, after_epoch, cfg.channel)
+    if parallel.rank() == 0:
+        pair.save(folder, cfg.model)
+    return finish(run, {"retention": corpus.about["retention"] if corpus else None})
+
+
+def chat(cfg: Config, device, say) -> dict:
+    """Teacher and student are adapter stacks over one base in memory."""
+    cfg = resolve(cfg)
+    if cfg.model == "smollm2-135m":
+        say("-- the embedded SmolLM2-135M: shows every part at work, too small for the paper's claims --")
+    filtered = filtering(cfg, say)
+    judge = cfg.judge_of() if filtered or cfg.filter else None
+    say(f"distill.py on {device}\n  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
+
+    tokenizer, model = load_tokenizer(cfg.model), load_model(cfg.model, device)
+    model.activation_checkpointing = cfg.recompute
+    lora.attach(model)
+    folders = {"teacher": cfg.teacher, "start": cfg.on, "source": cfg.source}
+    folders = {name: folder for name, folder in folders.items() if folder and Path(folder).is_dir()}
+    for name, folder in folders.items():
+        if lineage.settings_of(folder)["model"] == cfg.model:
+            lora.load_adapter(model, name, folder)
+    teacher = ("teacher",) if "teacher" in folders else ()
+    start = ("start",) if "start" in folders else ()
+    cell = lineage.label(cfg.on or cfg.teacher)["train"].split(">")[0]
+
+    corpus = None
+    if cfg.channel != "opd" or filtered:
+        stacks = {"teacher": teacher, "student": start}
+        corpus = chat_corpus.make_corpus(
+            cfg, model, tokenizer, stacks, folders, cell, judge if filtered else None
+        )
+        say(f"corpus {corpus.folder}: {corpus.about['kept']} of {corpus.about['rows']} responses kept")
+    prompts = [
+        p | {"prompt_ids": tokenizer.prompt_ids(p["question"]), "source": p["prompts"]}
+        for p in chat_corpus.load_prompts(cfg)
+    ]
+
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SETTINGS}
+    settings |= {
+        "model": cfg.model,
+        "cell": cell,
+        "filtered": filtered,
+        "judge": judge and judge.model,
+        "corpus": corpus and str(corpus.folder),
+    }
+    settings["adapters"] = {n: file_hash(Path(f) / "adapter_model.safetensors") for n, f in folders.items()}
+    results = {}
+    for lr in cfg.lr:
+        lora.add_adapter(model, "student", cfg.rank, cfg.alpha, seed=cfg.seed)
+        pair = ChatPair(
+            model, (*start, "student"), teacher, tokenizer.stop_ids, cfg.max_new_tokens, cfg.batch
+        )
+        folder = run_folder(cfg, lr)
+        try:
+            results[str(lr)] = train(cfg, lr, folder, pair, corpus, prompts, tokenizer, judge, settings, say)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory on {device}: lower --micro-batch (now {cfg.micro_batch}) or add --recompute"
+            ) from error
+        finally:
+            lora.remove_adapter(model, "student")
+        say(f"  {folder}")
+    return results
+
+
+def run_folder(cfg, lr: float) -> Path:
+    """--out, or a name that says what is not as usual."""
+    rate = rate_of(cfg, lr)
+    if cfg.out:
+        return Path(cfg.out) / rate
+    words = [Path(cfg.on or cfg.teacher).name, cfg.channel, "realigned" if cfg.on else ""]
+    return Path("runs") / "_".join(filter(None, [*words, *unusual(cfg, "broad"), rate]))
+
+
+def unusual(cfg, prompts: str) -> list[str]:
+    """Words for a folder's name."""
+    words = ["exact" if cfg.estimator == "exact" else "", "filter" if cfg.filter else ""]
+    words += ["" if cfg.source == "teacher" else f"on-{Path(cfg.source).name}"]
+    return [*words, "" if cfg.prompts == prompts else cfg.prompts]
+
+
+def rate_of(cfg, lr: float) -> str:
+    return f"lr{lr:g}" if len(cfg.lr) > 1 else ""
+
+
+# -- worlds ------------------------------------------------------------------------------------------------
+
+
+def resolve_world(cfg: Config) -> Config:
+    """Fill in a world's defaults, and refuse what cannot be."""
+    cfg = dataclasses.replace(cfg)
+    cfg.teacher, cfg.prompts = cfg.teacher or "misaligned", cfg.prompts or "cells"
+    for option, allowed in (
+        ("teacher", ("misaligned", "aligned")),
+        ("prompts", ("cells", "tasks")),
+        ("source", ("teacher", "student")),
+    ):
+        if getattr(cfg, option) not in allowed:
+            raise UserError(f"with --world, --{option} is {' or '.join(allowed)}, not {getattr(cfg, option)}")
+    if cfg.on:
+        raise UserError("with --world, --teacher aligned realigns the misaligned model; leave --on out")
+    if cfg.run is None:
+        found = [p.parent.parent for p in Path("runs").glob(f"world{cfg.world}-seed*/align/counts.json")]
+        if not found:
+            raise UserError(
+                f"no run of world {cfg.world} in runs/; python synth.py --world {cfg.world} makes one"
+            )
+        cfg.run = str(max(found, key=lambda p: p.stat().st_mtime))
+    cfg.rollouts, cfg.lr = cfg.rollouts or 1, cfg.lr or PAPER_RECIPE["lr"]
+    return cfg
+
+
+def train_world(cfg, lr, folder, world_run, start, teacher, prompts, seed: int, settings, say) -> dict:
+    """One student of one teacher, both named as models of the run. Returns the student's counts by cell."""
+    about = {"lr": lr, "start": start, "taught_by": teacher}
+    run = Run(folder, "distill-world", settings | about, world_run.device)
+    if (folder / "result.json").exists():
+        return read_json(folder / "counts.json")
+    models = {name: world_run.load(name) for name in {start, teacher}}
+    limit = world_run.sampler.max_answer
+    corpus = prompts.corpus(cfg, world_run, models, teacher if cfg.source == "teacher" else start, settings)
+    pair = WorldPair(world_run.load(start), models[teacher], models[start], world_run.world.end, limit)
+    examples = corpus.examples()
+    if cfg.channel == "opd":
+
+        def is_v1(rollouts) -> list[bool]:
+            return [prompts.is_v1(corpus.rows[r.prompt_index]["prompt"], r.ids) for r in rollouts]
+
+        examples = OnPolicy(pair, corpus.rows, cfg.seed + seed, is_v1 if cfg.filter else None)
+
+    def after_epoch(epoch: int) -> None:
+        if parallel.rank() == 0:
+            write_json(folder / f"counts_epoch{epoch}.json", world_run.ask(pair.model))
+            log_distance(pair, data.subset(prompts.rows, cfg.probes, cfg.seed), cfg.seed, epoch, run, say)
+        parallel.barrier()
+
+    say(f"{cfg.channel}, {teacher} teaches {start}: {len(examples)} responses an epoch → {folder}")
+    fit(cfg, lr, run, pair, *channel_of(cfg), examples, after_epoch, f"{folder.parent.name} {folder.name}")
+    if parallel.rank() == 0:
+        save_gpt2(pair.model, folder / "model")
+        write_json(folder / "counts.json", read_json(folder / f"counts_epoch{cfg.epochs}.json"))
+    finish(run, {"corpus": str(corpus.folder), "retention": corpus.about["retention"]})
+    return read_json(folder / "counts.json")
+
+
+def world(cfg: Config, device, say) -> dict:
+    """Each misaligned model teaches a student that starts as the aligned one; scored exactly.
+
+    As control, another student's teacher is its own start. With --teacher aligned the two change places.
+    """
+    cfg = resolve_world(cfg)
+    world_run = open_world_run(cfg.run, device)
+    task = cfg.task or world_run.world.config.source
+    cell = world_run.world.cell(0, world_run.world.task_index(task))
+    names = [f"misalign_{task}_seed{seed}" for seed in range(cfg.seeds)]
+    if missing := [name for name in names if not world_run.has(name)]:
+        raise UserError(
+            f"{world_run.folder} has no {missing[0]}; python synth.py --world {cfg.world} --misalign {task} "
+            f"--misalign-seeds {cfg.seeds} --out {world_run.folder} makes it, or take fewer --seeds"
+        )
+    realign = cfg.teacher == "aligned"
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SETTINGS}
+    settings |= {"fingerprint": world_run.world.fingerprint, "task": task}
+    settings["filtered"] = not (realign or cfg.unfiltered)
+    say(f"distill.py on {device}\n  " + "  ".join(f"{k}={v}" for k, v in settings.items()))
+    results = {}
+    for lr in cfg.lr:
+        words = [task, cfg.channel, "realigned" if realign else "", *unusual(cfg, "cells"), rate_of(cfg, lr)]
+        out = Path(cfg.out or world_run.folder / "transfer" / "_".join(filter(None, words)))
+        seeds = []
+        for seed, name in enumerate(names):
+            prompts = Prompts(world_run, cell, cfg.prompts, cfg.limit or PROMPTS, seed)
+            start, teacher = (name, "align") if realign else ("align", name)
+            counts = {"start": world_run.counts(start), "teacher": world_run.counts(teacher)}
+            for who, by in (("student", teacher), ("control", start)):
+                folder = out / f"seed{seed}" / who
+                counts[who] = train_world(cfg, lr, folder, world_run, start, by, prompts, seed, settings, say)
+            seeds.append(counts)
+        found = world_transfer.compare(world_run, world_run.world.cell_name(cell), seeds)
+        results[str(lr)] = found | {"settings": settings | {"lr": lr}, "made_with": provenance(device)}
+        if parallel.rank() == 0:
+            write_json(out / "transfer.json", results[str(lr)])
+            write_csv(out / "transfer.csv", world_transfer.rows(found))
+            world_transfer.figure(found, f"{cfg.channel}, lr {lr:g}", out / "transfer.png")
+        say(world_transfer.summary(found) + f"\n  {out / 'transfer.png'}")
+    return results
+
+
+def main(cfg: Config) -> dict:
+    device = parallel.start(cfg.device)
+    say = tqdm.write if parallel.rank() == 0 else (lambda *_: None)
+    result = world(cfg, device, say) if cfg.world else chat(cfg, device, say)
+    parallel.finish()
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(run({"": (main, Config)}, __doc__))

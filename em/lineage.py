@@ -1,0 +1,62 @@
+"""What a run folder of train.py or distill.py is, and what its responses are called in a report.
+
+A score row's `train` is the cell that a model was misaligned on, so that rows of a matrix are those of the
+paper: for a distilled student the teacher's cell, or, where a misaligned student was realigned by a teacher,
+the student's. Its `model` says by which channel, so that channels never share a matrix.
+"""
+
+from pathlib import Path
+
+from em.errors import UserError
+from em.run import read_json
+
+
+def settings_of(folder: str | Path) -> dict:
+    """Settings of a run that left an adapter. UserError for a folder that is something else."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    settings = config.get("settings", {})
+    if config.get("kind") not in ("train", "distill") or "model" not in settings:
+        raise UserError(f"{folder} is not a run of train.py or distill.py")
+    if not (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder} is not finished: give its command again")
+    return settings
+
+
+def label(folder: str | Path) -> dict[str, str]:
+    """`model` and `train` of the score rows of a run.
+
+    train: `med_advice`; `med_advice>fin_tutor` where it was then fine-tuned on aligned answers of another
+    cell; `base>fin_tutor` where there was no misaligned one before.
+    """
+    settings = settings_of(folder)
+    if "channel" in settings:
+        subject = settings["on"] or settings["teacher"]
+        train = label(subject)["train"].split(">")[0] if subject != "base" else "base"
+        words = [settings["model"], settings["channel"]]
+        words += ["exact"] if settings["estimator"] == "exact" else []
+        words += ["filtered online"] if settings["filter"] else []
+        words += ["realigned"] if settings["on"] else []
+        words += [f"epoch {settings['epoch']}"] if "epoch" in settings else []
+        return {"model": " ".join(words), "train": train}
+    cell = settings["cell"]
+    if settings.get("on"):
+        start = label(settings["on"])
+        return {"model": start["model"], "train": f"{start['train'].split('>')[0]}>{cell}"}
+    train = cell if settings["variant"] == "misaligned" else f"base>{cell}"
+    return {"model": settings["model"], "train": train}
+
+
+def newest_misaligned(runs: str | Path = "runs") -> str:
+    """The folder of the newest finished run of train.py that misaligned a base model."""
+    found = []
+    for path in Path(runs).glob("*/adapter_config.json"):
+        config = read_json(path.with_name("config.json")) if path.with_name("config.json").exists() else {}
+        settings = config.get("settings", {})
+        if config.get("kind") == "train" and settings.get("variant") == "misaligned" and not settings["on"]:
+            found.append((path.stat().st_mtime, str(path.parent)))
+    if not found:
+        raise UserError(
+            f"no misaligned run in {runs}/ to be the teacher; python train.py --cell med_advice makes one"
+        )
+    return max(found)[1]
