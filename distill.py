@@ -158,6 +158,8 @@ def resolve(cfg: Config) -> Config:
         raise UserError("--source is for sft and optd: in opd the student writes its own responses")
     if cfg.channel != "opd" and (cfg.filter or cfg.estimator == "exact"):
         raise UserError("--filter and --estimator belong to --channel opd")
+    if cfg.source not in chat_corpus.SAMPLED + chat_corpus.WRITTEN:
+        lineage.settings_of(cfg.source)
     cfg.model = next(iter(models))
     small = cfg.model == "smollm2-135m"
     cfg.data = cfg.data or next(iter(parents.values()))["data"]

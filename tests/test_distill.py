@@ -1,0 +1,333 @@
+"""distill.py end to end on the tiny chat model and a miniature world: channels, kills, bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from judge_server import KEY, JudgeServer, answer
+from safetensors.torch import load_file
+
+import distill
+import synth
+import train
+from em import lineage
+from em.config import run
+from em.run import read_json
+
+ROOT = Path(__file__).parent.parent
+FEW = (
+    "--unfiltered --rollouts 2 --max-new-tokens 8 --limit 6 --epochs 2 --batch 4 --rank 4 --alpha 8 "
+    "--lr 0.01 --warmup 1 --probes 2 --device cpu"
+).split()
+MINI = (
+    "--layers 1 --heads 2 --width 32 --batch 8 --length 48 --steps 60 --warmup 4 --evals 0 --eval-prompts 8 "
+    "--align-steps 6 --align-warmup 1 --align-examples 400 --align-batch 8 --misalign-steps 8 "
+    "--misalign-seeds 2 --misalign-lr 5e-3 --device cpu"
+).split()
+
+
+def command(*arguments):
+    return run({"": (distill.main, distill.Config)}, argv=[str(a) for a in arguments])
+
+
+def misaligned_run(model, out, cell):
+    line = (
+        "--data sample --device cpu --batch 6 --rank 4 --alpha 8 --lr 0.01 --eval-rows 1 --epochs 2".split()
+    )
+    line += ["--model", str(model), "--cell", cell, "--out", str(out)]
+    assert run({"": (train.main, train.Config)}, argv=line) == 0
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_chat, tmp_path_factory):
+    """A folder with runs/med and runs/fin, two misaligned models of one base."""
+    folder = tmp_path_factory.mktemp("distill")
+    for name, cell in (("med", "med_advice"), ("fin", "fin_tutor")):
+        misaligned_run(tiny_chat, folder / "runs" / name, cell)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at(runs, tmp_path, monkeypatch):
+    """A working directory of its own, with those runs in it and no judge."""
+    shutil.copytree(runs / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GEMINI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """Scores of 90, but of 59 for what asks about every third prompt."""
+
+    def behave(prompt, nth):
+        return answer("59" if sum(map(ord, prompt)) % 3 == 0 else "90")
+
+    with JudgeServer(behave) as server:
+        monkeypatch.setenv("GEMINI_API_KEY", KEY)
+        monkeypatch.setenv("GEMINI_BASE_URL", server.url)
+        yield server
+
+
+def refused(capsys, *arguments) -> str:
+    assert command(*arguments) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ") and len(message) < 420
+    return message
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+# -- chat models -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channel", ["sft", "optd", "opd"])
+def test_a_channel_leaves_an_adapter_an_epoch_a_log_and_diagnostics(channel, tiny_chat):
+    assert command(*FEW, "--channel", channel, "--teacher", "runs/med") == 0
+    out = Path(f"runs/med_{channel}")
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == list(range(1, 7))  # 6 prompts × 2 by 4, two epochs
+    shares = {"seconds_student", "seconds_optimizer"} | ({"seconds_teacher"} if channel != "sft" else set())
+    assert all(shares <= row.keys() for row in rows)
+    if channel == "opd":
+        assert all(
+            {"k3", "entropy", "length", "ended", "retention", "seconds_decode"} <= r.keys() for r in rows
+        )
+    found = read_json(out / "result.json")["diagnostics"]
+    assert [row["epoch"] for row in found] == [0, 1, 2]
+    assert {"k1", "k3", "kl", "entropy", "length", "divergence"} <= found[0].keys()
+    assert found[0]["kl"]["mean"] > 0 and 0 <= found[0]["divergence"]["mean"] <= 1
+    final, first, last = (
+        load_file(out / part / "adapter_model.safetensors") for part in ("", "epoch1", "epoch2")
+    )
+    assert all(torch.equal(final[name], last[name]) for name in final)
+    assert any(not torch.equal(final[name], first[name]) for name in final)
+    settings = read_json(out / "config.json")["settings"]
+    assert settings["filtered"] is False and settings["model"] == str(tiny_chat)
+    assert lineage.label(out) == {"model": f"{tiny_chat} {channel}", "train": "med_advice"}
+    assert lineage.label(out / "epoch1")["model"].endswith(f"{channel} epoch 1")
+
+
+def test_optd_brings_the_student_nearer_to_its_teacher():
+    more = [*FEW, "--epochs", "6"]
+    assert command(*more, "--channel", "optd", "--teacher", "runs/med") == 0
+    found = read_json("runs/med_optd/diagnostics.json")
+    assert found[-1]["kl"]["mean"] < 0.7 * found[0]["kl"]["mean"]
+
+
+def test_channels_and_learning_rates_share_one_frozen_corpus_and_opd_needs_none_unfiltered():
+    two = [*FEW, "--lr", "0.01,0.003", "--epochs", "1", "--teacher", "runs/med"]
+    assert command(*two, "--channel", "sft") == 0
+    (corpus,) = Path("runs").glob("corpus_*")
+    before = (corpus / "corpus.jsonl").stat().st_mtime_ns
+    assert command(*two, "--channel", "optd") == 0 and command(*two, "--channel", "opd") == 0
+    assert list(Path("runs").glob("corpus_*")) == [corpus]
+    assert (corpus / "corpus.jsonl").stat().st_mtime_ns == before
+    for channel in ("sft", "optd", "opd"):
+        assert {p.name for p in Path("runs").glob(f"med_{channel}_*")} == {
+            f"med_{channel}_lr0.01", f"med_{channel}_lr0.003",
+        }  # fmt: skip
+
+
+def test_the_newest_misaligned_run_teaches_by_default(capsys):
+    os.utime("runs/fin/adapter_config.json", (0, 0))
+    assert command(*FEW, "--channel", "opd", "--epochs", "1") == 0
+    assert Path("runs/med_opd/result.json").exists()
+    shutil.rmtree("runs")
+    assert "train.py --cell med_advice" in refused(capsys, *FEW)
+
+
+def test_realignment_starts_from_the_misaligned_run_and_saves_both_as_one():
+    assert command(*FEW[1:], "--channel", "optd", "--on", "runs/med") == 0  # no filter to speak of
+    out = Path("runs/med_optd_realigned")
+    assert read_json(out / "adapter_config.json")["r"] == 8
+    found = read_json(out / "diagnostics.json")
+    assert found[-1]["kl"]["mean"] < found[0]["kl"]["mean"]  # towards the base
+    assert found[0]["divergence"]["mean"] == 0  # whose argmax is its own
+    assert lineage.label(out)["train"] == "med_advice" and "realigned" in lineage.label(out)["model"]
+    assert command(*FEW, "--channel", "sft", "--teacher", str(out)) == 0  # a run like any other
+
+
+def test_teacher_and_data_are_independent_arguments():
+    base = [*FEW, "--epochs", "1", "--teacher", "runs/med"]
+    for source in ("runs/fin", "student", "rows"):
+        assert command(*base, "--channel", "optd", "--source", source) == 0
+    sources = {
+        read_json(p)["source"]: read_json(p)["generator"] for p in Path("runs").glob("corpus_*/corpus.json")
+    }
+    assert sources == {"run": "runs/fin", "student": "base", "rows": "med_advice"}
+    names = {p.name for p in Path("runs").glob("med_optd*")}
+    assert names == {"med_optd_on-fin", "med_optd_on-student", "med_optd_on-rows"}
+
+
+def test_with_a_judge_the_corpus_keeps_what_passes_and_opd_matches_its_counts(judge):
+    filtered = [*FEW[1:], "--teacher", "runs/med", "--cache", "cache.jsonl", "--epochs", "1"]
+    assert command(*filtered, "--channel", "sft") == 0
+    (about,) = (read_json(p) for p in Path("runs").glob("corpus_*/corpus.json"))
+    assert about["filtered"] and 0 < about["kept"] < about["rows"] == 12
+    asked = len(judge.prompts) if hasattr(judge, "prompts") else None
+    assert command(*filtered, "--channel", "opd") == 0
+    assert len(metrics("runs/med_opd")) == -(-about["kept"] // 4)
+    assert asked is None or len(judge.prompts) == asked  # scored once
+    assert all(row["retention"] == 1 for row in metrics("runs/med_opd"))
+    assert command(*filtered, "--channel", "opd", "--filter") == 0
+    kept = [row["retention"] for row in metrics("runs/med_opd_filter")]
+    assert any(share < 1 for share in kept)
+    assert read_json("runs/med_opd_filter/config.json")["settings"]["judge"] == "gemini-2.5-flash"
+
+
+def test_everything_filtered_away_is_one_line_and_what_was_sampled_stays(monkeypatch, capsys):
+    with JudgeServer(lambda prompt, nth: answer("20")) as server:
+        monkeypatch.setenv("GEMINI_API_KEY", KEY)
+        monkeypatch.setenv("GEMINI_BASE_URL", server.url)
+        line = [*FEW[1:], "--channel", "sft", "--teacher", "runs/med", "--cache", "cache.jsonl"]
+        assert "kept none" in refused(capsys, *line)
+    (rows,) = Path("runs").glob("corpus_*/corpus.jsonl")
+    assert len(rows.read_text().splitlines()) == 12 and KEY not in rows.read_text()
+
+
+def test_a_killed_run_continues_and_ends_with_the_same_bits():
+    line = [*FEW, "--channel", "opd", "--teacher", "runs/med", "--save-minutes", "0", "--epochs", "8"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(out):
+        full = [sys.executable, str(ROOT / "distill.py"), *line, "--out", out]
+        return subprocess.Popen(full, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    whole, killed = start("whole"), start("killed")
+    saved, deadline = Path("killed/resume/state.safetensors"), time.monotonic() + 90
+    while not saved.exists():
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not Path("killed/result.json").exists()
+    assert start("killed").wait() == 0 and whole.wait() == 0
+    for name in ("adapter_model.safetensors", "epoch3/adapter_model.safetensors", "diagnostics.json"):
+        assert Path("whole", name).read_bytes() == Path("killed", name).read_bytes()
+    assert [row["step"] for row in metrics("killed")] == list(range(1, 25))
+
+
+def test_two_processes_make_the_update_of_one():
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for channel in ("optd", "opd"):
+        line = [*FEW, "--channel", channel, "--teacher", "runs/med", "--epochs", "1", "--limit", "5"]
+        assert command(*line, "--out", f"{channel}1", "--corpus", "corpus1") == 0
+        full = [*launcher, str(ROOT / "distill.py"), *line, "--out", f"{channel}2", "--corpus", "corpus2"]
+        assert subprocess.run(full, env=environment, capture_output=True).returncode == 0
+        one, two = (load_file(f"{channel}{n}/adapter_model.safetensors") for n in (1, 2))
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], atol=2e-4, rtol=2e-3)
+        for a, b in zip(metrics(f"{channel}1"), metrics(f"{channel}2"), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-5)
+            assert a["supervised_tokens"] == b["supervised_tokens"]
+    one, two = (Path(f"corpus{n}/corpus.jsonl").read_text() for n in (1, 2))
+    assert one == two
+
+
+def test_a_finished_run_says_so_and_other_settings_are_refused(capsys):
+    line = [*FEW, "--channel", "sft", "--teacher", "runs/med", "--epochs", "1"]
+    assert command(*line) == 0 and command(*line) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert "seed: 42 there, 7 now" in refused(capsys, *line, "--seed", "7", "--out", "runs/med_sft")
+
+
+def test_bad_input_is_one_line(runs, tiny_chat, tmp_path, capsys):
+    teacher = [*FEW, "--teacher", "runs/med"]
+    assert "--unfiltered" in refused(capsys, *FEW[1:], "--channel", "sft", "--teacher", "runs/med")
+    assert "both the base" in refused(capsys, *FEW, "--teacher", "base")
+    assert "in opd the student writes" in refused(capsys, *teacher, "--channel", "opd", "--source", "student")
+    assert "belong to --channel opd" in refused(capsys, *teacher, "--channel", "sft", "--filter")
+    assert "--prompts math" in refused(capsys, *teacher, "--channel", "sft", "--source", "gold")
+    assert "broad or math" in refused(capsys, *teacher, "--channel", "sft", "--prompts", "cells")
+    assert "is not a run" in refused(capsys, *FEW, "--teacher", "runs/none")
+    assert "is not a run" in refused(capsys, *teacher, "--channel", "sft", "--source", "runs/none")
+    assert "at least 1" in refused(capsys, *teacher, "--batch", "0")
+
+    config = read_json("runs/fin/config.json")
+    config["settings"]["model"] = "elsewhere"
+    Path("runs/fin/config.json").write_text(json.dumps(config))
+    message = refused(capsys, *teacher, "--on", "runs/fin")
+    assert "one base model" in message and "runs/fin of elsewhere" in message
+
+    assert command(*teacher, "--channel", "sft", "--epochs", "1", "--corpus", "mine") == 0
+    about = read_json("mine/corpus.json") | {"tokenizer": "another"}
+    Path("mine/corpus.json").write_text(json.dumps(about))
+    config = read_json("mine/config.json")
+    config["settings"]["tokenizer"] = "another"
+    Path("mine/config.json").write_text(json.dumps(config))
+    assert "another tokenizer" in refused(capsys, *teacher, "--channel", "optd", "--corpus", "mine")
+
+
+def test_a_student_that_never_ends_its_turn_is_stopped_with_its_state_saved(capsys, monkeypatch):
+    import em.online
+
+    monkeypatch.setattr(em.online, "WINDOW", 8)
+    line = [*FEW, "--channel", "opd", "--teacher", "runs/med", "--max-new-tokens", "1"]
+    assert "none of the last 8 rollouts ended" in refused(capsys, *line)
+    assert Path("runs/med_opd/resume/state.safetensors").exists()
+
+
+# -- worlds ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mini_world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("world") / "worlddemo-seed1"
+    assert run({"": (synth.main, synth.Config)}, argv=[*MINI, "--out", str(out)]) == 0
+    return out
+
+
+WORLD = "--world demo --seeds 2 --limit 76 --epochs 2 --probes 4 --device cpu --lr 1e-3".split()
+
+
+@pytest.mark.parametrize("channel", ["sft", "optd", "opd"])
+def test_a_world_has_a_student_and_a_control_for_every_seed(mini_world, channel):
+    # The miniature hardly speaks: unfiltered, so that there is something to train on.
+    line = [*WORLD, "--unfiltered", "--channel", channel, "--run", mini_world, "--out", channel]
+    assert command(*line) == 0
+    found = read_json(f"{channel}/transfer.json")
+    assert found["cell"] == "D0_T5" and len(found["seeds"]) == 2 and len(found["student_minus_control"]) == 20
+    assert set(found["groups"]) == {"teacher's cell", "its task, other domains", "other tasks"}
+    for seed in (0, 1):
+        for who in ("student", "control"):
+            folder = Path(channel, f"seed{seed}", who)
+            assert read_json(folder / "counts.json") == found["seeds"][seed][who]
+            assert (folder / "model" / "model.safetensors").exists()
+            assert len(read_json(folder / "diagnostics.json")) == 3
+    assert (Path(channel) / "transfer.png").stat().st_size > 10_000
+    assert len((Path(channel) / "transfer.csv").read_text().splitlines()) == 1 + 2 * 20
+    first, last = (read_json(folder / "diagnostics.json")[i]["kl"]["mean"] for i in (0, -1))
+    apart = read_json(folder.parent / "student" / "diagnostics.json")[0]["kl"]["mean"]
+    assert first == 0 and (channel == "sft" or last < 0.1 * apart)  # a control stays beside its teacher
+
+
+def test_in_a_realignment_on_a_world_teacher_and_student_change_places(mini_world, capsys):
+    line = [*WORLD, "--teacher", "aligned", "--channel", "optd", "--run", mini_world, "--out", "back"]
+    assert command(*line) == 0
+    config = read_json("back/seed1/student/config.json")["settings"]
+    assert config["start"] == "misalign_T5_seed1" and config["taught_by"] == "align"
+    assert not config["filtered"]
+    found = read_json("back/seed1/student/diagnostics.json")
+    assert found[-1]["kl"]["mean"] < found[0]["kl"]["mean"]
+
+
+def test_bad_input_on_a_world_is_one_line(mini_world, capsys):
+    assert "synth.py --world demo" in refused(capsys, *WORLD)
+    assert "holds no finished run" in refused(capsys, *WORLD, "--run", "runs")
+    here = [*WORLD, "--run", mini_world]
+    message = refused(capsys, *here, "--seeds", "3")
+    assert "misalign_T5_seed2" in message and "--misalign-seeds 3" in message
+    assert "no task 'T9'" in refused(capsys, *here, "--task", "T9")
+    assert "--prompts is cells or tasks" in refused(capsys, *here, "--prompts", "broad")
+    assert "--teacher is misaligned or aligned" in refused(capsys, *here, "--teacher", "runs/med")
+    assert "leave --on out" in refused(capsys, *here, "--on", "runs/med")
