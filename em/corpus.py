@@ -65,7 +65,7 @@ def freeze(
     """
     folder = Path(folder)
     if not (folder / "corpus.json").exists():
-        Run(folder, "corpus", settings | {"tokenizer": tokenizer})
+        Run(folder, "corpus", settings | {"tokenizer": tokenizer}, option="--corpus")
         found = rows(folder)
         if parallel.rank() == 0:
             found = keep(found) if keep else [row | {"kept": True} for row in found]
@@ -81,9 +81,9 @@ def freeze(
                 f"the filter kept none of the responses; {folder / 'corpus.jsonl'} has all of them: "
                 "take another --source, more --rollouts, or --unfiltered"
             )
-    elif settings:
-        Run(folder, "corpus", settings | {"tokenizer": tokenizer})  # says what differs
-    return Corpus(folder, tokenizer)
+    corpus = Corpus(folder, tokenizer)
+    Run(folder, "corpus", settings | {"tokenizer": tokenizer}, option="--corpus")  # says what differs
+    return corpus
 
 
 def judged(judge, rows: list[dict]) -> list[dict]:

@@ -11,6 +11,7 @@ rank 0 writes and the others read.
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
@@ -70,8 +71,9 @@ def read_json(path: Path):
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
 
 
-def provenance(device: torch.device | str = "cpu") -> dict:
-    """Versions, git commit and machine class: what a figure needs beside it to be made again."""
+@functools.cache
+def _commit() -> str | None:
+    """The checkout's commit, asked once a process; None where there is no git."""
     root = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
@@ -81,15 +83,19 @@ def provenance(device: torch.device | str = "cpu") -> dict:
         return done.stdout.strip()
 
     try:
-        commit = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
-    except OSError:  # no git on this machine
-        commit = ""
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "") or None
+    except OSError:
+        return None
+
+
+def provenance(device: torch.device | str = "cpu") -> dict:
+    """Versions, git commit and machine class: what a figure needs beside it to be made again."""
     on_gpu = torch.device(device).type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "commit": commit or None,
+        "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads",
     }
 
@@ -101,8 +107,11 @@ class Run:
     print) stay out, so that changing them does not orphan a run.
     """
 
-    def __init__(self, folder: str | Path, kind: str, settings: dict, device: torch.device | str = "cpu"):
-        self.folder = Path(folder)
+    def __init__(
+        self, folder: str | Path, kind: str, settings: dict, device: torch.device | str = "cpu",
+        option: str = "--out",
+    ):  # fmt: skip
+        self.folder, self.option = Path(folder), option
         path = self.folder / "config.json"
         if parallel.rank() > 0:
             parallel.barrier()  # rank 0 makes the folder first
@@ -112,7 +121,7 @@ class Run:
             self._refuse_changes(kind, settings)
         else:
             if self.folder.exists() and not self.folder.is_dir():
-                raise UserError(f"{self.folder} is a file; choose another --out")
+                raise UserError(f"{self.folder} is a file; choose another {option}")
             self.config = {"kind": kind, "settings": settings, "made_with": provenance(device)}
             write_json(path, self.config)
         if parallel.rank() == 0:
@@ -122,7 +131,8 @@ class Run:
     def _refuse_changes(self, kind: str, settings: dict) -> None:
         if self.config.get("kind") != kind:
             raise UserError(
-                f"{self.folder} holds a {self.config.get('kind')!r}, not a {kind!r}; choose another --out"
+                f"{self.folder} holds a {self.config.get('kind')!r}, not a {kind!r}; choose another "
+                f"{self.option}"
             )
         old = self.config.get("settings", {})
         changed = [
@@ -132,7 +142,8 @@ class Run:
         ]
         if changed:
             raise UserError(
-                f"{self.folder} was made with other settings ({'; '.join(changed)}); choose another --out"
+                f"{self.folder} was made with other settings ({'; '.join(changed)}); choose another "
+                f"{self.option}"
             )
 
     # -- metrics ---------------------------------------------------------------------------------------
