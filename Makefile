@@ -1,10 +1,12 @@
 # make demo   sets up and runs the reduced world, about five minutes on two cores
 # make test   sets up and runs the tests
+# make worlds               every synthetic experiment of the paper, worlds 1 and 2 over SEEDS=3 (GPUs)
+# make worlds WORLD=demo    the same on the reduced worlds, for two CPU cores
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test lint fmt bench loc
+.PHONY: setup demo worlds plan reports test lint fmt bench loc
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt requirements-models.txt
@@ -19,6 +21,74 @@ $(VENV)/.installed: requirements.txt requirements-models.txt
 
 demo: setup
 	$(BIN)/python synth.py --world demo
+
+# -- the synthetic experiments ---------------------------------------------------------------------------
+# WORLD  paper (worlds 1 and 2), demo (demo and demo2), or a single 1 or 2
+# SEEDS  how many world seeds
+# RUNS   the folder of everything; parts whose result is there are skipped
+# RUN    a launcher before every python, such as RUN="srun --gpus=1" with make -j8
+WORLD ?= paper
+RUNS  ?= runs
+RUN   ?=
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+REDUCED := $(filter demo,$(WORLD))
+SEEDS ?= $(if $(REDUCED),1,3)
+FIRST  := $(if $(REDUCED),demo,$(filter-out 2,$(WORLD:paper=1)))
+SECOND := $(if $(REDUCED),demo2,$(filter-out 1,$(WORLD:paper=2)))
+SEED_LIST := $(if $(REDUCED),$(shell seq 1 $(SEEDS)),$(shell seq 0 $$(($(SEEDS) - 1))))
+EXPECTED := $(if $(REDUCED),25 minutes on two cores,60 minutes a seed on one H100 (an aim; not measured yet))
+SYNTH := $(RUN) $(BIN)/python synth.py
+
+base   = $(SEED_LIST:%=$(RUNS)/world$(1)-seed%/summary.json)
+result = $(RUNS)/$(1)-world$(2)/$(1).json
+graphs = $(RUNS)/show-world$(1)-seed$(firstword $(SEED_LIST))/domain_graphs.png
+# The longest first.
+PARTS := $(foreach w,$(SECOND),$(foreach e,fraction phase similarity,$(call result,$(e),$(w)))) \
+         $(foreach w,$(FIRST) $(SECOND),$(call base,$(w)) $(call graphs,$(w)) $(call result,steering,$(w))) \
+         $(foreach w,$(FIRST),$(call result,hardness,$(w)) $(call result,realign,$(w)))
+
+# Small models gain little from a second thread: on a CPU a process has one, and parts run side by side.
+worlds: setup
+	@$(if $(REDUCED),OMP_NUM_THREADS=1 TQDM_DISABLE=1) \
+	  $(MAKE) --no-print-directory $(if $(REDUCED),-j$(CORES)) reports
+
+reports: $(PARTS)
+	@for w in $(FIRST) $(SECOND); do $(BIN)/python synth.py report --world $$w --out $(RUNS) || exit; done
+
+plan:
+	@echo "worlds $(FIRST) $(SECOND), seeds $(SEED_LIST); all of it takes about $(EXPECTED)"
+	@for part in $(PARTS); do if [ -e $$part ]; then echo "  done   $$part"; else echo "  to do  $$part"; fi; done
+
+$(PARTS): | plan
+
+define world # its graphs, and the models that everything else starts from: pretrain, align, the main grid
+$(call graphs,$(1)):
+	$(BIN)/python synth.py show --world $(1) --seed $(firstword $(SEED_LIST)) --out $$(@D)
+$(RUNS)/world$(1)-seed%/summary.json:
+	$(SYNTH) --world $(1) --seed $$* --out $$(@D)
+endef
+
+define experiment # name, world, what has to be there
+$(call result,$(1),$(2)): $(3)
+	$(SYNTH) $(1) --world $(2) --seeds $(SEED_LIST) --out $(RUNS)
+endef
+
+define experiment_by_seed # the same where training is long: a process a seed, then one that collects
+$(RUNS)/$(1)-world$(2)/.seed%: $(3) | plan
+	$(SYNTH) $(1) --world $(2) --seeds $$* --out $(RUNS)
+	@touch $$@
+$(call experiment,$(1),$(2),$(SEED_LIST:%=$(RUNS)/$(1)-world$(2)/.seed%))
+endef
+
+# Hardness leaves the misaligned models that steering and realignment start from.
+$(foreach w,$(FIRST) $(SECOND),$(eval $(call world,$(w))))
+$(foreach w,$(FIRST),$(eval $(call experiment,hardness,$(w),$(call base,$(w)))))
+$(foreach w,$(FIRST),$(eval $(call experiment,steering,$(w),$(call result,hardness,$(w)))))
+$(foreach w,$(FIRST),$(eval $(call experiment_by_seed,realign,$(w),$(call result,hardness,$(w)))))
+$(foreach w,$(SECOND),$(eval $(call experiment,similarity,$(w),$(call base,$(w)))))
+$(foreach w,$(SECOND),$(eval $(call experiment,steering,$(w),$(call base,$(w)))))
+$(foreach w,$(SECOND),$(eval $(call experiment_by_seed,fraction,$(w))))
+$(foreach w,$(SECOND),$(eval $(call experiment_by_seed,phase,$(w),$(RUNS)/world$(w)-seed%/summary.json)))
 
 test: setup
 	$(BIN)/python -m pytest
@@ -37,6 +107,7 @@ bench: setup
 	$(BIN)/python bench/lora.py
 	$(BIN)/python bench/sample.py
 	$(BIN)/python bench/kl.py
+	$(BIN)/python bench/report.py
 
 loc:
 	@wc -l *.py em/*.py tests/*.py bench/*.py

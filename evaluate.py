@@ -19,30 +19,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from em import data, lora, margin, parallel
+from em import data, lineage, lora, margin, parallel
 from em.checkpoint import load_model, load_tokenizer
 from em.config import knob, run
 from em.errors import UserError
-from em.judge import CACHE, MODEL, Judge
+from em.judge import Judge, JudgeOptions
 from em.ledger import describe_forecast
 from em.margin_table import margin_report, read_margins
 from em.report import write_report
-from em.rubric import FOLDER
-from em.run import Run, read_json, write_text
+from em.rollouts import sample_to_file
+from em.run import Run, write_text
 from em.sample import Sampler
 from em.score import is_em, is_scored
 from em.score_table import read_scores
 from em.stats import wilson
-
-
-@dataclass
-class JudgeOptions:
-    judge_model: str = knob(MODEL, "Gemini model", "judge")
-    rubrics: str = knob(str(FOLDER), "folder of rubrics", "judge")
-    cache: str = knob(str(CACHE), "file of the judge's answers, shared by all runs", "judge")
-    workers: int = knob(32, "calls in flight", "judge")
-    budget_usd: float | None = knob(None, "stop before spending more", "judge")
-    price: tuple[float, ...] = knob((), "dollars a million input, output tokens, if unknown to us", "judge")
 
 
 @dataclass
@@ -63,32 +53,16 @@ class Config(JudgeOptions):
     rows: int = knob(64, "sequences sampled at once; changes memory and speed only", "sampling")
 
 
-# -- what a run is -----------------------------------------------------------------------------------------
-
-
-def lineage(folder: str | Path) -> tuple[str, dict]:
-    """(train label, settings) of a run: `med_advice`, or `med_advice>fin_tutor` where it was realigned."""
-    settings = read_json(Path(folder) / "config.json").get("settings", {})
-    if "cell" not in settings or "model" not in settings:
-        raise UserError(f"{folder} is not a run of train.py or distill.py")
-    if settings.get("on"):
-        return f"{lineage(settings['on'])[0].split('>')[0]}>{settings['cell']}", settings
-    return settings["cell"] if settings["variant"] == "misaligned" else f"base>{settings['cell']}", settings
+# -- prompts -----------------------------------------------------------------------------------------------
 
 
 def narrow_prompts(cfg, source: str) -> list[dict]:
     """The eval rows of every cell there is, as rows without a response."""
     prompts = []
-    for cell in data.CELLS:
-        try:
-            rows = data.split(data.load_cell(source, cell))[1]
-        except UserError:
-            continue  # a folder may hold some cells only
-        for row in rows[: cfg.limit or None]:
-            place = {"set": "narrow", "domain": cell.domain, "task": cell.task, "em_surface": None}
+    for cell, rows in data.load_cells(source).items():
+        place = {"set": "narrow", "domain": cell.domain, "task": cell.task, "em_surface": None}
+        for row in data.split(rows)[1][: cfg.limit or None]:
             prompts.append(place | {"idx": row["idx"], "question": row["question"], "row": row})
-    if not prompts:
-        raise UserError(f"{source} has none of the twelve cells")
     return prompts
 
 
@@ -99,67 +73,32 @@ def broad_prompts(cfg, source: str) -> list[dict]:
     ]
 
 
-# -- generate ----------------------------------------------------------------------------------------------
-
-
-def whole_lines(path: Path) -> list[dict]:
-    """The rows of a file that is appended to; a line that a kill cut short is dropped from it."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    kept = text[: text.rfind("\n") + 1]
-    if kept != text:
-        write_text(path, kept)
-    return [json.loads(line) for line in kept.splitlines()]
+# -- generate, judge, score ----------------------------------------------------------------------------------
 
 
 def generate(cfg, path: Path, label: dict, prompts: list[dict], n: int, model, tokenizer) -> list[dict]:
-    """Sample `n` responses a prompt into `path`, one line as each ends; what is there already stays.
+    """Sample `n` responses a prompt into `path`; returns them as rows, those that were there before too."""
+    sampler = Sampler(model, tokenizer.stop_ids, cfg.max_new_tokens, cfg.temperature, cfg.rows)
 
-    A response's text follows from (seed, prompt, sample), so a continued file is the file of one go.
-    """
-    done = whole_lines(path)
-    have = {(row["prompt"], row["sample"]) for row in done}
-    missing = [i for i in range(len(prompts)) if any((i, s) not in have for s in range(n))]
-    if missing:
-        sampler = Sampler(model, tokenizer.stop_ids, cfg.max_new_tokens, cfg.temperature, cfg.rows)
-        ids = [tokenizer.prompt_ids(prompts[i]["question"]) for i in missing]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(total=len(prompts) * n, initial=len(done), desc=path.stem, unit="response")
-        with bar, open(path, "a", encoding="utf-8") as file:
-            for rollout in sampler.stream(ids, n=n, seed=cfg.seed, indices=missing):
-                if (rollout.prompt_index, rollout.sample) in have:
-                    continue
-                prompt = {k: v for k, v in prompts[rollout.prompt_index].items() if k != "row"}
-                row = label | prompt | {"sample": rollout.sample, "response": tokenizer.decode(rollout.ids)}
-                row |= {
-                    "prompt": rollout.prompt_index,
-                    "tokens": len(rollout.ids),
-                    "finished": rollout.finished,
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
-                done.append(row)
-                bar.update()
-    return sorted(done, key=lambda row: (row["prompt"], row["sample"]))
+    def row(rollout) -> dict:
+        prompt = {k: v for k, v in prompts[rollout.prompt_index].items() if k != "row"}
+        return label | prompt | {"response": tokenizer.decode(rollout.ids)}
 
-
-# -- judge and score ---------------------------------------------------------------------------------------
-
-
-def make_judge(cfg) -> Judge:
-    return Judge(
-        cfg.judge_model, cfg.rubrics, cfg.cache, cfg.workers, cfg.budget_usd, cfg.price or None
-    )  # fmt: skip
+    ids = [tokenizer.prompt_ids(p["question"]) for p in prompts]
+    return sample_to_file(path, sampler, ids, n, cfg.seed, row)
 
 
 def judge_rows(judge: Judge, rows: list[dict], path: Path) -> list[dict]:
     """Score `rows` and write them to `path`; every answer is kept as it comes, so this can be repeated."""
     print(describe_forecast(judge.forecast(rows), judge.ledger.price))
     scored = list(judge.score(rows))
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored))
+    write_rows(path, scored)
     print(f"{judge.ledger}\n  {path}: {rate(scored)}")
     return scored
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def rate(rows: list[dict]) -> str:
@@ -187,8 +126,8 @@ def margin_rows(label: dict, prompts: list[dict], model, tokenizer, stacks: tupl
     values = []
     for names in stacks:
         with lora.stack(model, *names, frozen=True):
-            scored = margin.margins(model, pairs)
-        values.append([v for cell in pairs for v in scored[cell]])
+            cells = tqdm(pairs.items(), desc=f"margins {'after' if values else 'before'}", unit="cell")
+            values.append([v for cell, both in cells for v in margin.margins(model, {cell: both})[cell]])
     ordered = [p for cell in pairs for p in prompts if f"{p['domain']}_{p['task']}" == cell]
     return [
         label | {"domain": p["domain"], "task": p["task"], "idx": p["idx"], "before": before, "after": after}
@@ -201,16 +140,12 @@ def margin_rows(label: dict, prompts: list[dict], model, tokenizer, stacks: tupl
 
 def evaluate(cfg: Config, folder: str | None, model, tokenizer, device) -> str:
     """Everything for one run (None: the base model); returns what was found, in a line or two."""
-    train, settings = lineage(folder) if folder else ("base", {"model": cfg.model})
-    source = (
-        cfg.data
-        or settings.get("data")
-        or ("sample" if cfg.model == "smollm2-135m" else "askinb/structured-emergent-misalignment")
-    )
+    settings = lineage.settings_of(folder) if folder else {}
+    label = lineage.label(folder) if folder else {"model": cfg.model, "train": "base"}
+    source = cfg.data or settings.get("data") or data.default_source(cfg.model)
     out = Path(
         cfg.out or (Path(folder) / "eval" if folder else f"runs/{Path(cfg.model).name.lower()}_base/eval")
     )
-    label = {"model": settings["model"], "train": train}
     stack = ("run",) if folder else ()
     if folder:
         lora.load_adapter(model, "run", folder)
@@ -222,12 +157,13 @@ def evaluate(cfg: Config, folder: str | None, model, tokenizer, device) -> str:
             rows = margin_rows(label, narrow_prompts(cfg, source), model, tokenizer, (before, stack))
             if before:
                 lora.remove_adapter(model, "start")
-            write_text(out / "margins.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            write_rows(out / "margins.jsonl", rows)
             return margin_report(rows, out / "report")
 
-        judge = make_judge(cfg)  # before sampling: a missing key is best said at once
+        judge = cfg.judge_of()  # before sampling: a missing key is best said at once
         sampling = ("temperature", "max_new_tokens", "samples", "limit", "seed")
-        Run(out, "eval", {k: getattr(cfg, k) for k in sampling} | {"data": source, "train": train}, device)
+        asked = {k: getattr(cfg, k) for k in sampling}
+        Run(out, "eval", asked | {"data": source, "train": label["train"]}, device)
         files = []
         for kind, prompts, n in (("narrow", narrow_prompts, 1), ("broad", broad_prompts, cfg.samples)):
             if cfg.on in (kind, "all"):
@@ -236,7 +172,8 @@ def evaluate(cfg: Config, folder: str | None, model, tokenizer, device) -> str:
                     rows = generate(cfg, path, label, prompts(cfg, source), n, model, tokenizer)
                 files.append(out / f"scores_{kind}.jsonl")
                 judge_rows(judge, rows, files[-1])
-        return write_report(read_scores(files), out / "report")["summary"] + f"\n{out / 'report'}"
+        said = write_report(read_scores(files), out / "report")["summary"]
+        return f"{said}\n{out / 'report'}: tables and figures; browse.html there shows the responses"
     finally:
         if folder:
             lora.remove_adapter(model, "run")
@@ -244,7 +181,7 @@ def evaluate(cfg: Config, folder: str | None, model, tokenizer, device) -> str:
 
 def main(cfg: Config) -> None:
     device = parallel.start(cfg.device)
-    names = {folder: lineage(folder)[1]["model"] for folder in cfg.run}
+    names = {folder: lineage.settings_of(folder)["model"] for folder in cfg.run}
     if len(set(names.values())) > 1:
         raise UserError(
             f"--run names runs of several models ({', '.join(sorted(set(names.values())))}); one at a time"
@@ -257,6 +194,8 @@ def main(cfg: Config) -> None:
     cfg = dataclasses.replace(cfg, model=next(iter(names.values()), cfg.model or default))
     tokenizer, model = load_tokenizer(cfg.model), load_model(cfg.model, device)
     lora.attach(model)
+    if cfg.model == "smollm2-135m":
+        print("-- the embedded SmolLM2-135M: shows every part at work, too small for the paper's claims --")
     for folder in cfg.run or (None,):
         print(f"evaluating {folder or cfg.model} on {device}")
         print(evaluate(cfg, folder, model, tokenizer, device))
@@ -291,7 +230,7 @@ def judge_files(cfg: JudgeConfig) -> None:
     rows = read_rows(cfg.responses, "--responses")
     if not cfg.out:
         raise UserError("judge needs --out FILE")
-    judge_rows(make_judge(cfg), rows, Path(cfg.out))
+    judge_rows(cfg.judge_of(), rows, Path(cfg.out))
 
 
 @dataclass
@@ -305,9 +244,9 @@ def surface(cfg: SurfaceConfig) -> None:
     rows = read_rows(cfg.prompts, "--prompts")
     if not cfg.out:
         raise UserError("surface needs --out FILE")
-    judge = make_judge(cfg)
+    judge = cfg.judge_of()
     labelled = list(judge.label_surface(rows))
-    write_text(Path(cfg.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labelled))
+    write_rows(Path(cfg.out), labelled)
     print(f"{judge.ledger}\n  {cfg.out}")
 
 
@@ -327,7 +266,7 @@ def report(cfg: ReportConfig) -> None:
         print(margin_report(read_margins(margins), Path(cfg.out)))
     if scores:
         print(write_report(read_scores(scores), cfg.out)["summary"])
-    print(cfg.out)
+    print(f"{cfg.out}: tables and figures" + ("; browse.html there shows the responses" if scores else ""))
 
 
 COMMANDS = {

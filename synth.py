@@ -5,22 +5,30 @@
     python synth.py --world 1 --misalign T0,T1  more source tasks from the same aligned model
     python synth.py show --world 1              the world itself: similarities, an example, Figure 6
 
+    python synth.py hardness | steering | realign     over seeds of world demo; --world 1, --seeds 0,1,2
+    python synth.py similarity | fraction | phase     over seeds of world demo2; --world 2
+    python synth.py report --world 1                  the paper's figures beside what the runs found
+
 pretrain on both variants → align every cell on variant 1 → misalign one cell of D0 on variant 2 → ask all.
 Phases that are done are reused, a killed one resumes; `torchrun --nproc-per-node N synth.py` splits batches.
 """
 
 import dataclasses
+import functools
+import importlib
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from em import describe, figures, parallel
+import torch
+
+from em import comparison, describe, figures, parallel
 from em.config import knob, run
 from em.errors import UserError
 from em.grid import build_grid, gates, save_grid, summary
 from em.phases import WorldRun
-from em.run import provenance, read_json, write_json
+from em.run import provenance, read_json, write_csv, write_json
 from em.world import WORLDS, build_world
 
 # What a world's runs use unless told otherwise. Worlds 1 and 2: B.4, B.5; demo: ours, see LOG.md.
@@ -37,16 +45,32 @@ DEFAULTS = {
         align_examples=6_400, align_steps=200, align_batch=32, align_lr=3e-4, align_warmup=20,
         misalign_steps=15, misalign_batch=16, misalign_lr=2e-4, misalign_seeds=3,
     ),
+    "demo2": dict(
+        seed=1, misalign=("T0",), layers=3, heads=4, width=96,
+        batch=32, length=48, lr=5e-3, steps=1_500, warmup=200, beta2=0.98,
+        align_examples=6_400, align_steps=200, align_batch=32, align_lr=3e-4, align_warmup=20,
+        misalign_steps=20, misalign_batch=16, misalign_lr=2e-4, misalign_seeds=1,
+    ),
 }  # fmt: skip
 DEFAULTS["2"] = DEFAULTS["1"] | dict(misalign=("T0",), warmup=600, align_warmup=250)
 
+# World seeds of an experiment; elsewhere 0, 1, 2.
+SEEDS = {"demo": (1, 2, 3), "demo2": (1, 2, 3)}
+# Command → the module that measures it and the worlds that serve it, the reduced one first.
+EXPERIMENTS = {
+    "hardness": ("em.hardness", ("demo", "1")),
+    "steering": ("em.steering", ("demo", "1", "demo2", "2")),
+    "realign": ("em.world_realign", ("demo", "1")),
+    "similarity": ("em.similarity_grid", ("demo2", "2")),
+    "fraction": ("em.v2_fraction", ("demo2", "2")),
+    "phase": ("em.pretrain_phase", ("demo2", "2")),
+}
+
 
 @dataclass
-class Config:
-    world: str = knob("demo", "which world", "what", tuple(WORLDS))
-    misalign: tuple[str, ...] | None = knob(None, "source tasks, each misaligned in D0", "what")
-    seed: int | None = knob(None, "seed of the world and of pretraining", "what")
-    out: str | None = knob(None, "run folder (default: runs/world<world>-seed<seed>)", "what")
+class Training:
+    """How the models of a world are trained and asked; None: the world's default above."""
+
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what")
 
     layers: int | None = knob(None, "blocks (GPT-2-small: 12)", "model")
@@ -81,6 +105,14 @@ class Config:
     save_minutes: float = knob(2.0, "minutes between saved states to resume from", "all phases")
 
 
+@dataclass
+class Config(Training):
+    world: str = knob("demo", "which world", "what", tuple(WORLDS))
+    misalign: tuple[str, ...] | None = knob(None, "source tasks, each misaligned in D0", "what")
+    seed: int | None = knob(None, "seed of the world and of pretraining", "what")
+    out: str | None = knob(None, "run folder (default: runs/world<world>-seed<seed>)", "what")
+
+
 # May differ between calls on one folder; each misaligned model keeps its own settings.
 NOT_SETTINGS = (
     "misalign", "misalign_steps", "misalign_batch", "misalign_lr", "misalign_seeds",
@@ -108,7 +140,12 @@ def resolve(cfg: Config) -> Config:
     return cfg
 
 
-# -- the experiment ----------------------------------------------------------------------------------------
+def open_run(cfg: Config, device: torch.device) -> WorldRun:
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SETTINGS}
+    return WorldRun(cfg, cfg.out, settings, device)
+
+
+# -- the world on paper ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -134,13 +171,15 @@ def show(cfg: ShowConfig) -> None:
     print(f"domain graphs (Figure 6): {path}")
 
 
+# -- one world, one seed: the grid -------------------------------------------------------------------------
+
+
 def main(cfg: Config) -> dict:
     began = time.perf_counter()
     cfg = resolve(cfg)
     device = parallel.start(cfg.device)
     say = print if parallel.rank() == 0 else (lambda *_, **__: None)
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SETTINGS}
-    phases = WorldRun(cfg, cfg.out, settings, device)
+    phases = open_run(cfg, device)
     world, out = phases.world, phases.folder
     say(f"world {cfg.world}, seed {cfg.seed}, on {device}; writing to {out}")
     say("  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
@@ -179,5 +218,92 @@ def main(cfg: Config) -> dict:
     return grids
 
 
+# -- an experiment, over seeds -----------------------------------------------------------------------------
+
+
+@dataclass
+class ExperimentConfig(Training):
+    world: str | None = knob(None, "which world (default: the reduced one that serves)", "what")
+    seeds: tuple[int, ...] | None = knob(None, "world seeds, the unit of replication", "what")
+    out: str = knob("runs", "folder that holds the run of each seed and the result", "what")
+
+
+def experiment(name: str, cfg: ExperimentConfig) -> dict:
+    """Measure em/<module>.py over the seeds; <out>/<name>-world<world>/ gets its JSON, CSV and figure."""
+    began = time.perf_counter()
+    module_name, worlds = EXPERIMENTS[name]
+    world = cfg.world or worlds[0]
+    seeds = SEEDS.get(world, (0, 1, 2)) if cfg.seeds is None else cfg.seeds
+    if world not in worlds:
+        raise UserError(f"{name} is measured on world {' or '.join(worlds)}, not {world!r}")
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise UserError(f"--seeds {','.join(map(str, seeds))}: name each world seed once, none below 0")
+    module = importlib.import_module(module_name)
+    shared = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Training)}
+
+    def configure(seed: int, **changes) -> Config:
+        """Other fine-tuning settings share the run folder, others of pretraining have their own."""
+        apart = "".join(
+            f"-{'v2' if k == 'v2_fraction' else k}_{v}" for k, v in changes.items() if k not in NOT_SETTINGS
+        )
+        folder = Path(cfg.out) / f"world{world}-seed{seed}{apart}"
+        return resolve(Config(**shared | changes, world=world, seed=seed, out=str(folder)))
+
+    settings = dataclasses.asdict(configure(seeds[0]))  # refuses bad ones before anything is written
+    device = parallel.start(cfg.device)
+    say = print if parallel.rank() == 0 else (lambda *_, **__: None)
+
+    def make(seed: int, **changes) -> WorldRun:
+        opened = open_run(configure(seed, **changes), device)
+        say(f"{name}, world {world}, seed {seed}: {opened.folder}")
+        opened.counts("pretrain", opened.pretrain())
+        opened.counts("align", opened.align())
+        return opened
+
+    result = module.measure(make, seeds, say)
+    if parallel.rank() == 0:
+        out = Path(cfg.out) / f"{name}-world{world}"
+        seconds = round(time.perf_counter() - began)
+        if (out / f"{name}.json").exists():  # as in main
+            old = read_json(out / f"{name}.json")
+            seconds = max(seconds, old["seconds"] if old["seeds"] == result["seeds"] else 0)
+        result |= {
+            "seconds": seconds,
+            "settings": {k: v for k, v in settings.items() if k not in ("seed", "out", "misalign")},
+            "made_with": provenance(device),
+        }
+        write_json(out / f"{name}.json", result)
+        write_csv(out / f"{name}.csv", result["rows"])
+        module.figure(result, out / f"{name}.png")
+        say(f"\n{module.summary(result)}\n  {out / f'{name}.png'}\n  {seconds} s")
+    parallel.finish()
+    return result
+
+
+# -- the paper beside the runs -----------------------------------------------------------------------------
+
+
+@dataclass
+class ReportConfig:
+    world: str = knob("demo", "which world", "what", tuple(WORLDS))
+    out: str = knob("runs", "folder that holds the runs; report-world<world>/ appears in it", "what")
+
+
+def report(cfg: ReportConfig) -> None:
+    """Every figure the paper states beside ours; what was not run is said to be not measured."""
+    table = comparison.compare(Path(cfg.out), cfg.world)
+    folder = Path(cfg.out) / f"report-world{cfg.world}"
+    comparison.save(table, folder)
+    print(comparison.summary(table))
+    print(f"  {folder / 'report.md'}")
+
+
+COMMANDS = {
+    "": (main, Config),
+    "show": (show, ShowConfig),
+    **{name: (functools.partial(experiment, name), ExperimentConfig) for name in EXPERIMENTS},
+    "report": (report, ReportConfig),
+}
+
 if __name__ == "__main__":
-    sys.exit(run({"": (main, Config), "show": (show, ShowConfig)}, __doc__))
+    sys.exit(run(COMMANDS, __doc__))

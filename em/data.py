@@ -7,7 +7,7 @@ hub dataset laid out so, or "sample": the small hand-written grid that ships wit
 Unusual: a row longer than the limit is left out and counted, never cut, so that no answer loses its end.
 """
 
-import errno
+import contextlib
 import json
 import random
 import re
@@ -15,6 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from em import hub
 from em.chat import Example, Tokenizer
 from em.errors import UserError
 
@@ -103,6 +104,19 @@ def load_cell(source: str | Path, cell: Cell) -> list[dict]:
     return [row for _, row in rows]
 
 
+def load_cells(source: str | Path) -> dict[Cell, list[dict]]:
+    """`load_cell` of every cell that `source` has; a folder may hold some only. UserError for none."""
+    cells = {}
+    for cell in CELLS:
+        with contextlib.suppress(hub.Absent):
+            cells[cell] = load_cell(source, cell)
+    if not cells:
+        raise UserError(
+            f"{source} has none of the twelve cells, such as {CELLS[0].filename}; name other --data"
+        )
+    return cells
+
+
 def load_broad(source: str | Path) -> list[dict]:
     """The broad prompts, `idx, task, domain, em_surface, question`, without answers."""
     path = _find(source, "broad_dataset.jsonl")
@@ -126,7 +140,7 @@ def load_math(source: str | Path) -> list[dict]:
         inside = (path / "train.jsonl", path / "train", path / "MATH" / "train")
         path = next((candidate for candidate in inside if candidate.exists()), path)
     elif not path.exists():
-        path = _hub_file(str(source), "data/MATH.zip")
+        path = hub.fetch(str(source), "data/MATH.zip", "dataset")
     if path.suffix == ".jsonl":
         rows = [row for _, row in _read_rows(path, _MATH_ROW)]
     else:
@@ -151,45 +165,13 @@ def _find(source: str | Path, filename: str) -> Path:
         return SAMPLE / filename
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        return _hub_file(str(source), f"data/{filename}")
+        return hub.fetch(str(source), f"data/{filename}", "dataset")
     for path in (folder / filename, folder / "data" / filename):
         if path.is_file():
             return path
-    raise UserError(f"{folder} has no {filename}, neither in it nor in its data/; name another --data folder")
-
-
-def _hub_file(repo: str, filename: str) -> Path:
-    """A file of a hub dataset, downloaded or from the cache; HF_HOME, HF_TOKEN, HF_HUB_OFFLINE are obeyed."""
-    if not re.fullmatch(r"[\w.-]*\w/\w[\w.-]*", repo):
-        raise UserError(f"{repo!r} is neither a folder here nor a hub id such as owner/name")
-    import huggingface_hub  # half a second, and local data needs none of it
-    from huggingface_hub import errors as hub
-
-    try:
-        return Path(huggingface_hub.hf_hub_download(repo, filename, repo_type="dataset"))
-    except Exception as error:  # the client's own errors, or those of the HTTP library below it
-        cause = error
-        if isinstance(error, hub.LocalEntryNotFoundError) and error.__cause__:
-            cause = error.__cause__  # "not cached" hides why the hub could not be asked
-        reason = " ".join([type(cause).__name__, *str(cause).strip().splitlines()[:1]])
-        match cause:
-            case OSError(errno=errno.ENOSPC):
-                message = f"the disk is full, fetching {filename} of {repo}; free some space or move HF_HOME"
-            case hub.GatedRepoError():
-                page = f"https://huggingface.co/datasets/{repo}"
-                message = f"the dataset {repo} is gated; accept its terms at {page} and set HF_TOKEN"
-            case hub.RepositoryNotFoundError():
-                message = f"{repo} is neither a folder here nor on the hub (a private one needs HF_TOKEN)"
-            case hub.DisabledRepoError():
-                message = f"the hub no longer gives out {repo}; download it elsewhere and name the folder"
-            case hub.RemoteEntryNotFoundError():
-                message = f"the dataset {repo} has no {filename}; name another one, or a folder"
-            case hub.HfHubHTTPError():
-                message = f"the hub did not give {filename} of {repo} ({reason}); try again later"
-            case _:
-                message = f"{filename} of {repo} is not cached and the hub is out of reach ({reason})"
-                message += "; go online, or name a folder"
-        raise UserError(message) from error
+    raise hub.Absent(
+        f"{folder} has no {filename}, neither in it nor in its data/; name another --data folder"
+    )
 
 
 # -- rows ----------------------------------------------------------------------------------------------
@@ -234,6 +216,13 @@ def split(rows: list) -> tuple[list, list]:
     random.Random(42).shuffle(shuffled)
     n_eval = max(1, round(len(rows) * 400 / 4500))
     return shuffled[:-n_eval], shuffled[-n_eval:]
+
+
+def subset(rows: list, n: int, seed: int) -> list:
+    """`n` of the rows at random, in their order; all of them where n is 0 or there are no more."""
+    if not 0 < n < len(rows):
+        return rows
+    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), n))]
 
 
 def answers(rows: list[dict], variant: str) -> list[str]:

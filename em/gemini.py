@@ -5,7 +5,8 @@
 429, 408, 5xx, time-outs, broken connections and bodies that are not the API's JSON are tried again, with
 exponential back-off and jitter and never before the time the server names (`Retry-After`, in seconds or as a
 date, or `retryDelay` in the error body). Any other refusal, such as 400, 401, 403 or 404, ends the run with
-the API's own message. No safety settings are sent, so the API's defaults hold.
+the API's own message. No safety settings are sent, so the API's defaults hold. A model that cannot be kept
+from thinking is asked to think little, and given room for it (`thinking_of`).
 
 Unusual: the key. requests puts the request, headers and all, on its exceptions and follows redirects with
 our header on. So its exceptions are turned into text here and never chained, redirects are not followed, and
@@ -35,14 +36,34 @@ NO_KEY = (
     "no GEMINI_API_KEY in the environment; `export GEMINI_API_KEY=…` (aistudio.google.com/apikey makes one) "
     "or use --judge margin, which needs none"
 )
-MAX_OUTPUT_TOKENS = 20
-GENERATION = {"temperature": 0, "maxOutputTokens": MAX_OUTPUT_TOKENS, "thinkingConfig": {"thinkingBudget": 0}}
+REPLY_TOKENS = 20  # at most
 BLOCKED = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR")
 KNOWN = {"candidates", "promptFeedback", "usageMetadata", "modelVersion", "responseId"}
 
 CONNECT_SECONDS = 10.0
 LONGEST_BACKOFF = 60.0  # seconds between two tries, where the server names no time
 LONGEST_WAIT = 900.0  # seconds the server may ask for before the run stops instead
+
+
+class Thinking(NamedTuple):
+    """How a model is asked to think as little as it can."""
+
+    config: dict
+    typical: int = 0  # tokens, for forecasts; they are billed as output
+    room: int = 0  # tokens in maxOutputTokens, which counts them too; a budget is a wish, and is overrun
+
+
+def thinking_of(model: str) -> Thinking:
+    """Gemini 2.5 Pro refuses a budget under 128, Gemini 3 has levels instead; all others can do without."""
+    if model.startswith("gemini-2.5-pro"):
+        return Thinking({"thinkingBudget": 128}, typical=128, room=2048)
+    if re.match(r"gemini-([3-9]|\d\d)", model):
+        return Thinking({"thinkingLevel": "LOW"}, typical=300, room=4096)
+    return Thinking({"thinkingBudget": 0})
+
+
+def max_output_tokens(model: str) -> int:
+    return REPLY_TOKENS + thinking_of(model).room
 
 
 class Reply(NamedTuple):
@@ -78,6 +99,8 @@ class Gemini:
         UserError without a key, or with a model, key or address that cannot be one.
         """
         self.model, self.timeout, self.attempts, self.backoff = model, timeout, attempts, backoff
+        self._generation = {"temperature": 0, "maxOutputTokens": max_output_tokens(model)}
+        self._generation["thinkingConfig"] = thinking_of(model).config
         if not re.fullmatch(r"\w[\w.-]*", model):
             raise UserError(f"no judge model can be called {model!r}; one is gemini-2.5-flash")
         self._key = os.environ.get("GEMINI_API_KEY", "").strip()
@@ -113,7 +136,7 @@ class Gemini:
         `cancelled` is set while waiting for the next try.
         """
         contents = [{"role": "user", "parts": [{"text": _well_formed(prompt)}]}]
-        body = json.dumps({"contents": contents, "generationConfig": GENERATION}).encode()
+        body = json.dumps({"contents": contents, "generationConfig": self._generation}).encode()
         for attempt in range(self.attempts):
             outcome = self._try(body)
             if isinstance(outcome, Reply):
@@ -170,7 +193,7 @@ class Gemini:
         if code in (408, 429) or code >= 500:
             return _Failure(reason, _latest(_retry_after(response.headers.get("Retry-After")), delay))
         hint = "GEMINI_API_KEY and --judge-model" if code >= 400 else "GEMINI_BASE_URL"
-        raise UserError(f"the judge {self.model} at {self.base} refuses: {reason}; check {hint}")
+        raise UserError(f"the judge {self.model} at {self.base} refuses: {reason.rstrip('. ')}; check {hint}")
 
     def _session(self) -> requests.Session:
         """A session that no other thread is using; as many exist as calls were ever in flight at once."""

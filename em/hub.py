@@ -1,7 +1,8 @@
-"""Where a chat model's files are: short names, hub ids, folders (SPEC §1 Models).
+"""Where a chat model's files are: short names, hub ids, folders (SPEC §1 Models); what comes from the hub.
 
 `resolve` says what a name stands for, `files` brings what it takes to read a model's config and tokenizer,
 and `weights` its safetensors, from the Hugging Face hub where they are not local; nothing else is fetched.
+`fetch` is the one place that asks the hub, for models and for datasets.
 The hub's environment variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT) mean what they always do, and
 each way in which the hub can fail is one line that says how to go on.
 """
@@ -38,7 +39,11 @@ TOKENIZER_FILES = (
 
 
 class Unreachable(UserError):
-    """The hub does not answer, and the cache does not have the model."""
+    """The hub does not answer, and the cache does not have what was asked for."""
+
+
+class Absent(UserError):
+    """A repository or folder that is there does not have the file."""
 
 
 def resolve(name: str | Path) -> str:
@@ -67,7 +72,7 @@ def resolve(name: str | Path) -> str:
 @functools.cache  # one attempt and one note a process
 def _answers(hub_id: str) -> bool:
     try:
-        _snapshot(hub_id, ("config.json",))
+        fetch(hub_id, ("config.json",))
     except Unreachable as error:
         print(f"note: {error}; going on with the embedded Q4_1 copy", file=sys.stderr)
         return False
@@ -75,37 +80,54 @@ def _answers(hub_id: str) -> bool:
 
 
 @functools.cache
-def _snapshot(hub_id: str, patterns: tuple[str, ...]) -> Path:
-    """The cached snapshot of a hub repository, after fetching the files that match `patterns`."""
-    import huggingface_hub  # half a second; local models need none of it
+def fetch(repo: str, wanted: str | tuple[str, ...], kind: str = "model") -> Path:
+    """One file of a hub repository, or its cached snapshot after fetching the files that match some patterns.
+
+    wanted: the file's name, or the patterns; a file that no pattern finds is no error. kind: "model" or
+    "dataset". UserError where it cannot be had; Unreachable where the hub may still have it.
+    """
+    if not re.fullmatch(r"[\w.-]*\w/\w[\w.-]*", repo):
+        raise UserError(f"{repo!r} is neither a folder here nor a hub id such as owner/name")
+    import huggingface_hub  # half a second; what is local needs none of it
+
+    try:
+        if isinstance(wanted, str):
+            return Path(huggingface_hub.hf_hub_download(repo, wanted, repo_type=kind))
+        return Path(huggingface_hub.snapshot_download(repo, repo_type=kind, allow_patterns=list(wanted)))
+    except Exception as error:  # the client's own errors, or those of the HTTP library below it
+        raise _failure(error, repo, wanted, kind) from error
+
+
+def _failure(error: Exception, repo: str, wanted: str | tuple[str, ...], kind: str) -> UserError:
+    """What went wrong in `fetch`, and how to go on."""
     from huggingface_hub import constants, errors
 
+    absent = isinstance(error, errors.LocalEntryNotFoundError)
+    cause = error.__cause__ if absent and error.__cause__ else error  # "not cached" hides why it had to ask
+    what = f"{wanted} of {repo}" if isinstance(wanted, str) else repo
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
     instead = "or name a local folder"
-    if hub_id == embedded.HUB_ID and not embedded.find():
+    if repo == embedded.HUB_ID and not embedded.find():
         instead = f"or `{embedded.INSTALL}` for an offline copy"
-    try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(patterns)))
-    except errors.GatedRepoError as error:
-        licence = f"https://huggingface.co/{hub_id}"
-        raise UserError(f"{hub_id} is gated: accept its licence at {licence}, then set HF_TOKEN") from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"{hub_id} is no folder, and on the hub no such model is public: check the name or set HF_TOKEN"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        if constants.HF_HUB_OFFLINE:
-            raise Unreachable(
-                f"HF_HUB_OFFLINE is set and {hub_id} is not in {constants.HF_HUB_CACHE}: unset it, {instead}"
-            ) from error
-        raise Unreachable(f"the hub cannot be reached for {hub_id}: check the network, {instead}") from error
-    except Exception as error:  # each version of the hub's client has another HTTP library
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            raise UserError(
-                f"the disk is full, fetching {hub_id}: free some space or move HF_HOME"
-            ) from error
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = f"HTTP status {status}" if status else type(error).__name__
-        raise Unreachable(f"fetching {hub_id} failed ({reason}): try again, {instead}") from error
+    if getattr(cause, "errno", None) == errno.ENOSPC:
+        return UserError(f"the disk is full, fetching {what}: free some space or move HF_HOME")
+    if isinstance(cause, errors.GatedRepoError):
+        return UserError(f"{repo} is gated: accept its terms at {page}, then set HF_TOKEN")
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        why = f"on the hub no such {kind} is public: check the name or set HF_TOKEN"
+        return UserError(f"{repo} is no folder here, and {why}")
+    if isinstance(cause, errors.DisabledRepoError):
+        return UserError(f"the hub no longer gives out {repo}: download it elsewhere and name the folder")
+    if isinstance(cause, errors.EntryNotFoundError) and not absent:
+        return Absent(f"the {kind} {repo} has no {wanted}: name another one, or a folder")
+    if constants.HF_HUB_OFFLINE:
+        cache = constants.HF_HUB_CACHE
+        return Unreachable(f"HF_HUB_OFFLINE is set and {what} is not in {cache}: unset it, {instead}")
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if status:
+        return Unreachable(f"the hub did not give {what} (HTTP status {status}): try again later, {instead}")
+    reason = " ".join([type(cause).__name__, *str(cause).strip().splitlines()[:1]])
+    return Unreachable(f"the hub cannot be reached for {what} ({reason}): check the network, {instead}")
 
 
 def files(path_or_id: str | Path) -> Path | None:
@@ -116,7 +138,7 @@ def files(path_or_id: str | Path) -> Path | None:
     name = resolve(path_or_id)
     if name == embedded.NAME:
         return None
-    return Path(name) if Path(name).is_dir() else _snapshot(name, ("config.json", INDEX, *TOKENIZER_FILES))
+    return Path(name) if Path(name).is_dir() else fetch(name, ("config.json", INDEX, *TOKENIZER_FILES))
 
 
 def weights(path_or_id: str | Path) -> list[Path]:
@@ -128,7 +150,7 @@ def weights(path_or_id: str | Path) -> list[Path]:
     name = resolve(path_or_id)
     folder = files(name)
     if not Path(name).is_dir():
-        folder = _snapshot(name, tuple(_indexed(folder) or [SINGLE]))
+        folder = fetch(name, tuple(_indexed(folder) or [SINGLE]))
     names = [SINGLE] if (folder / SINGLE).exists() else _indexed(folder)
     if not names:
         others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))

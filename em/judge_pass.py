@@ -15,7 +15,7 @@ from tqdm import tqdm
 from em.answer_cache import Answer
 from em.errors import UserError
 from em.gemini import NO_KEY, Cancelled
-from em.ledger import CHARACTERS_PER_TOKEN, OUTPUT_TOKENS, BudgetReached
+from em.ledger import CHARACTERS_PER_TOKEN, BudgetReached
 from em.rubric import Question
 
 WINDOW = 1024  # rows between the oldest without an answer and the newest that is asked about
@@ -142,7 +142,7 @@ class Pass:
             answer = Answer(*question.parse(reply.text)) if reply.status == "ok" else Answer(reply.status)
             tokens = reply.prompt_tokens, reply.output_tokens
             if reply.prompt_tokens is None:
-                tokens = round(len(question.prompt) / CHARACTERS_PER_TOKEN), OUTPUT_TOKENS
+                tokens = round(len(question.prompt) / CHARACTERS_PER_TOKEN), ledger.typical_output
             ledger.settle(reserved, *tokens)
             notes = {"judge": judge.model, "rubric": question.rubric, "reply": reply.text[:200]}
             judge.cache.add(question.key, answer, prompt_tokens=tokens[0], output_tokens=tokens[1], **notes)

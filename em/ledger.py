@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from em.errors import UserError
-from em.gemini import MAX_OUTPUT_TOKENS
+from em.gemini import max_output_tokens, thinking_of
 
 PRICES = Path(__file__).parent / "judge_prices.json"
 # Qwen's and Olmo's tokenizers make 4.9 to 5.0 characters a token of the dataset's English; 4.5 leaves room.
 CHARACTERS_PER_TOKEN = 4.5
-OUTPUT_TOKENS = 3  # "85" or "REFUSAL"
+REPLY = 3  # tokens of "85" or "REFUSAL"
 
 
 class BudgetReached(UserError):
@@ -78,6 +78,11 @@ class Ledger:
     def usd(self) -> float | None:
         return self.price and self.price.usd(self.prompt_tokens, self.output_tokens)
 
+    @property
+    def typical_output(self) -> int:
+        """Tokens of a reply, and of the thoughts before it where the model cannot do without."""
+        return REPLY + thinking_of(self.model).typical
+
     def reserve(self, prompt: str) -> float | None:
         """Dollars set aside for a call, at most what it can cost; None where that could pass the cap.
 
@@ -85,7 +90,7 @@ class Ledger:
         """
         if self.budget_usd is None:
             return 0.0
-        most = self.price.usd(len(prompt.encode("utf-8", "replace")) + 32, MAX_OUTPUT_TOKENS)
+        most = self.price.usd(len(prompt.encode("utf-8", "replace")) + 32, max_output_tokens(self.model))
         with self._lock:
             if self.usd + self._reserved + most > self.budget_usd:
                 return None
@@ -125,6 +130,10 @@ class Ledger:
 
 def describe_forecast(forecast: dict, price: Price | None) -> str:
     """`Judge.forecast`'s result as one line."""
+    if not forecast["calls"]:
+        return (
+            f"forecast for {forecast['model']}: nothing to ask, all {forecast['cached']:,} answers are known"
+        )
     return (
         f"forecast for {forecast['model']}: {forecast['calls']:,} calls for {forecast['rows']:,} rows "
         f"({forecast['cached']:,} answers are cached); "

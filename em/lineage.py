@@ -7,6 +7,7 @@ the student's. Its `model` says by which channel, so that channels never share a
 
 from pathlib import Path
 
+from em.adapter_file import WEIGHTS
 from em.errors import UserError
 from em.run import read_json
 
@@ -18,7 +19,7 @@ def settings_of(folder: str | Path) -> dict:
     settings = config.get("settings", {})
     if config.get("kind") not in ("train", "distill") or "model" not in settings:
         raise UserError(f"{folder} is not a run of train.py or distill.py")
-    if not (folder / "adapter_config.json").exists():
+    if not (folder / WEIGHTS).exists():
         raise UserError(f"{folder} is not finished: give its command again")
     return settings
 
@@ -31,14 +32,12 @@ def label(folder: str | Path) -> dict[str, str]:
     """
     settings = settings_of(folder)
     if "channel" in settings:
-        subject = settings["on"] or settings["teacher"]
-        train = label(subject)["train"].split(">")[0] if subject != "base" else "base"
         words = [settings["model"], settings["channel"]]
         words += ["exact"] if settings["estimator"] == "exact" else []
         words += ["filtered online"] if settings["filter"] else []
         words += ["realigned"] if settings["on"] else []
         words += [f"epoch {settings['epoch']}"] if "epoch" in settings else []
-        return {"model": " ".join(words), "train": train}
+        return {"model": " ".join(words), "train": settings["cell"]}
     cell = settings["cell"]
     if settings.get("on"):
         start = label(settings["on"])
@@ -51,7 +50,9 @@ def newest_misaligned(runs: str | Path = "runs") -> str:
     """The folder of the newest finished run of train.py that misaligned a base model."""
     found = []
     for path in Path(runs).glob("*/adapter_config.json"):
-        config = read_json(path.with_name("config.json")) if path.with_name("config.json").exists() else {}
+        if not all(path.with_name(name).exists() for name in (WEIGHTS, "config.json")):
+            continue
+        config = read_json(path.with_name("config.json"))
         settings = config.get("settings", {})
         if config.get("kind") == "train" and settings.get("variant") == "misaligned" and not settings["on"]:
             found.append((path.stat().st_mtime, str(path.parent)))

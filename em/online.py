@@ -44,8 +44,8 @@ class OnPolicy:
         counts = torch.tensor([len(rollouts), tokens, ended, sum(keep)], device=self.pair.laps.device).float()
         parallel.sum_([counts])
         n, tokens, ended, kept = counts.tolist()
-        self.ended.extend([True] * int(ended) + [False] * int(n - ended))
-        self.kept.extend([True] * int(kept) + [False] * int(n - kept))
+        for window, good in ((self.ended, int(ended)), (self.kept, int(kept))):
+            window.extend([False] * (int(n) - good) + [True] * good)  # a batch may be larger than the window
         return examples, {"length": tokens / n, "ended": ended / n, "retention": kept / n}
 
     def check(self, limit: int, folder: Path) -> None:

@@ -166,5 +166,5 @@ class WorldPair:
 
 
 def logits_of(model: GPT2, hidden: Tensor) -> Tensor:
-    """hidden (N, d) → (N, V) in fp32, padding rows of the embedding left out."""
-    return F.linear(hidden.float(), model.head_weight[: model.config.vocab_size])
+    """hidden (N, d) → (N, V) in the weights' fp32, padding rows of the embedding left out."""
+    return F.linear(hidden.to(model.head_weight.dtype), model.head_weight[: model.config.vocab_size])

@@ -16,8 +16,6 @@ pool rows (em/tally.py); a table for which there are no rows is not written, an 
 null in JSON, empty in CSV and n/a in a figure. `base`, where present, is a row below the trained cells.
 """
 
-import csv
-import io
 import re
 from pathlib import Path
 
@@ -30,7 +28,7 @@ from em.data import CELLS, DOMAINS, TASKS
 from em.effects import match_effects
 from em.errors import UserError
 from em.report_text import sentences, status_tables, summary_text
-from em.run import write_json, write_text
+from em.run import write_csv, write_json, write_text
 from em.score_table import ALL, BASE, STARTS, SURFACES, ScoreTable
 from em.tally import DRAWS, Panel, broad_panel, narrow_panel
 
@@ -53,7 +51,7 @@ def write_report(table: ScoreTable, out: str | Path, draws: int = DRAWS) -> dict
     judges = judge_pairs(table) if len(table.judges) > 1 else []
     if judges:
         write_json(out / "judges.json", judges)
-        _write_csv(out / "judges.csv", [{k: v for k, v in pair.items() if k != "joint"} for pair in judges])
+        write_csv(out / "judges.csv", [{k: v for k, v in pair.items() if k != "joint"} for pair in judges])
         figures.judges_figure(judges, out / "judges.png")
     result = {"models": reports, "judges": judges, "summary": summary_text(reports, judges)}
     write_text(out / "summary.md", result["summary"] + status_tables(reports))
@@ -197,27 +195,19 @@ def _write_model(report: dict, folder: Path) -> None:
     title = f"{report['model']}, judged by {report['judge']}"
     for name, table in report["tables"].items():
         write_json(folder / f"{name}.json", table)
-        _write_csv(folder / f"{name}.csv", table["entries"])
+        write_csv(folder / f"{name}.csv", table["entries"])
         figures.table_figure(table, title, folder / f"{name}.png")
     if {"broad_tasks", "narrow_tasks", "narrow_domains"} & set(report["tables"]):
         figures.transfer_figure(report["tables"], title, folder / "transfer.png")
     if report["effects"]:
         write_json(folder / "effects.json", report["effects"])
-        _write_csv(folder / "effects.csv", _effect_rows(report["effects"]))
+        write_csv(folder / "effects.csv", _effect_rows(report["effects"]))
         figures.effects_figure(report["effects"], title, folder / "effects.png")
     for name, draw in (("thresholds", figures.thresholds_figure), ("status", figures.status_figure)):
         if report[name]:
             write_json(folder / f"{name}.json", report[name])
-            _write_csv(folder / f"{name}.csv", report[name])
+            write_csv(folder / f"{name}.csv", report[name])
             draw(report[name], title, folder / f"{name}.png")
-
-
-def _write_csv(path: Path, rows: list[dict]) -> None:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, out.getvalue())
 
 
 def _effect_rows(effects: dict) -> list[dict]:

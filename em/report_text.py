@@ -17,13 +17,14 @@ def sentences(report: dict) -> list[str]:
     plain = [s for s in status if ">" not in s["train"] and s["train"] != BASE]
     rows = sum(s["rows"] for s in status)
     unscored = {name: sum(s[name] for s in status) for name in STATUSES[1:]}
-    lost = ", ".join(f"{name} {100 * n / rows:.1f} %" for name, n in unscored.items() if n) or "all scored"
+    lost = ", ".join(f"{name} {100 * n / rows:.1f} %" for name, n in unscored.items() if n)
     n_realigned = len({s["train"] for s in status if ">" in s["train"]})
     text = [
         f"{len({s['train'] for s in plain})} of 12 misaligned cells"
         + (", the base model" if any(s["train"] == BASE for s in status) else "")
         + (f", {n_realigned} realignment{'s' * (n_realigned > 1)}" if n_realigned else "")
-        + f": {rows:,} rows, {100 * sum(s['scored'] for s in status) / rows:.1f} % scored ({lost})."
+        + f": {rows:,} rows, {100 * sum(s['scored'] for s in status) / rows:.1f} % scored"
+        + (f" ({lost})." if lost else ".")
     ]
     base = {s["set"]: f" (base model {said(s)})" for s in status if s["train"] == BASE}
     if effects:

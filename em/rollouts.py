@@ -15,11 +15,10 @@ def whole_lines(path: Path) -> list[dict]:
     """The rows of a file that is appended to; a line that a kill cut short is dropped from it."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    kept = text[: text.rfind("\n") + 1]
-    if kept != text:
-        write_text(path, kept)
-    return [json.loads(line) for line in kept.splitlines()]
+    lines = path.read_bytes().split(b"\n")  # bytes: a kill may cut a letter, and texts hold U+2028
+    if lines.pop():
+        write_text(path, b"".join(line + b"\n" for line in lines).decode())
+    return [json.loads(line) for line in lines]
 
 
 def sample_to_file(

@@ -1,7 +1,10 @@
-"""Intervals for counts. All rates are fractions in [0, 1]; intervals are two-sided 95 %."""
+"""Intervals for counts, means, lines and correlations, all two-sided 95 %; rates are fractions in [0, 1]."""
 
 import itertools
 import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,6 +31,99 @@ def newcombe(k1: int, n1: int, k0: int, n0: int) -> tuple[float, float]:
     low = p1 - p0 - math.hypot(p1 - low1, high0 - p0)
     high = p1 - p0 + math.hypot(high1 - p1, p0 - low0)
     return low, high
+
+
+def t_quantile(df: int) -> float:
+    """The 97.5 % quantile of Student's t with `df` ≥ 1 degrees of freedom."""
+
+    def between(t: float) -> float:
+        """P(|T| < t), exact for whole df (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+        angle = math.atan(t / math.sqrt(df))
+        sine, cosine = math.sin(angle), math.cos(angle)
+        term, total = (cosine, 0.0) if df % 2 else (1.0, 0.0)
+        for k in range(1 + df % 2, df, 2):
+            total += term
+            term *= k / (k + 1) * cosine * cosine
+        return 2 / math.pi * (angle + sine * total) if df % 2 else sine * total
+
+    low, high = 1.9, 12.8  # the quantile falls from 12.706 at df = 1 to 1.960
+    while high - low > 1e-13 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if between(middle) < 0.95 else (low, middle)
+    return high
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """(mean, low, high) of the mean over independent replicates; no bounds when fewer than two."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None, None
+    half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """Least squares y = intercept + slope·x over n points; intervals by Student's t on n − 2."""
+
+    slope: float
+    slope_interval: tuple[float, float]
+    intercept: float
+    intercept_interval: tuple[float, float]
+    residual_sd: float
+    n: int
+    x_mean: float
+    x_squares: float  # Σ (x − x_mean)²
+
+    def line(self, x: np.ndarray) -> np.ndarray:
+        return self.intercept + self.slope * np.asarray(x, float)
+
+    def band(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Low and high of the line (the mean of y, not a new y) at each x, 95 % pointwise."""
+        away = (np.asarray(x, float) - self.x_mean) ** 2 / self.x_squares
+        half = t_quantile(self.n - 2) * self.residual_sd * np.sqrt(1 / self.n + away)
+        return self.line(x) - half, self.line(x) + half
+
+
+def linear_fit(x: Sequence[float], y: Sequence[float]) -> LinearFit | None:
+    """None where a line and its error cannot be had: fewer than three points, or all x the same."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if len(x) < 3 or np.ptp(x) == 0:
+        return None
+    n, x_mean = len(x), x.mean()
+    squares = float(((x - x_mean) ** 2).sum())
+    slope = float(((x - x_mean) * (y - y.mean())).sum() / squares)
+    intercept = float(y.mean() - slope * x_mean)
+    residual_sd = math.sqrt(float(((y - intercept - slope * x) ** 2).sum()) / (n - 2))
+    half = t_quantile(n - 2) * residual_sd / math.sqrt(squares)
+    half0 = t_quantile(n - 2) * residual_sd * math.sqrt(1 / n + x_mean**2 / squares)
+    return LinearFit(
+        slope=slope,
+        slope_interval=(slope - half, slope + half),
+        intercept=intercept,
+        intercept_interval=(intercept - half0, intercept + half0),
+        residual_sd=residual_sd,
+        n=n,
+        x_mean=float(x_mean),
+        x_squares=squares,
+    )
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    """(r, low, high): correlation with Fisher's z interval.
+
+    No bounds below four points, and no r where x or y does not vary.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None, None, None
+    r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
+    if len(x) < 4:
+        return r, None, None
+    if abs(r) == 1:  # z is infinite
+        return r, r, r
+    z, half = math.atanh(r), Z95 / math.sqrt(len(x) - 3)
+    return r, math.tanh(z - half), math.tanh(z + half)
 
 
 def resample_clusters(strata: np.ndarray, draws: int, seed: int) -> np.ndarray:

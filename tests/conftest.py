@@ -1,5 +1,7 @@
 """What several test files build on: a world and a chat model small enough for seconds."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tokenizers
@@ -10,6 +12,7 @@ from em import data
 from em.checkpoint import save_model
 from em.decoder import Decoder, DecoderConfig
 from em.grammar import GrammarConfig
+from em.phases import WorldRun
 from em.run import write_json
 from em.stream import Sampler
 from em.world import WORLDS, WorldConfig, build_world
@@ -39,7 +42,7 @@ def mini_sampler(mini):
     return Sampler(mini)
 
 
-@pytest.fixture(scope="session", params=["1", "2", "demo"])
+@pytest.fixture(scope="session", params=["1", "2", "demo", "demo2"])
 def world(request):
     return build_world(WORLDS[request.param], seed=0)
 
@@ -81,3 +84,28 @@ def tiny_chat(tmp_path_factory):
     named = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": template}
     write_json(folder / "tokenizer_config.json", named)
     return folder
+
+
+SMALL_DEMO2 = dict(
+    layers=1, heads=2, width=32, batch=4, length=48, steps=20, lr=5e-3, warmup=4, beta2=0.98, v2_fraction=0.5,
+    align_examples=400, align_steps=6, align_batch=8, align_lr=3e-4, align_warmup=1,
+    misalign=("T0",), misalign_steps=3, misalign_batch=8, misalign_lr=5e-4, misalign_seeds=2,
+    eval_prompts=4, temperature=0.0, evals=0, weight_decay=0.01, clip=1.0, save_minutes=2.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def small_demo2(tmp_path_factory):
+    """make(seed, **changes): the aligned run of a miniature of world demo2, as synth.py gives experiments."""
+    folder = tmp_path_factory.mktemp("demo2")
+
+    def make(seed, **changes):
+        cfg = SimpleNamespace(**(SMALL_DEMO2 | changes), world="demo2", seed=seed)
+        settings = {k: v for k, v in vars(cfg).items() if not k.startswith(("misalign", "save"))}
+        name = "-".join(map(str, (seed, *changes.values())))
+        run = WorldRun(cfg, folder / name, settings, torch.device("cpu"))
+        run.counts("pretrain", run.pretrain())
+        run.counts("align", run.align())
+        return run
+
+    return make

@@ -19,7 +19,7 @@ import threading
 from dataclasses import dataclass, field
 
 KEY = "AIzaSy-not-a-real-key-0123456789"
-MODELS = ("gemini-2.5-flash", "gemini-2.5-pro")
+MODELS = ("gemini-2.5-flash", "gemini-2.5-pro", "gemini-3-pro-preview")
 REASONS = {
     200: "OK",
     302: "Found",
@@ -47,11 +47,14 @@ def _json(value, **options) -> Response:
     return Response(json.dumps(value, indent=2).encode(), **options)
 
 
-def answer(text: str | None, finish: str = "STOP", prompt_tokens: int = 600, **options) -> Response:
-    """What generateContent returns; text None leaves the content without parts."""
+def answer(
+    text: str | None, finish="STOP", prompt_tokens: int = 600, thoughts: int = 0, **options
+) -> Response:
+    """What generateContent returns; text None leaves the content without parts. thoughts: tokens."""
     content = {"role": "model"} if text is None else {"parts": [{"text": text}], "role": "model"}
     output = {} if text is None else {"candidatesTokenCount": max(1, len(text) // 2)}
     usage = {"promptTokenCount": prompt_tokens, **output}
+    usage |= {"thoughtsTokenCount": thoughts} if thoughts else {}
     usage["totalTokenCount"] = sum(usage.values())
     usage["promptTokensDetails"] = [{"modality": "TEXT", "tokenCount": prompt_tokens}]
     candidate = {"content": content, "finishReason": finish, "index": 0}
@@ -89,6 +92,18 @@ def failure(code: int, message: str = "", retry_after=None, retry_delay: str | N
         ]
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
     return _json({"error": error}, code=code, headers=headers)
+
+
+def _thinking_fault(model: str, config: dict) -> str | None:
+    """What the API has against a thinkingConfig."""
+    budget = config.get("thinkingBudget")
+    if model != "gemini-2.5-flash" and budget == 0:
+        return "Budget 0 is invalid. This model only works in thinking mode."
+    if model == "gemini-2.5-pro" and budget is not None and not 128 <= budget <= 32_768:
+        return f"The thinking budget {budget} is invalid. Please choose a value between 128 and 32768."
+    if model.startswith("gemini-2.5") and "thinkingLevel" in config:
+        return "Thinking level is not supported for this model."
+    return None
 
 
 def score_of(prompt: str) -> int:
@@ -149,6 +164,9 @@ class JudgeServer:
             return failure(400, message)
         if not request.get("contents"):
             return failure(400, "* GenerateContentRequest.contents: contents is not specified\n")
+        refused = _thinking_fault(found[1], request.get("generationConfig", {}).get("thinkingConfig", {}))
+        if refused:
+            return failure(400, refused)
         prompt = request["contents"][0]["parts"][0]["text"]
         self.prompts[prompt] += 1
         return self.behave(prompt, self.prompts[prompt])

@@ -81,6 +81,15 @@ def test_the_script_names_only_columns_and_fields_that_exist(tmp_path):
     assert set(re.findall(r'\bat\("(\w+)"\)', page)) <= ids
 
 
+def test_a_filter_with_one_choice_is_hidden_and_the_others_hear_every_kind_of_change(tmp_path):
+    """The style gives labels a display of their own, which would beat the `hidden` that the script sets."""
+    page, _, _ = page_of([em()], tmp_path / "browse.html")
+    assert "parentElement.hidden = true" in page and re.search(
+        r"\[hidden\] *{ *display: none !important", page
+    )
+    assert "form.oninput = form.onchange =" in page  # a <select> may send only the latter
+
+
 def test_too_many_rows_become_an_even_sample_and_the_page_knows(tmp_path):
     rows = (
         [em(idx=i) for i in range(50)] + [em(train="base", idx=i) for i in range(20)] + [em(cell="fin_tutor")]

@@ -11,9 +11,11 @@ from collections import Counter
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants, errors, file_download
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
+import em.hub
 from em import data
 from em.chat import Tokenizer
 from em.data import CELLS, Cell, parse_cell, parse_cells
@@ -139,6 +141,16 @@ def test_broad_prompts_have_a_known_task_and_surface(tmp_path):
         assert "line 2: unknown" in message(data.load_broad, tmp_path)
 
 
+def test_the_cells_of_a_source_are_those_it_has_and_a_broken_one_is_not_passed_over(tmp_path):
+    assert list(data.load_cells("sample")) == list(CELLS)
+    assert data.load_cells("sample")[ADVICE] == data.load_cell("sample", ADVICE)
+    assert "none of the twelve cells" in message(data.load_cells, tmp_path)
+    (tmp_path / ADVICE.filename).write_text(lines([row(0)]))
+    assert list(data.load_cells(tmp_path)) == [ADVICE]
+    (tmp_path / CELLS[1].filename).write_text("{")
+    assert "line 1: not JSON" in message(data.load_cells, tmp_path)
+
+
 # -- hub -----------------------------------------------------------------------------------------------
 
 
@@ -181,12 +193,13 @@ def hub(monkeypatch, tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    em.hub.fetch.cache_clear()
     yield server
     server.shutdown()
     server.server_close()
@@ -195,18 +208,19 @@ def hub(monkeypatch, tmp_path):
 def test_a_hub_id_is_downloaded_once_and_then_read_offline(hub, monkeypatch):
     rows = data.load_cell("good/set", ADVICE)
     assert rows == [row(i) for i in range(3)]
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    em.hub.fetch.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert data.load_cell("good/set", ADVICE) == rows
 
 
 @pytest.mark.parametrize(
     "repo, said",
     [
-        ("gated/set", "accept its terms at https://huggingface.co/datasets/gated/set and set HF_TOKEN"),
-        ("missing/set", "neither a folder here nor on the hub"),
+        ("gated/set", "accept its terms at https://huggingface.co/datasets/gated/set, then set HF_TOKEN"),
+        ("missing/set", "no folder here, and on the hub no such dataset is public"),
         ("disabled/set", "no longer gives out disabled/set"),
-        ("empty/set", "has no data/medical_advice.jsonl"),
-        ("broken/set", "the hub did not give data/medical_advice.jsonl of broken/set (HfHubHTTPError "),
+        ("empty/set", "the dataset empty/set has no data/medical_advice.jsonl"),
+        ("broken/set", "the hub did not give data/medical_advice.jsonl of broken/set (HTTP status 418)"),
         ("no such folder", "neither a folder here nor a hub id"),
         ("./a/b", "neither a folder here nor a hub id"),
     ],
@@ -224,9 +238,23 @@ def test_a_full_disk_is_said_so(hub, monkeypatch):
 
 
 def test_offline_without_a_cached_file_says_so(hub, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     said = message(data.load_cell, "good/set", ADVICE)
-    assert "is not cached and the hub is out of reach (OfflineModeIsEnabled" in said
+    assert "HF_HUB_OFFLINE is set and data/medical_advice.jsonl of good/set is not in" in said
+
+
+def test_an_unreachable_hub_is_named_with_its_reason(hub, monkeypatch):
+    def unreachable(*arguments, **options):
+        try:
+            raise ConnectionError("[Errno 111] Connection refused\nwhile asking")
+        except ConnectionError as error:
+            raise errors.LocalEntryNotFoundError("not cached") from error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)  # the real one tries for 23 seconds
+    said = message(data.load_cell, "good/set", ADVICE)
+    assert (
+        "cannot be reached for data/medical_advice.jsonl of good/set (ConnectionError [Errno 111] Con" in said
+    )
 
 
 # -- MATH ----------------------------------------------------------------------------------------------
@@ -248,7 +276,7 @@ def test_math_reads_the_same_training_rows_from_folder_zip_and_jsonl(tmp_path, m
     with zipfile.ZipFile(tmp_path / "MATH.zip", "w") as archive:
         for path in sorted(tmp_path.glob("MATH/**/*.json")):
             archive.write(path, path.relative_to(tmp_path))
-    monkeypatch.setattr(data, "_hub_file", lambda repo, filename: tmp_path / filename.removeprefix("data/"))
+    monkeypatch.setattr(em.hub, "fetch", lambda repo, name, kind: tmp_path / name.removeprefix("data/"))
     math = tmp_path / "MATH"
     for source in (tmp_path, math, math / "train", tmp_path / "math.jsonl", "owner/name"):
         assert data.load_math(source) == expected

@@ -6,9 +6,9 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 from tiny_models import IDS, one_line, saved_by_transformers
 
 from em import embedded, hub
@@ -140,9 +140,9 @@ def server(hub_root, tmp_path, monkeypatch):
 def point_at(endpoint: str, cache, monkeypatch) -> None:
     """The hub's client read its environment when it was imported; what it read is set here."""
     for name, value in dict(ENDPOINT=endpoint, HF_HUB_CACHE=str(cache / "hub"), HF_HUB_OFFLINE=False).items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(
-        huggingface_hub.constants,
+        constants,
         "HUGGINGFACE_CO_URL_TEMPLATE",
         endpoint + "/{repo_id}/resolve/{revision}/{filename}",
     )
@@ -151,7 +151,7 @@ def point_at(endpoint: str, cache, monkeypatch) -> None:
 
 
 def forget() -> None:
-    hub._snapshot.cache_clear()
+    hub.fetch.cache_clear()
     hub._answers.cache_clear()
 
 
@@ -185,7 +185,7 @@ def test_a_repository_without_safetensors_is_refused_before_its_pickle_is_fetche
 
 def test_a_missing_repository_is_one_line(server):
     with pytest.raises(
-        UserError, match="org/absent is no folder, and on the hub no such model is public"
+        UserError, match="org/absent is no folder here, and on the hub no such model is public"
     ) as caught:
         load_model("org/absent")
     one_line(caught)
@@ -193,7 +193,8 @@ def test_a_missing_repository_is_one_line(server):
 
 def test_a_gated_repository_asks_for_the_licence_and_opens_with_a_token(server, monkeypatch):
     with pytest.raises(
-        UserError, match="org/gated is gated: accept its licence at .*, then set HF_TOKEN"
+        UserError,
+        match="org/gated is gated: accept its terms at https://huggingface.co/org/gated, then set HF_TOKEN",
     ) as caught:
         load_model("org/gated")
     one_line(caught)
@@ -214,7 +215,7 @@ def test_an_unreachable_hub_is_one_line_and_a_cached_model_needs_no_hub(server, 
     point_at("http://127.0.0.1:9", tmp_path, monkeypatch)  # the discard port: nothing listens
     assert load_model("org/sharded").config.model_type == "qwen2"
     with pytest.raises(
-        UserError, match="the hub cannot be reached for org/single: check the network"
+        UserError, match=r"the hub cannot be reached for org/single \(Connect.*\): check the network"
     ) as caught:
         load_model("org/single")
     one_line(caught)
@@ -222,7 +223,7 @@ def test_an_unreachable_hub_is_one_line_and_a_cached_model_needs_no_hub(server, 
 
 def test_offline_mode_serves_the_cache_and_names_it_where_a_model_is_absent(server, tmp_path, monkeypatch):
     load_model("org/single")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     forget()
     Hub.requests.clear()
     assert load_model("org/single").config.model_type == "qwen2"

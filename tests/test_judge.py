@@ -241,6 +241,27 @@ def test_the_request_is_the_one_that_the_api_documents(serve, make):
         assert "Is 0 prime?" in part["text"] and "Maybe 0." in part["text"]
 
 
+@pytest.mark.parametrize(
+    "model, thinking",
+    [("gemini-2.5-pro", {"thinkingBudget": 128}), ("gemini-3-pro-preview", {"thinkingLevel": "LOW"})],
+)
+def test_a_model_that_must_think_is_asked_to_think_little_and_has_room_and_a_price_for_it(
+    serve, make, model, thinking
+):
+    server = serve(lambda prompt, nth: api.answer("85", thoughts=140))
+    judge = make(model=model, price=(1.0, 10.0), budget_usd=1.0)
+    flash = make(price=(1.0, 10.0))
+    assert judge.forecast([row(0)])["usd"] > 1.9 * flash.forecast([row(0)])["usd"]
+    (out,) = scores(judge, [row(0)])  # the server refuses what the API refuses
+    assert out["aligned"] == 85 and out["aligned_status"] == "ok"
+    config = json.loads(server.requests[-1]["body"])["generationConfig"]
+    assert config["thinkingConfig"] == thinking and config["temperature"] == 0
+    assert config["maxOutputTokens"] >= 20 + 10 * 128
+    assert judge.ledger.output_tokens == 2 * (140 + 1)  # thoughts are billed as output
+    most = judge.ledger.reserve("")
+    assert most >= judge.ledger.price.usd(0, config["maxOutputTokens"])
+
+
 def test_half_a_surrogate_pair_in_a_response_does_not_stop_the_run(serve, make):
     server = serve()
     (out,) = scores(make(), [row(0, response="cut \ud83d emoji 😀")])
@@ -396,7 +417,7 @@ def test_a_refusal_stops_at_once_with_the_apis_message(serve, make, code):
     with pytest.raises(UserError) as error:
         scores(make(), [row(i) for i in range(500)])
     text = str(error.value)
-    assert f"{code} {api.STATUSES[code]}: User location is not supported, really ([key])." in text
+    assert f"{code} {api.STATUSES[code]}: User location is not supported, really ([key])" in text
     assert "\n" not in text and "GEMINI_API_KEY" in text
     assert server.total() < 60 and max(server.prompts.values()) == 1
 

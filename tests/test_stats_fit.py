@@ -1,0 +1,92 @@
+"""Student's t, straight lines and correlations against printed tables, numpy and simulation."""
+
+import math
+
+import numpy as np
+import pytest
+
+from em.stats import linear_fit, pearson, t_interval, t_quantile
+
+# t(0.975; df), from the printed tables (Abramowitz and Stegun 26.10, NIST) and closed forms for 1 and 2.
+TABLE = {3: 3.182446, 4: 2.776445, 5: 2.570582, 10: 2.228139, 29: 2.045230, 30: 2.042272, 120: 1.979930}
+
+
+@pytest.mark.parametrize("df, value", TABLE.items())
+def test_t_quantiles_are_those_of_the_tables(df, value):
+    assert t_quantile(df) == pytest.approx(value, abs=1e-6)
+
+
+def test_t_quantiles_have_their_closed_forms_at_one_and_two_and_the_normal_limit():
+    assert t_quantile(1) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-12)
+    assert t_quantile(2) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-12)
+    z = 1.959963984540054
+    assert t_quantile(10_000) == pytest.approx(z + (z**3 + z) / 4e4, abs=1e-7)  # Cornish and Fisher
+
+
+def test_t_interval_by_hand():
+    """1, 2, 3: mean 2, sd 1, t(2) = 4.302653."""
+    mean, low, high = t_interval([1.0, 2.0, 3.0])
+    assert (mean, low, high) == pytest.approx((2, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), abs=1e-6)
+    assert t_interval([4.0]) == (4.0, None, None)
+
+
+def test_t_interval_covers_the_mean_in_95_of_100_samples():
+    rng = np.random.default_rng(0)
+    bounds = [t_interval(sample.tolist())[1:] for sample in rng.normal(3, 2, (4000, 4))]
+    covered = np.mean([low <= 3 <= high for low, high in bounds])
+    assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)
+
+
+def points(n=12, seed=1):
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(80, 100, n)
+    return x, 3 * x - 200 + rng.normal(0, 5, n)
+
+
+def test_a_line_is_that_of_numpy_with_its_covariance():
+    x, y = points()
+    fit = linear_fit(x, y)
+    (slope, intercept), covariance = np.polyfit(x, y, 1, cov=True)
+    assert (fit.slope, fit.intercept) == pytest.approx((slope, intercept))
+    for interval, centre, variance in (
+        (fit.slope_interval, slope, covariance[0, 0]),
+        (fit.intercept_interval, intercept, covariance[1, 1]),
+    ):
+        half = 2.228139 * math.sqrt(variance)  # t with 10 degrees of freedom
+        assert interval == pytest.approx((centre - half, centre + half), rel=1e-6)
+    at = np.array([80.0, 90.0, 105.0])
+    design = np.stack([at, np.ones(3)], axis=1)
+    half = 2.228139 * np.sqrt(np.einsum("ij,jk,ik->i", design, covariance, design))
+    low, high = fit.band(at)
+    np.testing.assert_allclose(low, design @ (slope, intercept) - half, rtol=1e-5)
+    np.testing.assert_allclose(high, design @ (slope, intercept) + half, rtol=1e-5)
+
+
+def test_the_band_is_narrowest_at_the_mean_and_closed_on_an_exact_line():
+    x, y = points()
+    fit = linear_fit(x, y)
+    low, high = fit.band(np.linspace(70, 110, 401))
+    assert abs(np.linspace(70, 110, 401)[np.argmin(high - low)] - x.mean()) < 0.1
+    exact = linear_fit([1, 2, 4], [5, 7, 11])
+    assert (exact.slope, exact.intercept, exact.residual_sd) == pytest.approx((2, 3, 0), abs=1e-12)
+    assert exact.band([3])[0] == pytest.approx([9])
+
+
+def test_no_line_through_two_points_or_one_place():
+    assert linear_fit([1, 2], [3, 4]) is None and linear_fit([2, 2, 2], [1, 2, 3]) is None
+
+
+def test_pearson_is_that_of_numpy_with_fishers_interval():
+    x, y = points(19)
+    r, low, high = pearson(x, y)
+    assert r == pytest.approx(np.corrcoef(x, y)[0, 1])
+    # In z the interval is symmetric, 1.96 standard errors of 1/√16 to each side.
+    assert math.atanh(r) - math.atanh(low) == pytest.approx(1.959964 / 4, rel=1e-6)
+    assert math.atanh(high) - math.atanh(r) == pytest.approx(1.959964 / 4, rel=1e-6)
+    assert pearson(x, -y) == pytest.approx((-r, -high, -low))
+
+
+def test_pearson_says_nothing_it_cannot_know():
+    assert pearson([1, 2, 3], [1, 2, 4])[1:] == (None, None)
+    assert pearson([1, 2, 3, 4], [2, 4, 6, 8]) == (1, 1, 1)
+    assert pearson([1, 2, 3, 4], [5, 5, 5, 5]) == (None, None, None)
