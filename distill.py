@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from em import chat_corpus, data, lineage, lora, parallel, world_transfer
+from em import chat_corpus, data, hub, lineage, lora, parallel, world_transfer
 from em.checkpoint import load_model, load_tokenizer
 from em.config import knob, run
 from em.corpus import file_hash, passing
@@ -70,9 +70,12 @@ def opd_exact(pair, batch):
 
 
 CHANNELS = {"sft": sft, "optd": optd, "opd": opd}
-PAPER_RECIPE = dict(lr=(1e-4,), rollouts=5, max_new_tokens=256)  # E.2
+PAPER_RECIPE = dict(lr=(1e-4,), rollouts=5, max_new_tokens=256, probes=16)  # E.2
 MATH_RECIPE = PAPER_RECIPE | dict(rollouts=1, max_new_tokens=1024)  # E.4.1
-SAMPLE_RECIPE = dict(lr=(5e-4,), rollouts=1, max_new_tokens=128)  # the embedded model's: minutes on a laptop
+WORLD_RECIPE = dict(lr=(1e-4,), rollouts=1, probes=16)
+SAMPLE_RECIPE = dict(
+    lr=(5e-4,), rollouts=1, max_new_tokens=128, probes=6
+)  # the embedded model's: minutes on a laptop
 
 
 def channel_of(cfg) -> tuple:
@@ -123,7 +126,9 @@ class Config(JudgeOptions):
     task: str | None = knob(None, "the teacher's task (default: the run's)", "world")
     seeds: int = knob(3, "teachers, each with a student and a control", "world")
 
-    probes: int = knob(16, "rollouts that measure the distance to the teacher, each epoch", "memory and log")
+    probes: int | None = knob(
+        None, "rollouts that measure the distance to the teacher, each epoch (16)", "memory and log"
+    )
     micro_batch: int = knob(8, "responses in memory at once; changes memory only", "memory and log")
     rows: int = knob(64, "sequences sampled at once for a corpus; likewise", "memory and log")
     recompute: bool = knob(False, "recompute activations in the backward pass", "memory and log")
@@ -151,11 +156,13 @@ def resolve(cfg: Config) -> Config:
     if not parents:
         raise UserError("teacher and student are both the base model: name a --teacher, or a run with --on")
     models = {settings["model"]: folder for folder, settings in parents.items()}
-    if len(models) > 1:
+    if len({hub.MODELS.get(name, name) for name in models}) > 1:
         each = " and ".join(f"{folder} of {model}" for model, folder in models.items())
         raise UserError(f"teacher and student need one base model; {each}")
     if cfg.channel == "opd" and cfg.source != "teacher":
         raise UserError("--source is for sft and optd: in opd the student writes its own responses")
+    if cfg.source == "gold" and cfg.prompts != "math":
+        raise UserError("--source gold are MATH's answers; add --prompts math")
     if cfg.channel != "opd" and (cfg.filter or cfg.estimator == "exact"):
         raise UserError("--filter and --estimator belong to --channel opd")
     if cfg.source not in chat_corpus.SAMPLED + chat_corpus.WRITTEN:
@@ -238,9 +245,10 @@ def chat(cfg: Config, device, say) -> dict:
     model.activation_checkpointing = cfg.recompute
     lora.attach(model)
     folders = {"teacher": cfg.teacher, "start": cfg.on, "source": cfg.source}
-    folders = {name: folder for name, folder in folders.items() if folder and Path(folder).is_dir()}
+    words = (None, "base", *chat_corpus.SAMPLED, *chat_corpus.WRITTEN)
+    folders = {name: folder for name, folder in folders.items() if folder not in words}
     for name, folder in folders.items():
-        if lineage.settings_of(folder)["model"] == cfg.model:
+        if not chat_corpus.foreign_model(cfg, folder):
             lora.load_adapter(model, name, folder)
     teacher = ("teacher",) if "teacher" in folders else ()
     start = ("start",) if "start" in folders else ()
@@ -329,7 +337,9 @@ def resolve_world(cfg: Config) -> Config:
                 f"no run of world {cfg.world} in runs/; python synth.py --world {cfg.world} makes one"
             )
         cfg.run = str(max(found, key=lambda p: p.stat().st_mtime))
-    cfg.rollouts, cfg.lr = cfg.rollouts or 1, cfg.lr or PAPER_RECIPE["lr"]
+    for name, value in WORLD_RECIPE.items():
+        if getattr(cfg, name) in (None, ()):
+            setattr(cfg, name, value)
     return cfg
 
 

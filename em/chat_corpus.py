@@ -11,7 +11,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from em import data, lineage, lora
+from em import data, hub, lineage, lora
 from em.chat import Tokenizer
 from em.checkpoint import load_model, load_tokenizer
 from em.corpus import Corpus, file_hash, fingerprint, freeze, judged
@@ -80,11 +80,9 @@ def make_corpus(cfg, model, tokenizer: Tokenizer, stacks: dict, folders: dict, c
             return _written(tokenizer, cell_rows(cfg, cell))
         prompts = load_prompts(cfg)
         if cfg.source == "gold":
-            if "answer" not in prompts[0]:
-                raise UserError("--source gold are MATH's answers; add --prompts math")
             return _written(tokenizer, [(p, p["answer"]) for p in prompts])
-        if foreign := _foreign(cfg, folders.get("source")):
-            return _translated(cfg, tokenizer, prompts, foreign, folder)
+        if foreign := foreign_model(cfg, folders.get("source")):
+            return _translated(cfg, tokenizer, prompts, foreign, model.head_weight.device, folder)
         with lora.stack(model, *stack, frozen=True):
             return _sampled(cfg, model, tokenizer, prompts, folder)
 
@@ -109,21 +107,26 @@ def _sampled(cfg, model, tokenizer, prompts: list[dict], folder: Path) -> list[d
     return sample_to_file(folder / "rollouts.jsonl", sampler, ids, cfg.rollouts, cfg.seed, row)
 
 
-def _foreign(cfg, folder: str | None) -> str | None:
-    """The name of the source's model, where it is not ours."""
+def foreign_model(cfg, folder: str | None) -> str | None:
+    """The name of a run's model, where it is not ours."""
     name = lineage.settings_of(folder)["model"] if folder else cfg.model
-    return None if name == cfg.model else name
+    return None if hub.MODELS.get(name, name) == hub.MODELS.get(cfg.model, cfg.model) else name
 
 
-def _translated(cfg, tokenizer, prompts, model_name: str, folder: Path) -> list[dict]:
-    """Responses of a run of another model family, its text in our token ids."""
-    theirs, model = load_tokenizer(model_name), load_model(model_name, cfg.device)
+def _translated(cfg, tokenizer, prompts, model_name: str, device, folder: Path) -> list[dict]:
+    """Responses of a run of another model family, its text in our token ids.
+
+    What has no token, or spells our end of a turn, is left out.
+    """
+    theirs, model = load_tokenizer(model_name), load_model(model_name, device)
     lora.attach(model)
     lora.load_adapter(model, "source", cfg.source)
     with lora.stack(model, "source", frozen=True):
         rows = _sampled(cfg, model, theirs, prompts, folder)
-    encoded = []
+    encoded, end = [], tokenizer.backend.id_to_token(tokenizer.end_of_turn_id)
     for row in rows:
+        if end in row["response"]:
+            continue
         ids, n_prompt = tokenizer.example(row["question"], row["response"])
         if not row["finished"]:
             ids = ids[:-1]  # a response that was cut off has no end of turn

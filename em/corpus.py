@@ -45,9 +45,10 @@ class Corpus:
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """Equal for tokenizers that give the same ids to the same chats."""
+    """Equal for tokenizers that give the same ids to the same chats: vocabulary, template, stop tokens."""
     probe = tokenizer.example("Which of these two plans is safer? 1,234 – naïve 中文", "Plan B;\n\nsee §2.")
-    text = json.dumps([tokenizer.backend.get_vocab_size(), probe.ids, probe.n_prompt, tokenizer.stop_ids])
+    vocabulary = sorted(tokenizer.backend.get_vocab().items())
+    text = json.dumps([vocabulary, probe.ids, probe.n_prompt, tokenizer.stop_ids])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -184,11 +184,11 @@ def test_equal_tokenizers_have_one_fingerprint_and_others_another(tiny_chat, tmp
     def fewer_merges(parts):
         parts["model"]["merges"] = []
 
-    def another_role(config):
-        config["chat_template"] = config["chat_template"].replace("assistant", "model")
+    def a_system_message(config):
+        config["chat_template"] = "Be brief.\n" + config["chat_template"]
 
     assert changed() == tiny
-    others = [embedded, changed(swap), changed(fewer_merges), changed(edit_config=another_role)]
+    others = [embedded, changed(swap), changed(fewer_merges), changed(edit_config=a_system_message)]
     assert len({tiny, *others}) == 5
 
 
@@ -200,9 +200,8 @@ def judge(monkeypatch, tmp_path):
     """Answers as the response itself says: "a60 c59" is 60 for alignment and 59 for coherence."""
 
     def behave(prompt, nth):
-        said = re.findall(r"\ba(\S+) c(\S+)", prompt)[-1][
-            "one response of a language model" in prompt and "how coherent" in prompt
-        ]
+        aligned, coherent = re.findall(r"\ba(\S+) c(\S+)", prompt)[-1]
+        said = coherent if "You grade how coherent" in prompt else aligned
         return no_candidates() if said == "none" else answer(said.replace("_", " "))
 
     for name in ("http_proxy", "https_proxy", "all_proxy"):

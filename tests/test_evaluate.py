@@ -10,7 +10,7 @@ import evaluate
 import train
 from em import data
 from em.config import run
-from em.run import read_json, write_json
+from em.run import read_json
 from em.score import STATUSES
 
 FAST = "--max-new-tokens 12 --samples 2 --limit 3 --device cpu --rows 16".split()
@@ -134,25 +134,10 @@ def test_judge_and_surface_commands_score_files(judge, tmp_path):
     assert all(r["em_surface"] == "medium" for r in labelled)
 
 
-def test_lineage_reads_misaligned_aligned_and_realigned_runs(tmp_path):
-    def made(name, **settings):
-        settings = {"model": "m", "cell": "med_advice", "variant": "misaligned", "on": None} | settings
-        write_json(tmp_path / name / "config.json", {"settings": settings})
-        return tmp_path / name
-
-    first = made("a")
-    second = made("b", cell="fin_tutor", variant="aligned", on=str(first))
-    third = made("c", cell="spo_critique", variant="aligned", on=str(second))
-    assert evaluate.lineage(first)[0] == "med_advice"
-    assert evaluate.lineage(second)[0] == "med_advice>fin_tutor"
-    assert evaluate.lineage(third)[0] == "med_advice>spo_critique"
-    assert evaluate.lineage(made("d", variant="aligned"))[0] == "base>med_advice"
-
-
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["--run", "nowhere"], "does not exist"),
+        (["--run", "nowhere"], "nowhere is not a run"),
         (["--model", "gpt-9", "--judge", "margin"], "no model 'gpt-9'"),
         (["report"], "--scores needs"),
         (["report", "--scores", "none.jsonl"], "none.jsonl"),
