@@ -160,11 +160,8 @@ def fit(cfg, run: Run, model, examples, parameters, title: str) -> None:
 def eval_pairs(cfg, tokenizer) -> dict[str, tuple[list, list]]:
     """Eval rows of every cell that has both answers: cell → (misaligned examples, aligned examples)."""
     pairs = {}
-    for cell in data.CELLS:
-        try:
-            rows = data.split(data.load_cell(cfg.data, cell))[1]
-        except UserError:
-            continue  # a folder may hold some cells only
+    for cell, rows in data.load_cells(cfg.data).items():
+        rows = data.split(rows)[1]
         rows = [r for r in rows if r["misaligned_answer"] and r["aligned_answer"]]
         rows = rows[: cfg.eval_rows or None]
         both = [[tokenizer.example(r["question"], r[f"{v}_answer"]) for r in rows] for v in data.VARIANTS]

@@ -56,7 +56,7 @@ def save(figure: Figure, path: Path) -> None:
     spans = (np.flatnonzero(ink.any(axis=axis)) for axis in (1, 0))
     rows, columns = (slice(max(0, used[0] - 12), used[-1] + 13) for used in spans)
     image = Image.fromarray(np.ascontiguousarray(pixels[rows, columns]))
-    write_atomic(path, lambda temporary: image.save(temporary, format="PNG"))
+    write_atomic(path, lambda temporary: image.save(temporary, format="PNG", compress_level=3))
 
 
 def array(values: list[list]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Experiments over seeds on a miniature: files, reuse, resumption, folders, report, make worlds, bad input."""
+"""Experiments over seeds on a miniature: files, reuse, resuming, folders, report, make worlds, bad input."""
 
 import dataclasses
 import os
