@@ -54,8 +54,9 @@ DEFAULTS = {
 }  # fmt: skip
 DEFAULTS["2"] = DEFAULTS["1"] | dict(misalign=("T0",), warmup=600, align_warmup=250)
 
-# World seeds of an experiment; elsewhere 0, 1, 2.
-SEEDS = {"demo": (1, 2, 3), "demo2": (1, 2, 3)}
+# World seeds of an experiment; elsewhere 0, 1, 2. Demo: of 1, 2, 3 those whose pretraining is coherent enough
+# (3.8, 3.8 and 8.1 % incoherent, gate 5), which is known before any effect is.
+SEEDS = {"demo": (1, 2), "demo2": (1, 2, 3)}
 # Command → the module that measures it and the worlds that serve it, the reduced one first.
 EXPERIMENTS = {
     "hardness": ("em.hardness", ("demo", "1")),

@@ -5,8 +5,10 @@
 
 The world seed is the unit of claims about training, a prompt that of claims about one model. An interval
 over prompts is a parametric bootstrap: every rate is drawn again from its Jeffreys posterior
-Beta(v2 + ½, rest + ½), cells independent, and the number is computed anew from the drawn rates. Resampling
-adds noise, so the interval of a share of variance leans to the side of less structure.
+Beta(v2 + ½, rest + ½), shifted to have the observed rate as its mean, cells independent, and the number is
+computed anew from the drawn rates. Unshifted, the posterior's pull towards one half would add up over the
+many cells of a mean whose rates are near 0. Resampling adds noise, so the interval of a share of variance
+leans to the side of less structure.
 """
 
 from collections.abc import Sequence
@@ -28,13 +30,14 @@ def averaged(counts: list[dict[str, dict]]) -> dict[str, dict]:
 
 
 def v2_draws(counts: list[dict], *seed: int) -> np.ndarray:
-    """(cells, DRAWS) v2 in percent, drawn from the posterior of each cell's counts.
+    """(cells, DRAWS) v2 in percent around each cell's rate, as far as its count leaves it open.
 
     seed: numbers that name the model, since draws of one seed go up and down together.
     """
     k = np.array([[c["v2"]] for c in counts], float)
     n = np.array([[c["n"]] for c in counts], float)
-    return 100 * np.random.default_rng(seed).beta(k + 0.5, n - k + 0.5, (len(counts), DRAWS))
+    drawn = np.random.default_rng(seed).beta(k + 0.5, n - k + 0.5, (len(counts), DRAWS))
+    return 100 * (drawn + k / n - (k + 0.5) / (n + 1))
 
 
 def over_prompts(draws: np.ndarray) -> list[float | None]:

@@ -19,9 +19,15 @@ def test_fine_tuning_seeds_are_averaged_so_that_a_prompt_counts_once():
 
 
 @pytest.mark.parametrize("v2", [0, 5, 64, 128])
-def test_drawn_rates_follow_the_jeffreys_posterior(v2):
+def test_drawn_rates_spread_as_the_jeffreys_posterior_around_the_observed_rate(v2):
     drawn = v2_draws([counts(3), counts(v2)], 1)[1] / 100
-    assert stats.kstest(drawn, stats.beta(v2 + 0.5, 128 - v2 + 0.5).cdf).pvalue > 1e-4
+    posterior = stats.beta(v2 + 0.5, 128 - v2 + 0.5)
+    assert stats.kstest(drawn - v2 / 128 + posterior.mean(), posterior.cdf).pvalue > 1e-4
+
+
+def test_the_mean_of_many_low_rates_is_not_pulled_towards_one_half():
+    low, high = over_prompts(v2_draws([counts(0, 8)] * 38 + [counts(1, 8)] * 2, 0).mean(axis=0))
+    assert low <= 100 * 2 / (8 * 40) <= high
 
 
 def test_cells_and_seeds_are_drawn_independently():
