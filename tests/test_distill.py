@@ -331,3 +331,13 @@ def test_bad_input_on_a_world_is_one_line(mini_world, capsys):
     assert "--prompts is cells or tasks" in refused(capsys, *here, "--prompts", "broad")
     assert "--teacher is misaligned or aligned" in refused(capsys, *here, "--teacher", "runs/med")
     assert "leave --on out" in refused(capsys, *here, "--on", "runs/med")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channel", ["sft", "optd", "opd"])
+def test_every_channel_runs_on_the_gpu_in_bf16(channel):
+    line = [a if a != "cpu" else "cuda" for a in FEW]
+    assert command(*line, "--channel", channel, "--teacher", "runs/med", "--epochs", "4") == 0
+    found = read_json(f"runs/med_{channel}/diagnostics.json")
+    assert found[-1]["kl"]["mean"] < found[0]["kl"]["mean"] or channel == "sft"
+    assert all(row["peak_mem_bytes"] > 0 for row in metrics(f"runs/med_{channel}"))
