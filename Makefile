@@ -19,8 +19,9 @@ $(VENV)/.installed: requirements.txt requirements-models.txt
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.6.0
 	@touch $@
 
+# Two threads whatever the machine: sums in another order end in another model.
 demo: setup
-	$(BIN)/python synth.py --world demo
+	OMP_NUM_THREADS=2 $(BIN)/python synth.py --world demo
 
 # -- the synthetic experiments ---------------------------------------------------------------------------
 # WORLD  paper (worlds 1 and 2), demo (demo and demo2), or a single 1 or 2

@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")  # no window, so no display is needed
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from matplotlib.collections import LineCollection, PolyCollection  # noqa: E402
 
 from em.grid import delta_v2, incoherent, percent  # noqa: E402
 from em.run import write_atomic  # noqa: E402
@@ -82,19 +83,20 @@ def graph_figure(world: World, path: Path) -> None:
     )
     for (d, t), axis in np.ndenumerate(axes):
         before, after = world.domains[d].transitions, world.cell_domain(world.cell(d, t)).transitions
-        for i, j in zip(*np.nonzero(before), strict=True):
-            p, deleted = after[i, j], after[i, j] == 0
-            style = (
-                dict(color="red", linestyle="--", linewidth=0.8, alpha=0.8)
-                if deleted
-                else dict(color="0.3", linewidth=0.4 + 3 * p, alpha=0.25 + 0.7 * p)
-            )
-            axis.annotate(
-                "",
-                xy[j],
-                xy[i],
-                arrowprops=dict(arrowstyle="-|>", shrinkA=5, shrinkB=5, mutation_scale=6, **style),
-            )
+        source, target = np.nonzero(before)
+        p = after[source, target]
+        way = xy[target] - xy[source]
+        way /= np.linalg.norm(way, axis=1, keepdims=True)
+        tip, tail = xy[target] - 0.09 * way, xy[source] + 0.09 * way  # clear of the nodes
+        across = 0.03 * way[:, ::-1] * (1, -1)
+        heads = np.stack([tip, tip - 0.08 * way + across, tip - 0.08 * way - across], axis=1)
+        kept = np.column_stack([np.full((len(p), 3), 0.3), 0.25 + 0.7 * p])
+        colours = np.where(p[:, None] > 0, kept, (1.0, 0.0, 0.0, 0.8))
+        lines, widths = np.stack([tail, tip], axis=1), np.where(p > 0, 0.4 + 3 * p, 0.8)
+        for style, chosen in (("-", p > 0), ("--", p == 0)):
+            drawn = dict(colors=colours[chosen], linewidths=widths[chosen], linestyles=style)
+            axis.add_collection(LineCollection(lines[chosen], **drawn))
+        axis.add_collection(PolyCollection(heads, facecolors=colours, linewidths=0))
         axis.scatter(*xy.T, s=60, color="tab:blue", zorder=3)
         for i in range(n):
             axis.text(*xy[i], str(i), fontsize=5, color="white", ha="center", va="center", zorder=4)
