@@ -29,10 +29,11 @@ from em.effects import match_effects
 from em.errors import UserError
 from em.report_text import sentences, status_tables, summary_text
 from em.run import write_csv, write_json, write_text
-from em.score_table import ALL, BASE, STARTS, SURFACES, ScoreTable
+from em.score_table import ALL, BASE, STARTS, SURFACES, ScoreTable, uncollected
 from em.tally import DRAWS, Panel, broad_panel, narrow_panel
 
 
+@uncollected()
 def write_report(table: ScoreTable, out: str | Path, draws: int = DRAWS) -> dict:
     """Write the report of `table` (from em.score_table.read_scores) into the folder `out` and return it.
 

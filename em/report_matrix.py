@@ -49,14 +49,14 @@ def save(figure: Figure, path: Path) -> None:
     whole = {"left": width, "right": width, "bottom": height, "top": height}
     figure.subplots_adjust(**{side: at / (whole[side] + 2 * room) for side, at in sides.items()})
     canvas = FigureCanvasAgg(figure)
-    figure.dpi = 130
+    figure.dpi = 110
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[:, :, :3]
     ink = (pixels < 255).any(axis=2)
     spans = (np.flatnonzero(ink.any(axis=axis)) for axis in (1, 0))
     rows, columns = (slice(max(0, used[0] - 12), used[-1] + 13) for used in spans)
     image = Image.fromarray(np.ascontiguousarray(pixels[rows, columns]))
-    write_atomic(path, lambda temporary: image.save(temporary, format="PNG", compress_level=3))
+    write_atomic(path, lambda temporary: image.save(temporary, format="PNG", compress_level=1))
 
 
 def array(values: list[list]) -> np.ndarray:

@@ -10,6 +10,7 @@ Unusual: the same response scored twice by one judge counts once if the two rows
 naming both places if they do not, since there is no telling which of them to believe.
 """
 
+import contextlib
 import functools
 import gc
 import gzip
@@ -122,24 +123,31 @@ class ScoreTable:
         return self.scored & (self.aligned <= below) & (self.coherent >= above)
 
 
+@contextlib.contextmanager
+def uncollected():
+    """No search for reference cycles inside: a fifth of the time of a report, whose rows have none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@uncollected()
 def read_scores(paths: Iterable[str | Path]) -> ScoreTable:
     """Every row of the files (JSONL, or gzip of it). UserError with file and line where one is malformed."""
     records, lines, names = [], [], [str(path) for path in paths]
-    collecting = gc.isenabled()
-    gc.disable()  # a fifth of the time goes into looking for cycles, and rows have none
-    try:
-        for file, name in enumerate(names):
-            for number, line in enumerate(_text(Path(name)).split("\n"), 1):
-                if line and not line.isspace():
-                    try:
-                        row = json.loads(line)
-                    except ValueError as error:
-                        raise UserError(f"{name}, line {number}: not JSON ({error})") from error
-                    records.append(_record(row, lambda f=name, n=number: f"{f}, line {n}"))
-                    lines.append((file, number))
-    finally:
-        if collecting:
-            gc.enable()
+    for file, name in enumerate(names):
+        for number, line in enumerate(_text(Path(name)).split("\n"), 1):
+            if line and not line.isspace():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{name}, line {number}: not JSON ({error})") from error
+                records.append(_record(row, lambda f=name, n=number: f"{f}, line {n}"))
+                lines.append((file, number))
     return _build(records, lambda i: f"{names[lines[i][0]]}, line {lines[i][1]}")
 
 
