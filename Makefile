@@ -108,6 +108,7 @@ bench: setup
 	$(BIN)/python bench/lora.py
 	$(BIN)/python bench/sample.py
 	$(BIN)/python bench/kl.py
+	$(BIN)/python bench/opd.py
 	$(BIN)/python bench/report.py
 
 loc:
