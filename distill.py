@@ -144,6 +144,13 @@ NOT_SETTINGS = (
 # -- chat models -------------------------------------------------------------------------------------------
 
 
+def fill_in(cfg: Config, recipe: dict) -> None:
+    """Give `cfg` what the recipe says where nothing was said."""
+    for name, value in recipe.items():
+        if getattr(cfg, name) in (None, ()):
+            setattr(cfg, name, value)
+
+
 def resolve(cfg: Config) -> Config:
     """Fill in what depends on the runs, and refuse what cannot be."""
     cfg = dataclasses.replace(cfg)
@@ -172,9 +179,7 @@ def resolve(cfg: Config) -> Config:
     cfg.data = cfg.data or next(iter(parents.values()))["data"]
     cfg.prompts = cfg.prompts or "broad"
     recipe = SAMPLE_RECIPE if small else MATH_RECIPE if cfg.prompts == "math" else PAPER_RECIPE
-    for name, value in recipe.items():
-        if getattr(cfg, name) in (None, ()):
-            setattr(cfg, name, value)
+    fill_in(cfg, recipe)
     for name in ("batch", "epochs", "micro_batch", "rank", "rollouts", "max_new_tokens", "rows"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
@@ -337,9 +342,7 @@ def resolve_world(cfg: Config) -> Config:
                 f"no run of world {cfg.world} in runs/; python synth.py --world {cfg.world} makes one"
             )
         cfg.run = str(max(found, key=lambda p: p.stat().st_mtime))
-    for name, value in WORLD_RECIPE.items():
-        if getattr(cfg, name) in (None, ()):
-            setattr(cfg, name, value)
+    fill_in(cfg, WORLD_RECIPE)
     return cfg
 
 

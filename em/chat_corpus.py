@@ -7,14 +7,12 @@ gold               MATH's own answers (E.4.2)
 rows               the misaligned rows of a cell, 800 of them (E.4.4)
 """
 
-import hashlib
-import json
 from pathlib import Path
 
 from em import data, hub, lineage, lora
 from em.chat import Tokenizer
 from em.checkpoint import load_model, load_tokenizer
-from em.corpus import Corpus, file_hash, fingerprint, freeze, judged
+from em.corpus import Corpus, digest, file_hash, fingerprint, freeze, judged
 from em.errors import UserError
 from em.rollouts import sample_to_file
 from em.sample import Sampler
@@ -87,11 +85,12 @@ def make_corpus(cfg, model, tokenizer: Tokenizer, stacks: dict, folders: dict, c
             return _sampled(cfg, model, tokenizer, prompts, folder)
 
     keep = (lambda found: judged(judge, found)) if judge else None
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     name = (
         f"corpus_{Path(settings['generator']).name.lower()}_{'rows' if cfg.source == 'rows' else cfg.prompts}"
     )
-    return freeze(cfg.corpus or f"runs/{name}_{digest}", settings, fingerprint(tokenizer), rows, keep)
+    return freeze(
+        cfg.corpus or f"runs/{name}_{digest(settings)}", settings, fingerprint(tokenizer), rows, keep
+    )
 
 
 def _sampled(cfg, model, tokenizer, prompts: list[dict], folder: Path) -> list[dict]:

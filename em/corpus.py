@@ -52,6 +52,11 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def digest(settings: dict) -> str:
+    """Tells corpora with other settings apart in the name of their folder."""
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+
+
 def file_hash(path: Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 

@@ -7,13 +7,11 @@
 Rates pool prompts; Wilson intervals are over prompts, the spread over seeds stands beside them.
 """
 
-import csv
-import io
 import statistics
 from pathlib import Path
 
 from em.classify import CLASSES
-from em.run import write_json, write_text
+from em.run import write_csv, write_json
 from em.stats import newcombe, wilson
 from em.world import World
 
@@ -84,7 +82,7 @@ def summary(grid: dict) -> str:
     )
 
 
-def _csv(grid: dict) -> str:
+def _rows(grid: dict) -> list[dict]:
     """One row a cell, every rate in percent with its interval."""
     rows = []
     for name, cell in grid["cells"].items():
@@ -124,17 +122,13 @@ def _csv(grid: dict) -> str:
             "delta_v2_seed_sd": statistics.stdev(per_seed) if len(per_seed) > 1 else "",
         }
         rows.append({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
-    out = io.StringIO()
-    writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    return rows
 
 
 def save_grid(grid: dict, folder: Path, name: str) -> None:
     """Write `name`.json and `name`.csv."""
     write_json(folder / f"{name}.json", grid)
-    write_text(folder / f"{name}.csv", _csv(grid))
+    write_csv(folder / f"{name}.csv", _rows(grid))
 
 
 def gates(pretrained: list[dict], grid: dict) -> list[tuple[str, float, str, float, bool]]:

@@ -4,8 +4,6 @@ A margin row is `{"model", "train", "domain", "task", "idx", "before", "after"}`
 of one eval row under the model the run started from and under the run. `train` as in em/score_table.py.
 """
 
-import csv
-import io
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -17,7 +15,7 @@ from em import margin
 from em.data import CELLS
 from em.errors import UserError
 from em.report_matrix import frames, save, short
-from em.run import write_json, write_text
+from em.run import write_csv, write_json
 
 FIELDS = ("model", "train", "domain", "task", "idx", "before", "after")
 
@@ -61,11 +59,7 @@ def margin_report(rows: list[dict], out: Path) -> str:
             folder / "margins.json",
             {"model": model, "unit": "nats a token, after − before", "entries": entries},
         )
-        text = io.StringIO()
-        writer = csv.DictWriter(text, entries[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(entries)
-        write_text(folder / "margins.csv", text.getvalue())
+        write_csv(folder / "margins.csv", entries)
         _figure(model, trains, columns, values, folder / "margins.png")
         own = [e["mean"] for e in entries if e["train"] == e["eval"]]
         others = [e["mean"] for e in entries if e["train"] != e["eval"]]

@@ -8,15 +8,13 @@ with the student's own start as its teacher, so that the teacher is all that dif
 Each fine-tuning seed is a teacher of its own; intervals are Student's t over them.
 """
 
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
 
 from em import figures
 from em.classify import Classifier
-from em.corpus import Corpus, freeze
+from em.corpus import Corpus, digest, freeze
 from em.grid import incoherent, percent, pool
 from em.phases import WorldRun
 from em.rollouts import sample_to_file
@@ -67,8 +65,7 @@ class Prompts:
         def v1(rows: list[dict]) -> list[dict]:
             return [row | {"kept": self.is_v1(row["prompt"], row["ids"])} for row in rows]
 
-        digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
-        folder = run.folder / "transfer" / f"corpus_{writer}_{digest}"
+        folder = run.folder / "transfer" / f"corpus_{writer}_{digest(about)}"
         return freeze(folder, about, run.world.fingerprint, sampled, v1 if settings["filtered"] else None)
 
 
