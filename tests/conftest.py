@@ -32,6 +32,15 @@ MINI = WorldConfig(
 )
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tensors this small lose more to waking a second thread than it does for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def mini():
     return build_world(MINI, seed=0)

@@ -12,14 +12,7 @@ from em.architecture import DecoderConfig
 from em.decoder import Decoder
 from em.errors import UserError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost these tiny models time: tenfold on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 HUB = {  # the config.json of the paper's models, in the format of transformers 4

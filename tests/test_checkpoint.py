@@ -15,14 +15,7 @@ from tiny_models import FAMILIES, IDS, SHAPE, one_line, saved_by_transformers
 from em.checkpoint import load_model, save_model
 from em.errors import UserError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost these tiny models time: tenfold on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rewrite(path, change) -> None:

@@ -15,13 +15,7 @@ from em.decoder import Decoder, _SwiGLU
 TOLERANCE = 2e-4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost these tiny models time: tenfold on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=CASES)

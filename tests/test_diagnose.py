@@ -13,12 +13,7 @@ from em.pair import WorldPair
 NAMES = ("length", "k1", "k3", "kl", "entropy", "divergence")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=PAIRS)

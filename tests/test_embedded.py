@@ -17,13 +17,7 @@ from em.errors import UserError
 CHAT = "<|im_start|>user\nName three fruits and one colour.<|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads gain little here and cost tenfold on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,7 @@ from em.checkpoint import load_model, load_tokenizer
 from em.errors import UserError
 from em.hub import resolve
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost these tiny models time: tenfold on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -- names ---------------------------------------------------------------------------------------------------

@@ -18,14 +18,7 @@ from em import lora
 from em.checkpoint import load_model
 from em.errors import UserError
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small lose more to waking a second thread than it does for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 IDS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -23,12 +23,7 @@ from em.pair import ChatPair
 QUANTITIES = ("log_probs", "forward_kl", "reverse_kl")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=PAIRS)
