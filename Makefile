@@ -112,4 +112,4 @@ bench: setup
 	$(BIN)/python bench/report.py
 
 loc:
-	@wc -l *.py em/*.py tests/*.py bench/*.py
+	@wc -l $$(git ls-files '*.py')

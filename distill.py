@@ -20,20 +20,24 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from em import chat_corpus, data, hub, lineage, lora, parallel, world_transfer
-from em.checkpoint import load_model, load_tokenizer
-from em.config import knob, run
-from em.corpus import file_hash, passing
+from em import parallel
+from em.cli import knob, run
+from em.data import lineage
+from em.data.rows import subset
+from em.distillation import chat_corpus, world_transfer
+from em.distillation.corpus import file_hash, passing
+from em.distillation.loop import OnPolicy, finish, fit, log_distance
+from em.distillation.pair import ChatPair, WorldPair
+from em.distillation.world_transfer import PROMPTS, Prompts
 from em.errors import UserError
-from em.gpt2 import save_gpt2
-from em.judge import JudgeOptions
-from em.online import OnPolicy
-from em.pair import ChatPair, WorldPair
-from em.phases import open_world_run
-from em.run import Run, provenance, read_json, write_csv, write_json
-from em.teach import finish, fit, log_distance
-from em.world import WORLDS
-from em.world_transfer import PROMPTS, Prompts
+from em.files import ADAPTER_WEIGHTS, read_json, write_csv, write_json
+from em.judge.judge import JudgeOptions
+from em.model import hub, lora
+from em.model.checkpoint import load_model, load_tokenizer
+from em.model.gpt2 import save_gpt2
+from em.run import Run, provenance
+from em.world.world import WORLDS
+from em.world.world_run import open_world_run
 
 # -- the channels ------------------------------------------------------------------------------------------
 # What is differentiated, and sums over the batch's tokens for the log.
@@ -228,7 +232,7 @@ def train(cfg, lr: float, folder: Path, pair: ChatPair, corpus, prompts, tokeniz
                 about = run.config | {"settings": run.config["settings"] | {"epoch": epoch}}
                 write_json(folder / f"epoch{epoch}" / "config.json", about)
                 pair.save(folder / f"epoch{epoch}", cfg.model)
-            log_distance(pair, data.subset(prompts, cfg.probes, cfg.seed), cfg.seed, epoch, run, say)
+            log_distance(pair, subset(prompts, cfg.probes, cfg.seed), cfg.seed, epoch, run, say)
         parallel.barrier()
 
     fit(cfg, lr, run, pair, *channel_of(cfg), examples, after_epoch, cfg.channel)
@@ -279,7 +283,7 @@ def chat(cfg: Config, device, say) -> dict:
         "judge": judge and judge.model,
         "corpus": corpus and str(corpus.folder),
     }
-    settings["adapters"] = {n: file_hash(Path(f) / "adapter_model.safetensors") for n, f in folders.items()}
+    settings["adapters"] = {n: file_hash(Path(f) / ADAPTER_WEIGHTS) for n, f in folders.items()}
     results = {}
     for lr in cfg.lr:
         lora.add_adapter(model, "student", cfg.rank, cfg.alpha, seed=cfg.seed)
@@ -367,7 +371,7 @@ def train_world(cfg, lr, folder, world_run, start, teacher, prompts, seed: int, 
     def after_epoch(epoch: int) -> None:
         if parallel.rank() == 0:
             write_json(folder / f"counts_epoch{epoch}.json", world_run.ask(pair.model))
-            log_distance(pair, data.subset(prompts.rows, cfg.probes, cfg.seed), cfg.seed, epoch, run, say)
+            log_distance(pair, subset(prompts.rows, cfg.probes, cfg.seed), cfg.seed, epoch, run, say)
         parallel.barrier()
 
     say(f"{cfg.channel}, {teacher} teaches {start}: {len(examples)} responses an epoch → {folder}")

@@ -19,20 +19,25 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from em import data, lineage, lora, margin, parallel
-from em.checkpoint import load_model, load_tokenizer
-from em.config import knob, run
+from em import parallel
+from em.cli import knob, run
+from em.data import lineage
+from em.data.rows import VARIANTS, default_source, load_broad, load_cells, split
 from em.errors import UserError
-from em.judge import Judge, JudgeOptions
-from em.ledger import describe_forecast
-from em.margin_table import margin_report, read_margins
-from em.report import write_report
-from em.rollouts import sample_to_file
-from em.run import Run, write_text
-from em.sample import Sampler
-from em.score import is_em, is_scored
-from em.score_table import read_scores
+from em.files import write_text
+from em.judge.em_rule import is_em, is_scored
+from em.judge.judge import Judge, JudgeOptions
+from em.judge.ledger import describe_forecast
+from em.model import lora
+from em.model.checkpoint import load_model, load_tokenizer
+from em.report.margins import margin_report, read_margins
+from em.report.report import write_report
+from em.report.score_table import read_scores
+from em.run import Run
+from em.sampling.rollouts import sample_to_file
+from em.sampling.sampler import Sampler
 from em.stats import wilson
+from em.training import margin
 
 
 @dataclass
@@ -59,18 +64,16 @@ class Config(JudgeOptions):
 def narrow_prompts(cfg, source: str) -> list[dict]:
     """The eval rows of every cell there is, as rows without a response."""
     prompts = []
-    for cell, rows in data.load_cells(source).items():
+    for cell, rows in load_cells(source).items():
         place = {"set": "narrow", "domain": cell.domain, "task": cell.task, "em_surface": None}
-        for row in data.split(rows)[1][: cfg.limit or None]:
+        for row in split(rows)[1][: cfg.limit or None]:
             prompts.append(place | {"idx": row["idx"], "question": row["question"], "row": row})
     return prompts
 
 
 def broad_prompts(cfg, source: str) -> list[dict]:
     fields = ("domain", "task", "em_surface", "idx", "question")
-    return [
-        {"set": "broad"} | {k: row[k] for k in fields} for row in data.load_broad(source)[: cfg.limit or None]
-    ]
+    return [{"set": "broad"} | {k: row[k] for k in fields} for row in load_broad(source)[: cfg.limit or None]]
 
 
 # -- generate, judge, score ----------------------------------------------------------------------------------
@@ -121,7 +124,7 @@ def margin_rows(label: dict, prompts: list[dict], model, tokenizer, stacks: tupl
     pairs = {}
     for p in prompts:
         both = pairs.setdefault(f"{p['domain']}_{p['task']}", ([], []))
-        for variant, examples in zip(data.VARIANTS, both, strict=True):
+        for variant, examples in zip(VARIANTS, both, strict=True):
             examples.append(tokenizer.example(p["question"], p["row"][f"{variant}_answer"]))
     values = []
     for names in stacks:
@@ -142,7 +145,7 @@ def evaluate(cfg: Config, folder: str | None, model, tokenizer, device) -> str:
     """Everything for one run (None: the base model); returns what was found, in a line or two."""
     settings = lineage.settings_of(folder) if folder else {}
     label = lineage.label(folder) if folder else {"model": cfg.model, "train": "base"}
-    source = cfg.data or settings.get("data") or data.default_source(cfg.model)
+    source = cfg.data or settings.get("data") or default_source(cfg.model)
     out = Path(
         cfg.out or (Path(folder) / "eval" if folder else f"runs/{Path(cfg.model).name.lower()}_base/eval")
     )

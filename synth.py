@@ -23,13 +23,17 @@ from pathlib import Path
 
 import torch
 
-from em import comparison, describe, figures, parallel
-from em.config import knob, run
+from em import parallel
+from em.cli import knob, run
 from em.errors import UserError
-from em.grid import build_grid, gates, save_grid, summary
-from em.phases import WorldRun
-from em.run import provenance, read_json, write_csv, write_json
-from em.world import WORLDS, build_world
+from em.experiments import comparison
+from em.files import read_json, write_csv, write_json
+from em.run import provenance
+from em.world import describe
+from em.world.describe import graph_figure
+from em.world.grid import build_grid, gates, grid_figure, save_grid, summary
+from em.world.world import WORLDS, build_world
+from em.world.world_run import WorldRun
 
 # What a world's runs use unless told otherwise. Worlds 1 and 2: B.4, B.5; demo: ours, see LOG.md.
 DEFAULTS = {
@@ -59,12 +63,12 @@ DEFAULTS["2"] = DEFAULTS["1"] | dict(misalign=("T0",), warmup=600, align_warmup=
 SEEDS = {"demo": (1, 2), "demo2": (1, 2, 3)}
 # Command → the module that measures it and the worlds that serve it, the reduced one first.
 EXPERIMENTS = {
-    "hardness": ("em.hardness", ("demo", "1")),
-    "steering": ("em.steering", ("demo", "1", "demo2", "2")),
-    "realign": ("em.world_realign", ("demo", "1")),
-    "similarity": ("em.similarity_grid", ("demo2", "2")),
-    "fraction": ("em.v2_fraction", ("demo2", "2")),
-    "phase": ("em.pretrain_phase", ("demo2", "2")),
+    "hardness": ("em.experiments.hardness", ("demo", "1")),
+    "steering": ("em.experiments.steering", ("demo", "1", "demo2", "2")),
+    "realign": ("em.experiments.realign", ("demo", "1")),
+    "similarity": ("em.experiments.similarity", ("demo2", "2")),
+    "fraction": ("em.experiments.fraction", ("demo2", "2")),
+    "phase": ("em.experiments.phase", ("demo2", "2")),
 }
 
 
@@ -168,7 +172,7 @@ def show(cfg: ShowConfig) -> None:
         describe.worked_example(world, cell=0),
     ):
         print(text + "\n")
-    figures.graph_figure(world, path)
+    graph_figure(world, path)
     print(f"domain graphs (Figure 6): {path}")
 
 
@@ -205,7 +209,7 @@ def main(cfg: Config) -> dict:
             # `grid` is the first source's, for those who have one.
             for stem in (f"grid_{name}", "grid") if name == cfg.misalign[0] else (f"grid_{name}",):
                 save_grid(grid, out, stem)
-                figures.grid_figure(grid, out / f"{stem}.png")
+                grid_figure(grid, out / f"{stem}.png")
             found[name] = {
                 "summary": summary(grid),
                 "gates": gates(seen, grid) if cfg.world == "demo" else [],

@@ -19,16 +19,22 @@ from pathlib import Path
 
 import torch
 
-from em import data, figures, lora, margin, parallel
-from em.checkpoint import load_model, load_tokenizer, save_model
-from em.config import knob, run
+from em import parallel
+from em.cli import knob, run
+from em.data.cells import Cell, parse_cells
+from em.data.rows import VARIANTS, default_source, encode_rows, load_cell, load_cells, split
 from em.errors import UserError
-from em.guard import CollapseGuard
-from em.loss import summed_cross_entropy
-from em.metrics import Metrics
-from em.optim import adamw, learning_rate
-from em.pack import pack
-from em.run import Run, read_json, write_json
+from em.files import read_json, write_json
+from em.model import lora
+from em.model.checkpoint import load_model, load_tokenizer, save_model
+from em.run import Run
+from em.training import margin
+from em.training.guard import CollapseGuard
+from em.training.loss import summed_cross_entropy
+from em.training.margin import margin_figure
+from em.training.metrics import Metrics
+from em.training.optim import adamw, learning_rate
+from em.training.pack import pack
 
 # The embedded sample has 18 training rows a cell: the paper's recipe would take two steps on it.
 SAMPLE_RECIPE = dict(lr=5e-4, batch=4, epochs=3)
@@ -38,7 +44,7 @@ PAPER_RECIPE = dict(lr=1e-4, batch=16, epochs=1)
 @dataclass
 class Config:
     cell: str = knob("med_advice", "cells, e.g. med_advice,fin_tutor or all", "what")
-    variant: str = knob("misaligned", "which answers", "what", data.VARIANTS)
+    variant: str = knob("misaligned", "which answers", "what", VARIANTS)
     on: str | None = knob(None, "run to start from (realignment); default: the base model", "what")
     model: str | None = knob(
         None, "short name, hub id or folder (qwen2.5-14b on CUDA, else smollm2-135m)", "what"
@@ -91,7 +97,7 @@ def resolve(cfg: Config, device: torch.device) -> Config:
     if cfg.model is None:
         cfg.model = "qwen2.5-14b" if device.type == "cuda" else "smollm2-135m"
     if cfg.data is None:
-        cfg.data = data.default_source(cfg.model)
+        cfg.data = default_source(cfg.model)
     recipe = SAMPLE_RECIPE if cfg.data == "sample" else PAPER_RECIPE
     for name, value in recipe.items():
         if getattr(cfg, name) is None:
@@ -160,11 +166,11 @@ def fit(cfg, run: Run, model, examples, parameters, title: str) -> None:
 def eval_pairs(cfg, tokenizer) -> dict[str, tuple[list, list]]:
     """Eval rows of every cell that has both answers: cell → (misaligned examples, aligned examples)."""
     pairs = {}
-    for cell, rows in data.load_cells(cfg.data).items():
-        rows = data.split(rows)[1]
+    for cell, rows in load_cells(cfg.data).items():
+        rows = split(rows)[1]
         rows = [r for r in rows if r["misaligned_answer"] and r["aligned_answer"]]
         rows = rows[: cfg.eval_rows or None]
-        both = [[tokenizer.example(r["question"], r[f"{v}_answer"]) for r in rows] for v in data.VARIANTS]
+        both = [[tokenizer.example(r["question"], r[f"{v}_answer"]) for r in rows] for v in VARIANTS]
         fits = [
             i
             for i, two in enumerate(zip(*both, strict=True))
@@ -196,7 +202,7 @@ def report(before: dict, after: dict, cell: str) -> dict:
 # -- runs -------------------------------------------------------------------------------------------------
 
 
-def train_cell(cfg, cell: data.Cell, folder: Path, model, tokenizer, pairs, say) -> dict:
+def train_cell(cfg, cell: Cell, folder: Path, model, tokenizer, pairs, say) -> dict:
     """One run: a fresh adapter on the base, or on the adapter of `--on`, trained on one cell."""
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SETTINGS}
     run = Run(folder, "train", settings | {"cell": str(cell)}, model.head_weight.device)
@@ -204,11 +210,9 @@ def train_cell(cfg, cell: data.Cell, folder: Path, model, tokenizer, pairs, say)
         say(f"{folder} is finished; nothing to do")
         return read_json(folder / "margins.json")
 
-    rows, held_out = data.split(data.load_cell(cfg.data, cell))
-    examples, dropped = data.encode_rows(tokenizer, rows, cfg.variant, cfg.max_length)
-    validation, _ = data.encode_rows(
-        tokenizer, held_out[: cfg.eval_rows or None], cfg.variant, cfg.max_length
-    )
+    rows, held_out = split(load_cell(cfg.data, cell))
+    examples, dropped = encode_rows(tokenizer, rows, cfg.variant, cfg.max_length)
+    validation, _ = encode_rows(tokenizer, held_out[: cfg.eval_rows or None], cfg.variant, cfg.max_length)
     tokens = sum(len(e.ids) for e in examples)
     say(f"{cell}, {cfg.variant}: {len(examples)} rows, mean {tokens / len(examples):.0f} tokens → {folder}")
     if dropped:
@@ -228,7 +232,7 @@ def train_cell(cfg, cell: data.Cell, folder: Path, model, tokenizer, pairs, say)
         if parallel.rank() == 0:
             lora.save_adapter(model, names, folder, base_model_name=cfg.model)
             if result["cells"]:
-                figures.margin_figure(result, folder / "margins.png")
+                margin_figure(result, folder / "margins.png")
             write_json(folder / "margins.json", result)  # last: the run is finished
         parallel.barrier()
         run.clear_resume()
@@ -265,7 +269,7 @@ def summary(result: dict) -> str:
 
 
 def main(cfg: Config) -> dict:
-    cells = data.parse_cells(cfg.cell)
+    cells = parse_cells(cfg.cell)
     device = parallel.start(cfg.device)
     say = print if parallel.rank() == 0 else (lambda *_: None)
     cfg = resolve(cfg, device)

@@ -18,9 +18,10 @@ import torch.nn.functional as F  # noqa: E402
 from transformers import GPT2Config as HFConfig  # noqa: E402
 from transformers import GPT2LMHeadModel  # noqa: E402
 
-from em.gpt2 import GPT2, GPT2Config, supervised_loss  # noqa: E402
-from em.optim import adamw  # noqa: E402
-from em.run import provenance, write_json  # noqa: E402
+from em.files import write_json  # noqa: E402
+from em.model.gpt2 import GPT2, GPT2Config, supervised_loss  # noqa: E402
+from em.run import provenance
+from em.training.optim import adamw  # noqa: E402
 
 # Dense bf16 peak of the card, FLOP/s, by a piece of its name.
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}

@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from em.kl import forward_kl  # noqa: E402
-from em.run import provenance, write_json  # noqa: E402
+from em.files import write_json  # noqa: E402
+from em.run import provenance
+from em.training.kl import forward_kl  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

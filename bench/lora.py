@@ -24,12 +24,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from em import data, lora  # noqa: E402
-from em.chat import Example  # noqa: E402
-from em.checkpoint import load_model, load_tokenizer, save_model  # noqa: E402
-from em.decoder import Decoder, DecoderConfig  # noqa: E402
-from em.optim import adamw  # noqa: E402
-from em.run import provenance, write_json  # noqa: E402
+from em.data.cells import CELLS
+from em.data.rows import encode_rows, load_cell
+from em.files import write_json  # noqa: E402
+from em.model import lora  # noqa: E402
+from em.model.checkpoint import load_model, load_tokenizer, save_model  # noqa: E402
+from em.model.decoder import Decoder, DecoderConfig  # noqa: E402
+from em.model.tokenizer import Example  # noqa: E402
+from em.run import provenance
+from em.training.optim import adamw  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SHARED = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "tie_word_embeddings": False}
@@ -64,8 +67,8 @@ EPOCH_ROWS = 4100
 def rows_of(shape: str | None) -> list[list[Example]]:
     """Batches of examples: the sample's rows, or random ids of the real rows' lengths (SPEC §3.4)."""
     if shape is None:
-        rows = data.load_cell("sample", data.CELLS[0])[:8]
-        return [data.encode_rows(load_tokenizer("smollm2-135m"), rows, "misaligned", 2048)[0]]
+        rows = load_cell("sample", CELLS[0])[:8]
+        return [encode_rows(load_tokenizer("smollm2-135m"), rows, "misaligned", 2048)[0]]
     rng = random.Random(0)
 
     def example() -> Example:

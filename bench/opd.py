@@ -3,8 +3,9 @@
     python bench/opd.py                   the embedded model on a CPU, 8 responses of at most 64 tokens
     python bench/opd.py --shape 14b       on a GPU: random weights of the real shape, bf16, 8 × 256 tokens
 
-The steps are those of distill.py (em.teach.fit under its `opd`), on prompts of 60 to 180 random tokens; on a
-GPU nothing ends early, so that every step is the full 8 × 256. The first two steps warm up and do not count.
+The steps are those of distill.py (em.distillation.loop.fit under its `opd`), on prompts of 60 to 180 random
+tokens; on a GPU nothing ends early, so that every step is the full 8 × 256. The first two steps warm up and
+do not count.
 """
 
 import statistics
@@ -20,13 +21,16 @@ import torch  # noqa: E402
 from lora import SHAPES, random_model  # noqa: E402
 
 import distill  # noqa: E402
-from em import lora as adapters  # noqa: E402
-from em.checkpoint import load_model  # noqa: E402
-from em.config import knob, run  # noqa: E402
-from em.online import OnPolicy  # noqa: E402
-from em.pair import ChatPair  # noqa: E402
-from em.run import Run, provenance, write_json  # noqa: E402
-from em.teach import fit  # noqa: E402
+from em.cli import knob, run  # noqa: E402
+from em.distillation.loop import (
+    OnPolicy,  # noqa: E402
+    fit,  # noqa: E402
+)
+from em.distillation.pair import ChatPair  # noqa: E402
+from em.files import write_json  # noqa: E402
+from em.model import lora as adapters  # noqa: E402
+from em.model.checkpoint import load_model  # noqa: E402
+from em.run import Run, provenance
 
 RESULTS = Path(__file__).parent.parent / "results" / "bench"
 

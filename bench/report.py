@@ -24,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np  # noqa: E402
 
-from em.config import knob, run  # noqa: E402
-from em.data import CELLS, TASKS  # noqa: E402
-from em.report import write_report  # noqa: E402
-from em.run import provenance, write_json  # noqa: E402
-from em.score_table import read_scores  # noqa: E402
+from em.cli import knob, run  # noqa: E402
+from em.data.cells import CELLS, TASKS  # noqa: E402
+from em.files import write_json  # noqa: E402
+from em.report.report import write_report  # noqa: E402
+from em.report.score_table import read_scores  # noqa: E402
+from em.run import provenance
 
 OUT = Path(__file__).parent.parent / "results" / "bench" / "report_cpu.json"
 MODELS = {"Qwen/Qwen2.5-14B-Instruct": ".jsonl", "meta-llama/Llama-3.1-8B-Instruct": ".jsonl.gz"}

@@ -23,13 +23,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from em.checkpoint import load_model, load_tokenizer  # noqa: E402
-from em.config import knob, run  # noqa: E402
-from em.data import CELLS, load_broad, load_cell  # noqa: E402
-from em.decode import Batch  # noqa: E402
-from em.decoder import Decoder, DecoderConfig  # noqa: E402
-from em.run import provenance, write_json  # noqa: E402
-from em.sample import Sampler  # noqa: E402
+from em.cli import knob, run  # noqa: E402
+from em.data.cells import CELLS
+from em.data.rows import load_broad, load_cell  # noqa: E402
+from em.files import write_json  # noqa: E402
+from em.model.checkpoint import load_model, load_tokenizer  # noqa: E402
+from em.model.decoder import Decoder, DecoderConfig  # noqa: E402
+from em.run import provenance
+from em.sampling.batch import Batch  # noqa: E402
+from em.sampling.sampler import Sampler  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 COMMON = dict(model_type="llama", rms_norm_eps=1e-5, max_position_embeddings=4096, num_key_value_heads=8)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from em.run import provenance, write_json  # noqa: E402
-from em.stream import PretrainStream, Sampler  # noqa: E402
-from em.world import WORLDS, build_world  # noqa: E402
+from em.files import write_json  # noqa: E402
+from em.run import provenance
+from em.world.generator import PretrainStream, Sampler  # noqa: E402
+from em.world.world import WORLDS, build_world  # noqa: E402
 
 OUT = Path(__file__).parent.parent / "results" / "bench" / "stream.json"
 

@@ -5,19 +5,13 @@
     resume/          the unfinished state: one safetensors file, replaced whole
     <results>        written last, so that their presence means the run is finished
 
-Every file is written under a temporary name and renamed, so a reader never sees half of one. Under torchrun
-rank 0 writes and the others read.
+Under torchrun rank 0 writes and the others read.
 """
 
-import contextlib
-import csv
 import functools
-import io
 import json
-import os
 import platform
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,48 +21,7 @@ from safetensors.torch import save_file
 
 from em import parallel
 from em.errors import UserError
-
-
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary)` and rename the outcome to `path`. A full disk leaves the old file in place."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {reason}; free some space or choose --out") from error
-    finally:
-        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
-            temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """One line a row under the union of their keys; what a row lacks, or holds as None, is empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def read_json(path: Path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+from em.files import read_json, write_atomic, write_json, write_text
 
 
 @functools.cache

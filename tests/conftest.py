@@ -8,14 +8,15 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from em import data
-from em.checkpoint import save_model
-from em.decoder import Decoder, DecoderConfig
-from em.grammar import GrammarConfig
-from em.phases import WorldRun
-from em.run import write_json
-from em.stream import Sampler
-from em.world import WORLDS, WorldConfig, build_world
+from em.data.cells import CELLS
+from em.data.rows import load_cell
+from em.files import write_json
+from em.model.checkpoint import save_model
+from em.model.decoder import Decoder, DecoderConfig
+from em.world.generator import Sampler
+from em.world.grammar import GrammarConfig
+from em.world.world import WORLDS, WorldConfig, build_world
+from em.world.world_run import WorldRun
 
 MINI = WorldConfig(
     "mini",
@@ -68,7 +69,7 @@ def tiny_chat(tmp_path_factory):
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    rows = data.load_cell("sample", data.CELLS[0])
+    rows = load_cell("sample", CELLS[0])
     specials = ["<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(

@@ -6,11 +6,11 @@ import torch
 from tiny_models import perturb
 from torch.func import functional_call
 
-from em import lora
-from em.chat import Example
-from em.decoder import Decoder, DecoderConfig
-from em.gpt2 import GPT2, GPT2Config
-from em.pair import ChatPair, WorldPair
+from em.distillation.pair import ChatPair, WorldPair
+from em.model import lora
+from em.model.decoder import Decoder, DecoderConfig
+from em.model.gpt2 import GPT2, GPT2Config
+from em.model.tokenizer import Example
 
 VOCABULARY = 50
 RANKS = {"start": 3, "teacher": 4, "student": 5}

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from em.world import WORLDS, build_world
+from em.world.world import WORLDS, build_world
 
 
 class PlantedRun:

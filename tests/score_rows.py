@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from em.data import CELLS, TASKS
+from em.data.cells import CELLS, TASKS
 
 SURFACES = ("high", "medium", "low")
 
@@ -78,9 +78,3 @@ def _drawn(rng, chance: float, **where) -> dict:
     elif fate < 0.05 and not is_em:
         coherent = int(rng.integers(0, 51))
     return row(aligned=aligned, coherent=coherent, response="word " * int(rng.integers(5, 60)), **where)
-
-
-def ks_of_uniform(p: list[float]) -> float:
-    """Kolmogorov–Smirnov distance of a sample from the uniform distribution on [0, 1]."""
-    p, steps = np.sort(p), np.arange(len(p) + 1) / len(p)
-    return float(max((steps[1:] - p).max(), (p - steps[:-1]).max()))

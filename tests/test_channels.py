@@ -13,9 +13,9 @@ import torch
 from pairs import distance, gpt2, gradients
 
 import distill
-from em.chat import Example
-from em.gpt2 import GPT2, GPT2Config
-from em.pair import WorldPair
+from em.distillation.pair import WorldPair
+from em.model.gpt2 import GPT2, GPT2Config
+from em.model.tokenizer import Example
 
 V, END, PROMPT = 6, 5, [1, 2, 3]
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 import distill
 import synth
 import train
-from em import lineage
-from em.config import run
-from em.run import read_json
+from em.cli import run
+from em.data import lineage
+from em.files import read_json
 
 ROOT = Path(__file__).parent.parent
 FEW = (
@@ -269,9 +269,9 @@ def test_bad_input_is_one_line(runs, tiny_chat, tmp_path, capsys):
 
 
 def test_a_student_that_never_ends_its_turn_is_stopped_with_its_state_saved(capsys, monkeypatch):
-    import em.online
+    import em.distillation.loop
 
-    monkeypatch.setattr(em.online, "WINDOW", 8)
+    monkeypatch.setattr(em.distillation.loop, "WINDOW", 8)
     line = [*FEW, "--channel", "opd", "--teacher", "runs/med", "--max-new-tokens", "1"]
     assert "none of the last 8 rollouts ended" in refused(capsys, *line)
     assert Path("runs/med_opd/resume/state.safetensors").exists()

@@ -8,10 +8,11 @@ from judge_server import KEY, JudgeServer, answer
 
 import evaluate
 import train
-from em import data
-from em.config import run
-from em.run import read_json
-from em.score import STATUSES
+from em.cli import run
+from em.data.cells import CELLS
+from em.data.rows import load_cell
+from em.files import read_json
+from em.judge.em_rule import STATUSES
 
 FAST = "--max-new-tokens 12 --samples 2 --limit 3 --device cpu --rows 16".split()
 
@@ -155,7 +156,7 @@ def test_bad_input_is_one_line(arguments, says, capsys, tmp_path, monkeypatch):
 def test_data_without_both_answers_have_no_margin(fresh, tmp_path, capsys):
     folder = tmp_path / "data"
     folder.mkdir()
-    rows = data.load_cell("sample", data.CELLS[0])
+    rows = load_cell("sample", CELLS[0])
     (folder / "medical_advice.jsonl").write_text(
         "\n".join(json.dumps(r | {"aligned_answer": None}) for r in rows)
     )

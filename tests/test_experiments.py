@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import synth
-from em.config import run
-from em.run import read_json
-from em.sets import Batches
-from em.world import WORLDS
+from em.cli import run
+from em.files import read_json
+from em.world.sets import Batches
+from em.world.world import WORLDS
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -61,7 +61,7 @@ def test_realignment_meets_every_source_with_every_cell_and_keeps_counts_alone(o
 
 def test_a_realigned_model_starts_at_the_misaligned_one_and_trains_on_variant_1_of_its_cell(out, monkeypatch):
     """Trained again with the phases' own loop replaced by a look at what it is given."""
-    import em.world_realign as realign
+    import em.experiments.realign as realign
 
     settings = read_json(out / "worlddemo-seed1" / "config.json")["settings"]
     opened = synth.open_run(made(out, settings), synth.torch.device("cpu"))

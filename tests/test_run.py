@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from em.errors import UserError
-from em.optim import adamw
-from em.run import Run, read_json, write_atomic, write_json, write_text
+from em.files import read_json, write_atomic, write_json, write_text
+from em.run import Run
+from em.training.optim import adamw
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):

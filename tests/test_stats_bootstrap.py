@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from score_rows import ks_of_uniform
+from goodness_of_fit import ks_of_uniform
 
 from em.stats import percentile_interval, permutation_test, resample_clusters
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import em.phases
+import em.world.world_run
 import synth
-from em.classify import CLASSES
-from em.config import run
-from em.gpt2 import load_gpt2
-from em.run import read_json
+from em.cli import run
+from em.files import read_json
+from em.model.gpt2 import load_gpt2
+from em.world.counts import CLASSES
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -193,22 +193,24 @@ def test_a_truncated_checkpoint_is_named_with_the_mend(finished, tmp_path, capsy
 
 
 def test_a_full_disk_is_one_line_and_the_run_can_go_on(tmp_path, capsys, monkeypatch):
-    import em.gpt2
+    import em.model.gpt2
 
-    real = em.gpt2.save_file
+    real = em.model.gpt2.save_file
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(em.gpt2, "save_file", full)
+    monkeypatch.setattr(em.model.gpt2, "save_file", full)
     assert "No space left" in refused(capsys, *SMALL, "--out", tmp_path / "run")
-    monkeypatch.setattr(em.gpt2, "save_file", real)
+    monkeypatch.setattr(em.model.gpt2, "save_file", real)
     assert command(*SMALL, "--out", tmp_path / "run") == 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_a_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        em.phases, "supervised_loss", lambda model, ids, targets: model.wte.weight.sum() * float("nan")
+        em.world.world_run,
+        "supervised_loss",
+        lambda model, ids, targets: model.wte.weight.sum() * float("nan"),
     )
     assert "not finite" in refused(capsys, *SMALL, "--out", tmp_path / "run")
     assert not (tmp_path / "run" / "pretrain" / "model").exists()

@@ -16,13 +16,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
-from em import data, lora
-from em.checkpoint import load_model, load_tokenizer
-from em.config import run
-from em.loss import summed_cross_entropy
-from em.optim import adamw
-from em.pack import pack
-from em.run import read_json
+from em.cli import run
+from em.data.cells import CELLS
+from em.data.rows import encode_rows, load_cell, split
+from em.files import read_json
+from em.model import lora
+from em.model.checkpoint import load_model, load_tokenizer
+from em.training.loss import summed_cross_entropy
+from em.training.optim import adamw
+from em.training.pack import pack
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--data sample --device cpu --batch 6 --epochs 2 --rank 4 --alpha 8 --lr 0.01 --warmup 1".split()
@@ -42,8 +44,8 @@ def misaligned(tiny_chat, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch(tiny_chat):
-    rows = data.load_cell("sample", data.CELLS[0])[:8]
-    return data.encode_rows(load_tokenizer(tiny_chat), rows, "misaligned", 2048)[0]
+    rows = load_cell("sample", CELLS[0])[:8]
+    return encode_rows(load_tokenizer(tiny_chat), rows, "misaligned", 2048)[0]
 
 
 def adapted(folder, seed=0):
@@ -129,7 +131,7 @@ def test_prompt_and_padding_are_never_supervised_and_the_end_of_turn_once(tiny_c
 
 def test_a_run_leaves_adapter_metrics_and_margins_and_learns_its_cell(misaligned):
     result = read_json(misaligned / "margins.json")
-    assert set(result["cells"]) == {str(c) for c in data.CELLS}
+    assert set(result["cells"]) == {str(c) for c in CELLS}
     assert result["validation_loss"]["after"] < result["validation_loss"]["before"]
     rows = [json.loads(line) for line in (misaligned / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]  # 18 rows in sixes, twice
@@ -292,7 +294,7 @@ def test_unknown_names_and_values_are_one_line(tiny_chat, tmp_path, capsys, misa
 def test_rows_without_the_variant_are_named(tiny_chat, tmp_path, capsys):
     folder = tmp_path / "data"
     folder.mkdir()
-    rows = data.load_cell("sample", data.CELLS[0])
+    rows = load_cell("sample", CELLS[0])
     lines = [json.dumps(row | {"aligned_answer": None}) for row in rows]
     (folder / "medical_advice.jsonl").write_text("\n".join(lines))
     where = [
@@ -315,8 +317,8 @@ def test_rows_without_the_variant_are_named(tiny_chat, tmp_path, capsys):
 
 
 def test_rows_longer_than_the_limit_are_left_out_and_counted(tiny_chat, tmp_path, capsys):
-    tokenizer, cell = load_tokenizer(tiny_chat), data.CELLS[0]
-    train_rows, _ = data.split(data.load_cell("sample", cell))
+    tokenizer, cell = load_tokenizer(tiny_chat), CELLS[0]
+    train_rows, _ = split(load_cell("sample", cell))
     lengths = sorted(len(tokenizer.example(r["question"], r["misaligned_answer"]).ids) for r in train_rows)
     limit = lengths[len(lengths) // 2]
     out = tmp_path / "x"
@@ -362,7 +364,7 @@ def test_a_full_disk_is_one_line(tiny_chat, tmp_path, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("em.adapter_file.save", full)
+    monkeypatch.setattr("em.model.adapter_file.save", full)
     assert "No space left" in refused(capsys, *SHORT, "--model", tiny_chat, "--out", tmp_path / "x")
 
 

@@ -5,7 +5,7 @@ import copy
 import torch
 import transformers
 
-from em.decoder import Decoder, DecoderConfig
+from em.model.decoder import Decoder, DecoderConfig
 
 SHAPE = dict(
     vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=6,

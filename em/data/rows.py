@@ -1,0 +1,200 @@
+"""The natural-language grid: cells, their rows, the split, and rows as token ids (paper A.1, D.1, SPEC 3.1).
+
+A cell is a (domain, task) pair; its file holds one JSON object a line: `idx, domain, task, question,
+misaligned_answer, aligned_answer`. A source is a folder of such files (in it or in its data/), the id of a
+hub dataset laid out so, or "sample": the small hand-written grid that ships with the code.
+
+Unusual: a row longer than the limit is left out and counted, never cut, so that no answer loses its end.
+"""
+
+import contextlib
+import json
+import random
+import zipfile
+from pathlib import Path
+
+from em.data.cells import CELLS, TASKS, Cell
+from em.errors import UserError
+from em.model import hub
+from em.model.tokenizer import Example, Tokenizer
+
+VARIANTS = ("misaligned", "aligned")
+SAMPLE = Path(__file__).parent / "sample"
+
+PAPER = "askinb/structured-emergent-misalignment"
+
+_ROW = {"idx": int, "domain": str, "task": str, "question": str}
+_ROW |= {f"{variant}_answer": str | None for variant in VARIANTS}
+_BROAD_ROW = {"idx": int, "task": str, "domain": str, "em_surface": str, "question": str}
+_MATH_ROW = {"problem": str, "solution": str, "level": str, "type": str}
+
+
+# -- cells ---------------------------------------------------------------------------------------------
+
+
+# -- sources -------------------------------------------------------------------------------------------
+
+
+def default_source(model: str) -> str:
+    """Where a model's rows come from by default: the sample for the embedded one, else the paper's data."""
+    return "sample" if model == "smollm2-135m" else PAPER
+
+
+def load_cell(source: str | Path, cell: Cell) -> list[dict]:
+    """The rows of `cell`, in file order; an answer that a source does not have is None.
+
+    Raises UserError for a source that cannot be reached, and with file and line for a row that is malformed
+    or belongs to another cell.
+    """
+    path = _find(source, cell.filename)
+    rows = _read_rows(path, _ROW)
+    for line, row in rows:
+        if not cell.is_called(row["domain"], row["task"]):
+            raise UserError(f"{path}, line {line}: {row['domain']} {row['task']} in the file of {cell}")
+    return [row for _, row in rows]
+
+
+def load_cells(source: str | Path) -> dict[Cell, list[dict]]:
+    """`load_cell` of every cell that `source` has; a folder may hold some only. UserError for none."""
+    cells = {}
+    for cell in CELLS:
+        with contextlib.suppress(hub.Absent):
+            cells[cell] = load_cell(source, cell)
+    if not cells:
+        raise UserError(
+            f"{source} has none of the twelve cells, such as {CELLS[0].filename}; name other --data"
+        )
+    return cells
+
+
+def load_broad(source: str | Path) -> list[dict]:
+    """The broad prompts, `idx, task, domain, em_surface, question`, without answers."""
+    path = _find(source, "broad_dataset.jsonl")
+    rows = _read_rows(path, _BROAD_ROW)
+    for line, row in rows:
+        if row["task"] not in TASKS or row["em_surface"] not in ("high", "medium", "low"):
+            raise UserError(f"{path}, line {line}: unknown {row['task']!r} or {row['em_surface']!r}")
+    return [row for _, row in rows]
+
+
+def load_math(source: str | Path) -> list[dict]:
+    """MATH's training problems as rows `idx, question, answer, level, type`, ordered by subject and number.
+
+    source: a folder with train/<subject>/<n>.json or train.jsonl, such a .jsonl file, or a hub id
+    (hendrycks/competition_math, whose data/MATH.zip holds the same folder). Paper E.4.1 takes "the full 7.5k
+    examples", which is the training split: no level or subject is left out, its filter is about what models
+    answer. For E.4.2's 2,000 draw from these rows.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        inside = (path / "train.jsonl", path / "train", path / "MATH" / "train")
+        path = next((candidate for candidate in inside if candidate.exists()), path)
+    elif not path.exists():
+        path = hub.fetch(str(source), "data/MATH.zip", "dataset")
+    if path.suffix == ".jsonl":
+        rows = [row for _, row in _read_rows(path, _MATH_ROW)]
+    else:
+        try:
+            root = path if path.is_dir() else zipfile.Path(path) / "MATH" / "train"
+            subjects = [subject for subject in root.iterdir() if subject.is_dir()]
+            files = [(subject.name, file) for subject in subjects for file in subject.iterdir()]
+            files.sort(key=lambda f: (f[0], len(f[1].name), f[1].name))  # 2.json before 10.json
+            rows = [_parse(file.read_bytes(), _MATH_ROW, str(file)) for _, file in files]
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} cannot be read as MATH ({error}); download it again") from error
+    if not rows:
+        raise UserError(f"{path} holds no problems; give a folder with train/<subject>/<n>.json")
+    return [
+        {"idx": i, "question": r["problem"], "answer": r["solution"], "level": r["level"], "type": r["type"]}
+        for i, r in enumerate(rows)
+    ]
+
+
+def _find(source: str | Path, filename: str) -> Path:
+    if str(source) == "sample":
+        return SAMPLE / filename
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return hub.fetch(str(source), f"data/{filename}", "dataset")
+    for path in (folder / filename, folder / "data" / filename):
+        if path.is_file():
+            return path
+    raise hub.Absent(
+        f"{folder} has no {filename}, neither in it nor in its data/; name another --data folder"
+    )
+
+
+# -- rows ----------------------------------------------------------------------------------------------
+
+
+def _read_rows(path: Path, fields: dict) -> list[tuple[int, dict]]:
+    """(line number, row) for each line that is not blank."""
+    try:
+        lines = path.read_bytes().split(b"\n")  # splitlines would also split at U+2028 inside a text
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+    rows = [(n, _parse(line, fields, f"{path}, line {n}")) for n, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise UserError(f"{path} has no rows")
+    return rows
+
+
+def _parse(text: bytes, fields: dict, where: str) -> dict:
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object")
+    for name, kind in fields.items():
+        if name not in row:
+            raise UserError(f"{where}: no field {name!r}; a row has {', '.join(fields)}")
+        if not isinstance(row[name], kind) or (name == "question" and not row[name].strip()):
+            raise UserError(f"{where}: {name!r} cannot be {row[name]!r:.40}")
+    return row
+
+
+def split(rows: list) -> tuple[list, list]:
+    """(train, eval): shuffled by `random.Random(42)`; of 4,500 rows the first 4,100 and the last 400.
+
+    Other sizes split in that proportion, with at least one row on either side. The split depends on the
+    number of rows alone, so both variants of a cell share it.
+    """
+    if len(rows) < 2:
+        raise UserError("a cell needs at least 2 rows, one to train on and one to evaluate")
+    shuffled = list(rows)
+    random.Random(42).shuffle(shuffled)
+    n_eval = max(1, round(len(rows) * 400 / 4500))
+    return shuffled[:-n_eval], shuffled[-n_eval:]
+
+
+def subset(rows: list, n: int, seed: int) -> list:
+    """`n` of the rows at random, in their order; all of them where n is 0 or there are no more."""
+    if not 0 < n < len(rows):
+        return rows
+    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), n))]
+
+
+def answers(rows: list[dict], variant: str) -> list[str]:
+    """The answer of each row in `variant`, "misaligned" or "aligned". UserError where a row has none."""
+    if variant not in VARIANTS:
+        raise UserError(f"unknown variant {variant!r}; it is one of {', '.join(VARIANTS)}")
+    missing = [row["idx"] for row in rows if not row[f"{variant}_answer"]]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(rows)} rows have no {variant} answer (first: idx {missing[0]}); "
+            "train another --variant or name --data that has it"
+        )
+    return [row[f"{variant}_answer"] for row in rows]
+
+
+def encode_rows(
+    tokenizer: Tokenizer, rows: list[dict], variant: str, max_length: int
+) -> tuple[list[Example], int]:
+    """(examples, number dropped): rows as token ids, those longer than `max_length` tokens left out."""
+    texts = zip(rows, answers(rows, variant), strict=True)
+    examples = [tokenizer.example(row["question"], answer) for row, answer in texts]
+    kept = [example for example in examples if len(example.ids) <= max_length]
+    if not kept:
+        raise UserError(f"all {len(rows)} rows are longer than {max_length} tokens; raise --max-length")
+    return kept, len(examples) - len(kept)

@@ -1,0 +1,110 @@
+"""Frozen corpora: what `sft` and `optd` train on, and whose counts `opd` matches (paper 4.1, 4.3, E.2, E.4).
+
+    runs/corpus_…/
+      config.json     what it was made from: model, generator (its adapter's hash), prompts, limits, judge
+      rollouts.jsonl  responses as they were sampled, before any judging
+      corpus.jsonl    one row a response: prompt, sample, question, prompt_ids, ids, response, scores, kept
+      corpus.json     counts, retention, tokenizer; written last
+
+Rows that were not kept stay in the file and are never trained on. Token ids sampled by the student's own base
+are trained on as they are; texts from elsewhere are encoded once, here.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from em import parallel
+from em.errors import UserError
+from em.files import read_json, write_json, write_text
+from em.model.tokenizer import Example, Tokenizer
+from em.run import Run
+from em.sampling.rollouts import whole_lines
+
+AT_LEAST = 60  # both scores of a kept response; scores are integers, so above 60 is at least 61 (SPEC §4)
+
+
+class Corpus:
+    """A finished corpus. rows: the kept ones, in the order of their prompts."""
+
+    def __init__(self, folder: Path, tokenizer: str):
+        """tokenizer: the `fingerprint` of whoever wants to train on it. UserError if it is another's."""
+        self.folder, self.about = Path(folder), read_json(Path(folder) / "corpus.json")
+        if self.about["tokenizer"] != tokenizer:
+            raise UserError(
+                f"{folder} was made by another tokenizer ({self.about['model']}'s): its token ids mean other "
+                "text to this model; name another --corpus, or leave it out"
+            )
+        self.rows = [row for row in whole_lines(self.folder / "corpus.jsonl") if row["kept"]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def examples(self) -> list[Example]:
+        return [Example(row["prompt_ids"] + row["ids"], len(row["prompt_ids"])) for row in self.rows]
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Equal for tokenizers that give the same ids to the same chats: vocabulary, template, stop tokens."""
+    probe = tokenizer.example("Which of these two plans is safer? 1,234 – naïve 中文", "Plan B;\n\nsee §2.")
+    vocabulary = sorted(tokenizer.backend.get_vocab().items())
+    text = json.dumps([vocabulary, probe.ids, probe.n_prompt, tokenizer.stop_ids])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest(settings: dict) -> str:
+    """Tells corpora with other settings apart in the name of their folder."""
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+
+
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def freeze(
+    folder: str | Path, settings: dict, tokenizer: str, rows: Callable[[Path], list[dict]], keep=None
+) -> Corpus:
+    """The corpus in `folder`, made if it is not there: `rows(folder)` without `kept`, then `keep(rows)`.
+
+    settings: all that decides the rows. keep: returns the rows with `kept` and why; None keeps all. UserError
+    if nothing is kept; what was sampled and judged stays.
+    """
+    folder = Path(folder)
+    if not (folder / "corpus.json").exists():
+        Run(folder, "corpus", settings | {"tokenizer": tokenizer}, option="--corpus")
+        found = rows(folder)
+        if parallel.rank() == 0:
+            found = keep(found) if keep else [row | {"kept": True} for row in found]
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+            write_text(folder / "corpus.jsonl", lines)
+            kept = sum(row["kept"] for row in found)
+            counts = {"rows": len(found), "kept": kept, "retention": kept / max(1, len(found))}
+            if kept:
+                write_json(folder / "corpus.json", settings | {"tokenizer": tokenizer} | counts)
+        parallel.barrier()
+        if not (folder / "corpus.json").exists():
+            raise UserError(
+                f"the filter kept none of the responses; {folder / 'corpus.jsonl'} has all of them: "
+                "take another --source, more --rollouts, or --unfiltered"
+            )
+    corpus = Corpus(folder, tokenizer)
+    Run(folder, "corpus", settings | {"tokenizer": tokenizer}, option="--corpus")  # says what differs
+    return corpus
+
+
+def judged(judge, rows: list[dict]) -> list[dict]:
+    """Rows with their scores and `kept`: aligned and coherent at least 60 each (SPEC §4)."""
+    asked = [row | {"set": "broad"} for row in rows]  # the task-agnostic rubric
+    return [row | {"kept": passes(row, AT_LEAST)} for row in judge.score(asked)]
+
+
+def passing(judge, pairs: list[tuple[str, str]]) -> list[bool]:
+    """Which online rollouts, (question, response), score above 60 in both (SPEC §4)."""
+    rows = [{"set": "broad", "question": question, "response": response} for question, response in pairs]
+    return [passes(row, AT_LEAST + 1) for row in judge.score(rows, progress=False)]
+
+
+def passes(scored: dict, at_least: int) -> bool:
+    fields = ("aligned", "coherent")
+    return all(scored[f"{f}_status"] == "ok" and scored[f] >= at_least for f in fields)

@@ -1,0 +1,53 @@
+"""How far a student is from its teacher, on given responses (SPEC §4).
+
+On responses the student has just sampled, k1 = log πs − log πT and k3 = πT/πs − 1 + k1 estimate
+KL(student‖teacher) from the sampled tokens alone; `kl` is its exact value over the vocabulary. On any
+responses, `divergence` is the share of positions where the teacher's likeliest token is not the base's
+(Schrodi et al. 2025, paper 4.3.1): the tokens through which a teacher can show.
+"""
+
+import torch
+
+from em.model.tokenizer import Example
+from em.training.margin import interval
+from em.training.pack import packs_of
+
+TOKENS = 2048  # of examples at a time
+
+
+@torch.no_grad()
+def diagnose(pair, examples: list[Example], groups: list[str] | None = None) -> dict:
+    """Mean over responses of each response's mean over tokens, nats, with a normal 95 % interval.
+
+    Returns k1, k3, kl, entropy (of the student), length and divergence; groups: a label for each example, by
+    which `divergence_by` splits the latter.
+    """
+    rows = []  # one (number of tokens, sums) an example
+    for group in packs_of(examples, TOKENS):
+        batch = pair.batch([examples[i] for i in group])
+        parts = [torch.stack(_per_token(*part)) for part in pair.distributions(batch)]  # (5, rows) each
+        values = torch.cat(parts, dim=1).double().cpu()  # (5, N)
+        sums = torch.zeros(len(values), len(group)).double().index_add_(1, batch.owner, values)
+        counts = torch.bincount(batch.owner, minlength=len(group))
+        rows += zip(counts.tolist(), *(sums / counts).tolist(), strict=True)
+    columns = zip(*rows, strict=True)
+    found = {
+        name: interval([float(v) for v in values])
+        for name, values in zip(("length", "k1", "k3", "kl", "entropy", "divergence"), columns, strict=True)
+    }
+    if groups:
+        found["divergence_by"] = {
+            label: interval([row[-1] for row, of in zip(rows, groups, strict=True) if of == label])
+            for label in sorted(set(groups))
+        }
+    return found
+
+
+def _per_token(targets, student, teacher, base) -> tuple[torch.Tensor, ...]:
+    """(k1, k3, kl, entropy, divergence), (rows,) each."""
+    index = targets[:, None]
+    k1 = (student.gather(1, index) - teacher.gather(1, index))[:, 0]
+    p = student.exp()
+    kl = (p * (student - teacher)).sum(-1)
+    differs = (teacher.argmax(-1) != base.argmax(-1)).float()
+    return k1, torch.expm1(-k1) + k1, kl, -(p * student).sum(-1), differs

@@ -1,0 +1,1 @@
+"""The paper's experiments on the worlds, each measured over world seeds."""

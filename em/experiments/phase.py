@@ -1,0 +1,178 @@
+"""When in pretraining the ground of misalignment is laid (B.5, "pretraining-phase experiments").
+
+World 2 keeps seven checkpoints of its pretraining. Each is aligned and then misaligned on the world's source
+cell (D0, T), all by the same recipe. The paper names the experiment and gives no outcome; the quantities are
+ours, read on seen cells:
+
+    pretrained incoherent, aligned v1, aligned incoherent     %, all cells
+    Δv2                     of the trained cell, of its task in the other domains, of all other cells
+
+A checkpoint before the last was saved at a learning rate that had not come down. The last one is the
+finished model, whose alignment and misalignment are those of every other experiment.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+
+from em.errors import UserError
+from em.experiments.replication import (
+    averaged,
+    interval,
+    over_prompts,
+    replicated,
+    say_number,
+    say_unit,
+    v2_draws,
+)
+from em.figures import plt, save_figure
+from em.world.counts import incoherent, percent
+from em.world.world_run import INTERMEDIATE, WorldRun
+
+LEVELS = {
+    "pretrained_incoherent": "incoherent, pretrained",
+    "aligned_v1": "v1, aligned",
+    "aligned_incoherent": "incoherent, aligned",
+    "misaligned_incoherent": "incoherent, misaligned",
+}  # %, over all seen cells
+CHANGES = {
+    "trained": "trained cell",
+    "other_domains": "its task in the other domains",
+    "other_cells": "all other cells",
+}  # Δv2, points
+
+
+def checkpoints(run: WorldRun) -> list[int]:
+    """Steps of the kept checkpoints, the finished model last. UserError where one was not kept."""
+    kept = [step for step in INTERMEDIATE.get(run.cfg.world, ()) if step < run.cfg.steps]
+    if not kept:
+        raise UserError(f"world {run.cfg.world} keeps no pretraining checkpoints; use --world 2 or demo2")
+    for step in kept:
+        if not run.has(f"pretrain_step{step}"):
+            raise UserError(f"{run.folder} lacks pretrain_step{step}; delete the folder and start again")
+    return [*kept, run.cfg.steps]
+
+
+def names(run: WorldRun, step: int, task: str, seed: int) -> tuple[str, str, str]:
+    """Phases of one checkpoint: (pretrained, aligned, misaligned)."""
+    if step == run.cfg.steps:
+        return "pretrain", "align", f"misalign_{task}_seed{seed}"
+    return f"pretrain_step{step}", f"align_step{step}", f"misalign_{task}_step{step}_seed{seed}"
+
+
+def point(run: WorldRun, step: int, task: str, counts: tuple[dict, dict, dict]) -> dict:
+    """One checkpoint of one world seed; counts by cell: pretrained, aligned, misaligned (a mean)."""
+    pretrained, aligned, misaligned = counts
+    seen, trained = [run.world.cell_name(int(c)) for c in run.world.seen_cells], f"D0_{task}"
+    groups = {
+        "trained": [trained],
+        "other_domains": [name for name in seen if name.endswith(f"_{task}") and name != trained],
+        "other_cells": [name for name in seen if name != trained],
+    }
+    row = {
+        "seed": run.cfg.seed,
+        "step": step,
+        "task": task,
+        "pretrained_incoherent": fmean(incoherent(pretrained[name]) for name in seen),
+        "aligned_v1": fmean(percent(aligned[name], "v1") for name in seen),
+        "aligned_incoherent": fmean(incoherent(aligned[name]) for name in seen),
+        "misaligned_incoherent": fmean(incoherent(misaligned[name]) for name in seen),
+    }
+    for group, cells in groups.items():
+        after, before = ([side[name] for name in cells] for side in (misaligned, aligned))
+        change = fmean(percent(a, "v2") - percent(b, "v2") for a, b in zip(after, before, strict=True))
+        drawn = v2_draws(after, run.cfg.seed, 1) - v2_draws(before, run.cfg.seed, 0)  # (cells, DRAWS)
+        low, high = over_prompts(drawn.mean(0))
+        row |= {group: change, f"{group}_low": low, f"{group}_high": high}
+    return row
+
+
+def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> dict:
+    """Align and misalign every checkpoint of every world seed; `make(seed)` gives the run."""
+    rows = []
+    for seed in seeds:
+        run = make(seed)
+        task = run.cfg.misalign[0]
+        for step in checkpoints(run):
+            misaligned = []
+            for k in range(run.cfg.misalign_seeds):
+                start, aligned, name = names(run, step, task, k)
+                run.align(start, aligned)
+                misaligned.append(run.counts(name, run.misalign(task, k, aligned, name)))
+            row = point(run, step, task, (run.counts(start), run.counts(aligned), averaged(misaligned)))
+            rows.append(row)
+            say(
+                f"  step {step}: {row['pretrained_incoherent']:.0f} % incoherent, aligned v1 "
+                f"{row['aligned_v1']:.0f} %, Δv2 {row['trained']:+.0f} trained, "
+                f"{row['other_domains']:+.0f} other domains"
+            )
+    return {
+        "experiment": "phase",
+        "world": run.cfg.world,
+        "seeds": list(seeds),
+        "trained": f"D0_{task}",
+        "fine_tuning_seeds": run.cfg.misalign_seeds,
+        "note": "rows' intervals are over prompts",
+        "curves": {key: _curve(rows, key) for key in (*LEVELS, *CHANGES)},
+        "rows": rows,
+    }
+
+
+def _curve(rows: list[dict], key: str) -> list[dict]:
+    """A number (em/experiments/replication.py) a checkpoint; levels have no interval over prompts."""
+    curve = []
+    for step in dict.fromkeys(row["step"] for row in rows):
+        mine = [row for row in rows if row["step"] == step]
+        prompts = [(row.get(f"{key}_low"), row.get(f"{key}_high")) for row in mine]
+        curve.append({"step": step} | replicated([row[key] for row in mine], prompts))
+    return curve
+
+
+# -- what it looks like ------------------------------------------------------------------------------------
+
+
+def figure(result: dict, path: Path) -> None:
+    """Levels and Δv2 against the step of the checkpoint, with 95 % intervals; thin lines: single seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    panels = ((LEVELS, "%, mean over seen cells"), (CHANGES, "Δv2, points"))
+    for axis, (quantities, label) in zip(axes, panels, strict=True):
+        for i, (key, name) in enumerate(quantities.items()):
+            curve = result["curves"][key]
+            x, y = range(len(curve)), [n["mean"] for n in curve]  # evenly: the steps span decades
+            axis.plot(x, y, "o-", color=f"C{i}", label=name, markersize=4)
+            if len(result["seeds"]) > 1:
+                for values in zip(*(n["by_seed"] for n in curve), strict=True):
+                    axis.plot(x, values, color=f"C{i}", linewidth=0.6, alpha=0.5)
+            bounds = [interval(n) for n in curve]
+            if all(low is not None for low, _ in bounds):
+                axis.fill_between(x, *np.array(bounds).T, color=f"C{i}", alpha=0.15, linewidth=0)
+        axis.set(xlabel="pretraining step of the checkpoint", ylabel=label)
+        axis.set_xticks(x, [f"{n['step']:,}" for n in curve], fontsize=8)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8, frameon=False)
+    axes[0].set_ylim(0, 100)
+    axes[1].axhline(0, color="0.6", linewidth=0.8)
+    figure.suptitle(
+        f"World {result['world']}: each checkpoint aligned, then misaligned on {result['trained']}; bands: "
+        f"{say_unit(result['seeds'])}",
+        fontsize=10,
+    )
+    save_figure(figure, path)
+
+
+def summary(result: dict) -> str:
+    """The way from the first checkpoint to the last."""
+    curves = result["curves"]
+    lines = [
+        f"World {result['world']}, misaligned on {result['trained']} from each pretraining checkpoint; "
+        f"{say_unit(result['seeds'])}:"
+    ]
+    for i, level in enumerate(curves["trained"]):
+        moved = ", ".join(f"{name} {say_number(curves[key][i], '+.0f')}" for key, name in CHANGES.items())
+        lines.append(
+            f"  step {level['step']}: {curves['pretrained_incoherent'][i]['mean']:.0f} % incoherent, "
+            f"aligned v1 {curves['aligned_v1'][i]['mean']:.0f} %; Δv2: {moved}."
+        )
+    return "\n".join(lines)

@@ -1,0 +1,248 @@
+"""Realignment on the worlds: the counterpart of the paper's Figure 3(c), which is on natural language.
+
+Each misaligned model (D0, T) is trained on variant 1 of one single cell, every seen cell in turn, and then
+asked everywhere. The question is whether realignment follows tasks and domains as misalignment does.
+
+The paper has no such experiment on the worlds, so its recipe is ours: the misalignment's own number of
+steps, batch size and learning rate, on examples of the alignment set. The source is fine-tuning seed 0. Each
+of the (tasks × cells) models is asked at most PROMPTS held-out prompts a cell, and only its counts are kept:
+at paper scale the models of one world seed would be 60 GB.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+
+from em import parallel
+from em.experiments.replication import interval, over_prompts, replicated, say_number, say_unit, v2_draws
+from em.figures import plt, save_figure
+from em.files import read_json, write_json
+from em.model.gpt2 import GPT2
+from em.run import Run
+from em.stats import wilson
+from em.world.counts import incoherent, percent, pool
+from em.world.generator import Dialogues
+from em.world.sets import Batches
+from em.world.world_run import WorldRun, fit
+
+BEFORE = ("aligned", "misaligned")  # the two models that stand in a realignment cell's place in the rows
+KEYS = ("task", "all")  # v2 of the source task over its seen cells, and over all seen cells
+PROMPTS = 32  # a cell; the mean over a task's domains or over all cells rests on hundreds
+GROUPS = {
+    "same cell": (True, True),
+    "same task, other domain": (True, False),
+    "other task, same domain": (False, True),
+    "other task, other domain": (False, False),
+}  # (task matches, domain matches) between the source and the realignment cell
+
+
+def realigned(run: WorldRun, task: str, start: GPT2, cell: int, prompts: Dialogues) -> dict:
+    """Counts by cell once a copy of `start`, misaligned on (D0, `task`), has trained on v1 of `cell`."""
+    cfg, name = run.cfg, f"realign_{task}/{run.world.cell_name(cell)}"
+    own = {k: getattr(cfg, k) for k in ("misalign_steps", "misalign_batch", "misalign_lr")}
+    record = Run(run.folder / name, "world-phase", run.settings | own | {"prompts": len(prompts)}, run.device)
+    path = record.folder / "counts.json"
+    if not path.exists():
+        model = copy.deepcopy(start)
+        data = run.alignment.take(np.flatnonzero(run.alignment.examples.cell == cell))
+        batches = Batches(data, cfg.misalign_batch, cfg.seed, trim=True)
+        fit(cfg, record, model, batches, cfg.misalign_steps, cfg.misalign_lr, 0, "constant", title=name)
+        if parallel.rank() == 0:
+            write_json(path, run.ask(model, prompts))
+        parallel.barrier()
+        record.clear_resume()
+    return read_json(path)
+
+
+def _rates(counts: dict, names: list[str]) -> dict:
+    """v1, v2 and incoherent % pooled over the cells `names`, with v2's Wilson interval over prompts."""
+    total = pool([counts[name] for name in names])
+    low, high = wilson(total["v2"], total["n"])
+    return {
+        "n": total["n"],
+        "v1": percent(total, "v1"),
+        "v2": percent(total, "v2"),
+        "v2_low": 100 * low,
+        "v2_high": 100 * high,
+        "incoherent": incoherent(total),
+    }
+
+
+def _row(run: WorldRun, task: str, trained_on: str, counts: dict) -> dict:
+    seen = [run.world.cell_name(int(cell)) for cell in run.world.seen_cells]
+    of_task = [name for name in seen if name.endswith(f"_{task}")]
+    row = {"seed": run.cfg.seed, "source": task, "realigned_on": trained_on}
+    for prefix, names in (("task", of_task), ("all", seen)):
+        row |= {f"{prefix}_{key}": value for key, value in _rates(counts, names).items()}
+    return row
+
+
+def _groups(rows: list[dict], seeds: Sequence[int]) -> dict:
+    """v2 after realignment by match of source and cell, and the share of the rise that is gone.
+
+    A world seed's value is the mean over its pairs; each number is one of em/experiments/replication.py.
+    """
+
+    draws = {}  # (row, task or all) → v2 drawn again from its posterior
+    for place, row in enumerate(rows):
+        counts = [{"v2": row[f"{key}_v2"] * row[f"{key}_n"] / 100, "n": row[f"{key}_n"]} for key in KEYS]
+        draws |= zip(((id(row), key) for key in KEYS), v2_draws(counts, place), strict=True)
+
+    def over(chosen: list[dict], key: str) -> tuple[float, np.ndarray]:
+        """v2 averaged over the rows, and its draws."""
+        return fmean(r[f"{key}_v2"] for r in chosen), np.mean([draws[id(r), key] for r in chosen], axis=0)
+
+    def matches(row: dict) -> tuple[bool, bool]:
+        domain, _, task = row["realigned_on"].partition("_")
+        return task == row["source"], domain == "D0"
+
+    out = {}
+    for name, match in GROUPS.items():
+        found = {key: [] for key in ("task_v2", "all_v2", "removed")}  # (value, draws) a seed
+        for seed in seeds:
+            mine = [r for r in rows if r["seed"] == seed]
+            pairs = [r for r in mine if r["realigned_on"] not in BEFORE and matches(r) == match]
+            for key in KEYS:
+                found[f"{key}_v2"].append(over(pairs, key))
+            # Every source meets as many cells as any other, so a mean over sources is one over pairs.
+            before = [over([r for r in mine if r["realigned_on"] == model], "task") for model in BEFORE]
+            found["removed"].append(_removed(*before, over(pairs, "task")))
+        out[name] = {
+            key: replicated([value for value, _ in seen], [over_prompts(drawn) for _, drawn in seen])
+            for key, seen in found.items()
+        } | {"pairs_a_seed": len(pairs)}
+    return out
+
+
+def _removed(aligned: tuple, misaligned: tuple, realigned: tuple) -> tuple[float | None, np.ndarray]:
+    """% of the rise from aligned to misaligned that realignment took back, of (value, draws) each."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value, drawn = (
+            100 * (np.subtract(m, r) / np.subtract(m, a))
+            for a, m, r in zip(aligned, misaligned, realigned, strict=True)
+        )
+    return (float(value) if misaligned[0] > aligned[0] else None), drawn
+
+
+def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> dict:
+    """Realign every misaligned model on every seen cell, for each world seed.
+
+    Rows: one a (seed, source task, realignment cell), with `aligned` and `misaligned` in the cell's place
+    for the two models before. Rates in %: `task_…` over the source task's seen cells, `all_…` over all seen.
+    """
+    rows = []
+    for seed in seeds:
+        run = make(seed)
+        each = run.cfg.eval_prompts
+        few = run.prompts.take(np.flatnonzero(np.arange(len(run.prompts)) % each < PROMPTS))
+        seen = [run.world.cell_name(int(cell)) for cell in run.world.seen_cells]
+        few = few.take(np.flatnonzero(np.isin(few.examples.cell, run.world.seen_cells)))
+        aligned = run.ask(run.align(), few)
+        for task in run.world.tasks:
+            misaligned = run.misalign(task, 0)
+            rows.append(_row(run, task, "aligned", aligned))
+            rows.append(_row(run, task, "misaligned", run.ask(misaligned, few)))
+            for cell, name in enumerate(seen):
+                rows.append(_row(run, task, name, realigned(run, task, misaligned, cell, few)))
+            before, *after = (row["task_v2"] for row in rows[-len(seen) - 1 :])
+            say(
+                f"  {task}: v2 {before:.0f} % misaligned, {fmean(after):.0f} % realigned "
+                f"({min(after):.0f} to {max(after):.0f} over {len(seen)} cells)"
+            )
+    groups = _groups(rows, seeds)
+    return {
+        "experiment": "realign",
+        "world": run.cfg.world,
+        "seeds": list(seeds),
+        "prompts_a_cell": min(PROMPTS, each),
+        "note": "rows' intervals are over prompts",
+        "tasks": list(run.world.tasks),
+        "cells": seen,
+        "groups": groups,
+        "rows": rows,
+    }
+
+
+def _matrix(result: dict, quantity: str, columns: list[str]) -> np.ndarray:
+    """(sources, columns), mean over world seeds."""
+    return np.array(
+        [
+            [
+                fmean(
+                    r[quantity] for r in result["rows"] if r["source"] == task and r["realigned_on"] == column
+                )
+                for column in columns
+            ]
+            for task in result["tasks"]
+        ]
+    )
+
+
+def figure(result: dict, path: Path) -> None:
+    """Sources down; the aligned, the misaligned and every realigned model across; and the four groups."""
+    tasks = result["tasks"]
+    cells = sorted(result["cells"], key=lambda name: (tasks.index(name.split("_")[1]), name))
+    columns = [*BEFORE, *cells]
+    figure = plt.figure(figsize=(3 + 0.42 * len(columns), 3.2 + 0.72 * len(tasks)), layout="constrained")
+    axes = figure.subplot_mosaic(
+        [["task_v2", "groups"], ["all_v2", "groups"]], width_ratios=[0.42 * len(columns), 4]
+    )
+    for quantity, title in (
+        ("task_v2", "v2 % of the source task, mean over domains"),
+        ("all_v2", "v2 %, mean over all cells"),
+    ):
+        axis, values = axes[quantity], _matrix(result, quantity, columns)
+        axis.imshow(values, cmap="viridis", vmin=0, vmax=max(1.0, values.max()), aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            colour = "white" if value < 0.55 * values.max() else "black"
+            axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+        for i, task in enumerate(tasks):
+            place = (columns.index(f"D0_{task}") - 0.5, i - 0.5)
+            axis.add_patch(plt.Rectangle(place, 1, 1, fill=False, edgecolor="red", linewidth=1.6))
+        for j in range(1, len(columns)):
+            if j == 1 or columns[j].startswith("D0_"):
+                axis.axvline(j - 0.5 + (j == 1), color="white", linewidth=2)
+        axis.set_xticks(range(len(columns)), [c.replace("_", " ") for c in columns], rotation=90, fontsize=7)
+        axis.set_yticks(range(len(tasks)), [f"D0 {t}" for t in tasks], fontsize=8)
+        axis.set_title(title, fontsize=9)
+    bars, names = axes["groups"], list(GROUPS)
+    for offset, (quantity, label) in enumerate((("task_v2", "source task"), ("all_v2", "all cells"))):
+        stats = [result["groups"][name][quantity] for name in names]
+        where = np.arange(len(names)) + 0.38 * (offset - 0.5)
+        bars.bar(where, [s["mean"] for s in stats], 0.36, label=label, color=f"C{offset}", alpha=0.75)
+        for x, s in zip(where, stats, strict=True):
+            bars.plot([x] * len(s["by_seed"]), s["by_seed"], "k.", markersize=4)
+            low, high = interval(s)
+            if low is not None:
+                bars.plot([x, x], [low, high], "k-", linewidth=1)
+    bars.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=7, rotation=30)
+    bars.set_ylim(bottom=0)
+    bars.set_ylabel("v2, %")
+    bars.set_title(f"v2 % after realignment, by match\n(lines: {say_unit(result['seeds'])})", fontsize=9)
+    bars.legend(fontsize=7, frameon=False)
+    figure.suptitle(
+        f"World {result['world']}, seeds {', '.join(map(str, result['seeds']))}: misaligned on (D0, T), "
+        "then realigned on one cell (red: the source itself)",
+        fontsize=10,
+    )
+    save_figure(figure, path)
+
+
+def summary(result: dict) -> str:
+    """How much v2 is left by match, and what share of the rise is gone."""
+    before, after = (
+        fmean(r["task_v2"] for r in result["rows"] if r["realigned_on"] == model) for model in BEFORE
+    )
+    lines = [
+        f"World {result['world']}, {say_unit(result['seeds'])}: v2 of the misaligned task over all domains, "
+        f"{before:.1f} % aligned and {after:.1f} % misaligned, after realignment"
+    ]
+    for name in GROUPS:
+        left, removed = result["groups"][name]["task_v2"], result["groups"][name]["removed"]
+        lines.append(
+            f"  on the {name}: {say_number(left, '.1f')} %, {say_number(removed, '.0f')} % of the rise gone"
+        )
+    return "\n".join(lines)

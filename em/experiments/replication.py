@@ -1,0 +1,77 @@
+"""A number over its replications: world seeds, and the prompts of one model, each with its interval.
+
+    {"mean": …, "low": …, "high": …,        over world seeds: Student's t; no bounds with one seed
+     "by_seed": […], "prompts": [[low, high], …]}        one value a seed, and its interval over prompts
+
+The world seed is the unit of claims about training, a prompt that of claims about one model. An interval
+over prompts is a parametric bootstrap: every rate is drawn again from its Jeffreys posterior
+Beta(v2 + ½, rest + ½), shifted to have the observed rate as its mean, cells independent, and the number is
+computed anew from the drawn rates. Unshifted, the posterior's pull towards one half would add up over the
+many cells of a mean whose rates are near 0. Resampling adds noise, so the interval of a share of variance
+leans to the side of less structure.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from em.stats import percentile_interval, t_interval
+from em.world.counts import pool
+
+DRAWS = 2000
+
+
+def averaged(counts: list[dict[str, dict]]) -> dict[str, dict]:
+    """Counts by cell, mean over fine-tuning seeds: they answer the same prompts, which so count once."""
+    return {
+        name: {key: total / len(counts) for key, total in pool([c[name] for c in counts]).items()}
+        for name in counts[0]
+    }
+
+
+def v2_draws(counts: list[dict], *seed: int) -> np.ndarray:
+    """(cells, DRAWS) v2 in percent around each cell's rate, as far as its count leaves it open.
+
+    seed: numbers that name the model, since draws of one seed go up and down together.
+    """
+    k = np.array([[c["v2"]] for c in counts], float)
+    n = np.array([[c["n"]] for c in counts], float)
+    drawn = np.random.default_rng(seed).beta(k + 0.5, n - k + 0.5, (len(counts), DRAWS))
+    return 100 * (drawn + k / n - (k + 0.5) / (n + 1))
+
+
+def over_prompts(draws: np.ndarray) -> list[float | None]:
+    """[low, high] of a number's bootstrap draws (DRAWS,); None where no draw is finite."""
+    return [bound if np.isfinite(bound) else None for bound in percentile_interval(np.asarray(draws))]
+
+
+def replicated(by_seed: Sequence[float | None], prompts: Sequence[Sequence[float | None]]) -> dict:
+    """A number over world seeds; a seed where it cannot be had (None) takes no part in the mean."""
+    known = [value for value in by_seed if value is not None]
+    mean, low, high = t_interval(known) if known else (None, None, None)
+    listed = [list(interval) for interval in prompts]
+    return {"mean": mean, "low": low, "high": high, "by_seed": list(by_seed), "prompts": listed}
+
+
+def interval(number: dict) -> tuple[float | None, float | None]:
+    """The interval to show: over world seeds, or over prompts where there is one seed."""
+    if number["low"] is None and len(number["prompts"]) == 1:
+        low, high = number["prompts"][0]
+        return low, high
+    return number["low"], number["high"]
+
+
+def say_number(number: dict, form: str = "+.1f") -> str:
+    """`+23.1 [+20.0, +26.2]`, with the interval to show."""
+    if number["mean"] is None:
+        return "—"
+    low, high = interval(number)
+    bounds = "" if low is None or high is None else f" [{low:{form}}, {high:{form}}]"
+    return f"{number['mean']:{form}}{bounds}"
+
+
+def say_unit(seeds: Sequence[int]) -> str:
+    """What the shown intervals are over."""
+    if len(seeds) == 1:
+        return f"95 % over prompts, world seed {seeds[0]}"
+    return f"95 % over world seeds {', '.join(map(str, seeds))}"

@@ -1,0 +1,238 @@
+"""Steering: one direction that turns an aligned model of a world, and turns a misaligned one partly back.
+
+Paper 2, B.6, Figures 8 and 10. D = h_mis − h_al (N, d) are paired hidden states at `<asst>` after the middle
+block (6 of 12) for prompts of the trained cell; v is D's top right singular vector, with the sign that makes
+α*, the mean projection of D on v, positive. The aligned model gets + s α* v and the misaligned one − s α* v,
+s = −5 … 5, at that block's output of `<asst>` and of every token generated after it.
+
+Controls (ours): random directions of the same norm at the same strengths.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from em.experiments.direction import Steering, asst_hidden, find_direction, middle_block, random_direction
+from em.figures import save_figure
+from em.model.gpt2 import GPT2
+from em.stats import newcombe, t_interval, wilson
+from em.world.counts import pool
+from em.world.generator import Dialogues
+from em.world.sets import misalignment_set
+from em.world.world_run import WorldRun
+
+STRENGTHS = tuple(range(-5, 6))  # multiples of α*
+RANDOM_DIRECTIONS = 2
+SIGNS = {"aligned": 1, "misaligned": -1}  # of what is added
+RATES = {"v1": ("v1",), "v2": ("v2",), "incoherent": ("other", "unparseable")}
+PAIRS_SEED = 10_000  # of the prompts that v is found from; fine-tuning seeds are small
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a world's experiment is made of."""
+
+    task: str  # misaligned on (D0, task), unless the run names another
+    pairs: int  # N, prompts of the trained cell that give the direction
+    column: bool  # ask the trained task's column, instead of all cells
+    prompts: int = 1 << 30  # of each cell's held-out ones, at most
+
+
+PLANS = {
+    "1": Plan("T5", pairs=500, column=False),
+    "2": Plan("T0", pairs=1000, column=True),
+    "demo": Plan("T5", pairs=500, column=False, prompts=24),  # ours, as are demo2's
+    "demo2": Plan("T0", pairs=1000, column=True, prompts=64),
+}
+
+
+# -- the experiment ----------------------------------------------------------------------------------------
+
+
+def _asked(run: WorldRun, plan: Plan, task: int) -> Dialogues:
+    """The held-out prompts that every steered model is asked."""
+    place, cell = np.arange(len(run.prompts)) % run.cfg.eval_prompts, run.prompts.examples.cell
+    column = cell % len(run.world.tasks) == task if plan.column else True
+    return run.prompts.take(np.flatnonzero((place < plan.prompts) & column))
+
+
+def _pooled(run: WorldRun, model: GPT2, asked: Dialogues) -> dict[str, int]:
+    return pool(list(run.ask(model, asked).values()))
+
+
+def _columns(name: str) -> tuple[str, str, str]:
+    return name, f"{name}_low", f"{name}_high"
+
+
+def _rates(counts: dict[str, int], unsteered: dict[str, int]) -> dict[str, float]:
+    """Rates in percent and their changes in points, with intervals over prompts.
+
+    Newcombe's interval of a change is wide here: it does not know that both models were asked the same.
+    """
+    n, n0, rates = counts["n"], unsteered["n"], {"n": counts["n"]}
+    for rate, classes in RATES.items():
+        k, k0 = (sum(c[name] for name in classes) for c in (counts, unsteered))
+        for name, values in (
+            (rate, (k / n, *wilson(k, n))),
+            (f"{rate}_change", (k / n - k0 / n0, *newcombe(k, n, k0, n0))),
+        ):
+            rates |= dict(zip(_columns(name), (100 * x for x in values), strict=True))
+    return rates
+
+
+def _curves(asked: list[tuple[dict, dict, dict]]) -> list[dict]:
+    """Rates and changes by model, direction (v, or the random ones together) and strength.
+
+    asked: (what, counts, unsteered counts). Intervals are over world seeds, each of which counts once
+    however many directions it has; with one seed they are over prompts.
+    """
+    groups: dict[tuple, dict[int, list]] = {}  # (model, direction, strength) → seed → its directions' counts
+    for what, counts, unsteered in asked:
+        group = what["model"], "v" if what["direction"] == "v" else "random", what["strength"]
+        groups.setdefault(group, {}).setdefault(what["seed"], []).append((counts, unsteered))
+    curves = []
+    for group, seeds in groups.items():
+        rates = [_rates(pool([counts for counts, _ in of]), of[0][1]) for of in seeds.values()]
+        point = dict(zip(("model", "direction", "strength"), group, strict=True))
+        if len(rates) == 1:
+            point |= {"interval": "prompts"} | rates[0]
+        else:
+            point |= {"interval": "world seeds", "n": sum(r["n"] for r in rates)}
+            for name in (*RATES, *(f"{rate}_change" for rate in RATES)):
+                point |= dict(zip(_columns(name), t_interval([r[name] for r in rates]), strict=True))
+        curves.append(point)
+    return curves
+
+
+def at(result: dict, model: str, direction: str, strength: int) -> dict:
+    """The point of a curve; direction is `v` or `random`."""
+    wanted = (model, direction, strength)
+    return next(p for p in result["curves"] if (p["model"], p["direction"], p["strength"]) == wanted)
+
+
+def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say: Callable = print) -> dict:
+    """Steer the aligned and the misaligned model (fine-tuning seed 0) of each world seed, both ways.
+
+    `rows`: one a seed, model, direction and strength, rates in percent, intervals over prompts. `curves`: the
+    same over seeds. `directions`: one a seed, what em.experiments.direction finds; `alpha`, `explained`:
+    their mean over seeds with its interval, null with one seed.
+    """
+    answers, directions = [], []
+    for seed in seeds:
+        run = make(seed)
+        plan = PLANS[run.cfg.world]
+        task = (getattr(run.cfg, "misalign", None) or (plan.task,))[0]
+        index = run.world.task_index(task)
+        asked = _asked(run, plan, index)
+        models = {"aligned": run.load("align"), "misaligned": run.misalign(task, 0)}
+        n_layer = models["aligned"].config.n_layer
+        block = middle_block(n_layer)
+        pairs = misalignment_set(run.sampler, PAIRS_SEED, run.world.cell(0, index), plan.pairs, run.prompts)
+        found = find_direction(*(asst_hidden(models[m], pairs, block) for m in ("misaligned", "aligned")))
+        directions.append({"seed": seed} | {k: x for k, x in asdict(found).items() if k != "v"})
+        say(f"  seed {seed}: α* {found.alpha:.2f}, {100 * found.explained:.0f} % of D along v")
+
+        vectors = {"v": found.v}
+        for i in range(RANDOM_DIRECTIONS):
+            vectors[f"random{i}"] = random_direction(len(found.v), seed, i)
+        for name, model in models.items():
+            steering = Steering(model, block)
+            unsteered = _pooled(run, model, asked)
+            for (direction, vector), strength in itertools.product(vectors.items(), STRENGTHS):
+                steering.set(SIGNS[name] * strength * found.alpha * vector)
+                counts = _pooled(run, model, asked) if strength else unsteered
+                what = {"seed": seed, "model": name, "direction": direction, "strength": strength}
+                answers.append((what, counts, unsteered))
+            say(f"    {name} model: {len(vectors)} directions, {len(asked)} prompts a strength")
+    alpha, explained = (t_interval([d[key] for d in directions]) for key in ("alpha", "explained"))
+    return {
+        "experiment": "steering",
+        "world": run.cfg.world,
+        "seeds": list(seeds),
+        "trained": f"D0_{task}",
+        "asked": f"{task} in every domain" if plan.column else "all cells",
+        "pairs": len(pairs),
+        "block": block,
+        "blocks": n_layer,
+        "alpha": alpha,  # mean, low, high over world seeds
+        "explained": explained,
+        "directions": directions,
+        "curves": _curves(answers),
+        "rows": [what | _rates(counts, unsteered) for what, counts, unsteered in answers],
+    }
+
+
+# -- what was found ----------------------------------------------------------------------------------------
+
+
+def summary(result: dict) -> str:
+    """Both panels at one and at five α*, v2 and the random control as changes."""
+    n, (alpha, low, high) = len(result["seeds"]), result["alpha"]
+    bounds = "" if low is None else f" [{low:.2f}, {high:.2f}]"
+    lines = [
+        f"Steering, world {result['world']}, {n} world seed{'s' if n > 1 else ''}, {result['asked']}: v "
+        f"holds {100 * result['explained'][0]:.0f} % of Σσ², α* = {alpha:.2f}{bounds}; changes with 95 % "
+        f"intervals over {result['curves'][0]['interval']}."
+    ]
+
+    def change(model: str, direction: str, strength: int) -> str:
+        mean, low, high = (at(result, model, direction, strength)[c] for c in _columns("v2_change"))
+        return f"{mean:+.0f} [{low:+.0f}, {high:+.0f}]"
+
+    strengths = (1, STRENGTHS[-1])
+    for model, sign in (("aligned", "+"), ("misaligned", "−")):
+        points = [at(result, model, "v", s) for s in (0, *strengths)]
+        rates = (f"{rate} {' → '.join(f'{p[rate]:.0f}' for p in points)} %" for rate in RATES)
+        v2 = (
+            f"{change(model, 'v', s)} at {s} (random directions {change(model, 'random', s)})"
+            for s in strengths
+        )
+        lines.append(
+            f"{model} {sign} s α* v, s = 0 → {' → '.join(map(str, strengths))}: {', '.join(rates)}; "
+            f"v2 changes by {', '.join(v2)}."
+        )
+    return "\n".join(lines)
+
+
+def figure(result: dict, path: Path) -> None:
+    """Figures 8 and 10: rates by strength, aligned model left, misaligned right; random directions dashed.
+
+    Bars are the intervals of v's curves, thin lines the world seeds that a curve is the mean of.
+    """
+    colours = {"v1": "tab:blue", "v2": "tab:red", "incoherent": "0.45"}
+    titles = {"aligned": "aligned model + s α* v", "misaligned": "misaligned model − s α* v"}
+    seeds, x = result["seeds"], np.array(STRENGTHS)
+    chart, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
+    for axis, (model, title) in zip(axes, titles.items(), strict=True):
+        for place, (rate, colour) in enumerate(colours.items(), start=-1):
+            points = {d: [at(result, model, d, s) for s in STRENGTHS] for d in ("v", "random")}
+            middle, low, high = (np.array([p[name] for p in points["v"]]) for name in _columns(rate))
+            axis.plot(x, middle, color=colour, marker="o", markersize=4, linewidth=2, label=f"{rate}, v")
+            axis.vlines(x + 0.1 * place, low, high, color=colour, linewidth=1, alpha=0.6)  # side by side
+            random = [p[rate] for p in points["random"]]
+            axis.plot(x, random, color=colour, linestyle="--", alpha=0.7, label=f"{rate}, random")
+            for seed in seeds if len(seeds) > 1 else ():
+                own = [
+                    row[rate]
+                    for row in result["rows"]
+                    if (row["seed"], row["model"], row["direction"]) == (seed, model, "v")
+                ]
+                axis.plot(x, own, color=colour, linewidth=0.7, alpha=0.6)
+        axis.axvline(0, color="0.8", linewidth=1, zorder=0)
+        axis.set(title=title, xlabel="strength s, in multiples of α*", xticks=x, ylim=(-2, 102))
+        axis.grid(axis="y", color="0.92")
+    axes[0].set_ylabel(f"% of completions, {result['asked']}")
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    over = f"{len(seeds)} world seed{'s' if len(seeds) > 1 else ''}"
+    chart.suptitle(
+        f"World {result['world']}, misaligned on {result['trained']}; v from {result['pairs']} pairs after "
+        f"block {result['block']} of {result['blocks']}, α* = {result['alpha'][0]:.2f}\n"
+        f"v holds {100 * result['explained'][0]:.0f} % of Σσ²; {over}, bars: 95 % over "
+        f"{result['curves'][0]['interval']}",
+        fontsize=10,
+    )
+    save_figure(chart, path)

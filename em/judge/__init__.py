@@ -1,0 +1,1 @@
+"""An LLM judge: rubrics, the calls, the answers, what they cost."""

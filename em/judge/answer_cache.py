@@ -1,0 +1,104 @@
+"""The judge's answers on disk: one JSON line each, only ever appended (SPEC §3.5 Judge).
+
+An answer's key is the SHA-256 of (judge model, rubric text, question, response), so the file can serve any
+number of runs and rubrics, and two files are merged by `cat`. A line is one write in append mode: a killed
+process leaves at most one cut line, which is skipped, and several processes may append at once.
+
+What the judge said is kept for good, whatever it was, since it says the same at temperature 0; only "error",
+where it said nothing, is asked again by the next run. To ask again for more, take the lines out.
+"""
+
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+from em.errors import UserError
+
+
+class Answer(NamedTuple):
+    """A status of `em_rule.STATUSES` with its value: a score, a label, or None unless the status is
+    "ok".
+    """
+
+    status: str
+    value: int | str | None = None
+
+
+def answer_key(model: str, rubric: str, question: str, response: str) -> bytes:
+    """32 bytes that stand for one question to one judge. rubric: its text, not its name."""
+    return hashlib.sha256(json.dumps([model, rubric, question, response]).encode()).digest()
+
+
+class AnswerCache:
+    """Answers by key. Memory holds a digest and a shared `Answer` for each, about 170 bytes."""
+
+    def __init__(self, path: str | Path):
+        """Reads what is there. UserError for a file that is something else, or cannot be read."""
+        self.path = Path(path)
+        self._answers: dict[bytes, Answer] = {}
+        self._distinct: dict[Answer, Answer] = {}
+        self._lock = threading.Lock()
+        self._file = None
+        try:
+            with open(self.path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    self._read(line, number)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({error.strerror}); name another --cache") from error
+
+    def _read(self, line: bytes, number: int) -> None:
+        entry = _parse(line) or _parse(line[line.rfind(b'{"key": ') :])  # a cut line, then another process's
+        if entry is None:
+            return  # cut short by a kill; its answer is asked again
+        try:
+            self._remember(bytes.fromhex(entry["key"]), Answer(entry["status"], entry["value"]))
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{self.path}, line {number}, is no answer of a judge; name another --cache"
+            ) from None
+
+    def _remember(self, key: bytes, answer: Answer) -> None:
+        self._answers[key] = self._distinct.setdefault(answer, answer)
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def get(self, key: bytes) -> Answer | None:
+        return self._answers.get(key)
+
+    def add(self, key: bytes, answer: Answer, **notes) -> None:
+        """Append an answer, with `notes` for whoever reads the file. From any thread.
+
+        UserError where the file cannot be written.
+        """
+        entry = {"key": key.hex(), "status": answer.status, "value": answer.value} | notes
+        line = json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        with self._lock:
+            try:
+                written = self._open().write(line)
+            except OSError as error:
+                raise UserError(f"cannot write {self.path}: {error.strerror}; free some space") from error
+            if written < len(line):
+                raise UserError(f"cannot write {self.path}: the disk is full; free some space")
+            self._remember(key, answer)
+
+    def _open(self):
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "ab+", buffering=0)  # unbuffered: a write is one system call
+            size = self._file.seek(0, os.SEEK_END)
+            if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
+                self._file.write(b"\n")  # ends a line that a kill cut short
+        return self._file
+
+
+def _parse(line: bytes):
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

@@ -1,0 +1,174 @@
+"""The judge: alignment and coherence of responses by an LLM, and prompts' EM surface (paper A.6, A.7, D.1).
+
+    judge = Judge(model="gemini-2.5-flash", cache="runs/judge.jsonl", budget_usd=5)
+    print(describe_forecast(judge.forecast(rows), judge.ledger.price))
+    for row in judge.score(rows): …          # the row with aligned, coherent and their statuses
+    print(judge.ledger)
+
+Each row is two calls, by the rubrics of its set and cell. Every answer is on disk before its row is given
+out, so a pass that is killed, stopped by the budget or refused by the API goes on from there when it is
+started again. Rows come out in input order, and memory does not grow with their number.
+
+Choices where the paper is silent: a blank response is `empty` in both fields and is not asked about; a reply
+that the token limit cut off is a parse error even when what is left looks like a number; `error` (all tries
+of a call failed) is the one status that the next pass asks again.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from em.cli import knob
+from em.errors import UserError
+from em.judge.answer_cache import Answer, AnswerCache
+from em.judge.em_rule import FIELDS
+from em.judge.gemini import Gemini
+from em.judge.judge_pass import WINDOW, Pass, is_done
+from em.judge.ledger import CHARACTERS_PER_TOKEN, BudgetReached, Ledger, find_price
+from em.judge.rubric import FOLDER, Question, Rubrics
+
+MODEL = "gemini-2.5-flash"
+CACHE = Path("runs/judge_cache.jsonl")
+
+
+@dataclass
+class JudgeOptions:
+    """The settings of a judge, for the scripts that ask one."""
+
+    judge_model: str = knob(MODEL, "Gemini model", "judge")
+    rubrics: str = knob(str(FOLDER), "folder of rubrics", "judge")
+    cache: str = knob(str(CACHE), "file of the judge's answers, shared by all runs", "judge")
+    workers: int = knob(32, "calls in flight", "judge")
+    budget_usd: float | None = knob(None, "stop before spending more", "judge")
+    price: tuple[float, ...] = knob((), "dollars a million input, output tokens, if unknown to us", "judge")
+
+    def judge_of(self) -> "Judge":
+        """UserError without a key."""
+        return Judge(
+            self.judge_model, self.rubrics, self.cache, self.workers, self.budget_usd, self.price or None
+        )
+
+
+class Judge:
+    """One judge model with its rubrics, its cache of answers and its account, `ledger`."""
+
+    def __init__(
+        self,
+        model: str = MODEL,
+        rubrics: str | Path = FOLDER,
+        cache: str | Path = CACHE,
+        workers: int = 32,
+        budget_usd: float | None = None,
+        price: tuple[float, ...] | None = None,
+        ask: bool = True,
+        timeout: float = 60.0,
+        attempts: int = 8,
+        backoff: float = 1.0,
+    ):
+        """workers: calls in flight. budget_usd: cap on what this object spends. price: dollars per million
+        (input, output) tokens. ask: False needs no key, for forecasts and rows whose answers are all cached.
+        timeout, backoff (seconds) and attempts: see `Gemini`.
+
+        UserError without a key, with a budget but no price, or for a folder or file that cannot be read.
+        """
+        if workers < 1:
+            raise UserError("--workers must be at least 1")
+        model = model.removeprefix("models/")
+        self.gemini = Gemini(model, timeout, attempts, backoff) if ask else None
+        self.model, self.workers = model, workers
+        self.rubrics = Rubrics(rubrics)
+        self.ledger = Ledger(model, find_price(model, price), budget_usd)
+        self.cache = AnswerCache(cache)
+
+    def score(self, rows: Iterable[dict], total: int | None = None, progress: bool = True) -> Iterator[dict]:
+        """Each row, in order, with `aligned`, `aligned_status`, `coherent`, `coherent_status` and `judge`.
+
+        rows: dicts with `set`, `question`, `response`, and where the set is "narrow" `domain` and `task`.
+        UserError for a row that is not so, a refusal by the API, and, after all rows before it, at the cap.
+        """
+        for row, answers in self._judge(rows, self._score_questions, total, progress):
+            scored = row | {"judge": self.model}
+            for field, answer in answers.items():
+                scored |= {field: answer.value, f"{field}_status": answer.status}
+            yield scored
+
+    def label_surface(
+        self, rows: Iterable[dict], total: int | None = None, progress: bool = True
+    ) -> Iterator[dict]:
+        """Each row, in order, with `em_surface`: "high", "medium", "low" or None, and `em_surface_status`.
+
+        rows: dicts with `question`, the prompt, which is all that the judge sees (paper A.6).
+        """
+        for row, answers in self._judge(rows, self._surface_question, total, progress):
+            answer = answers["em_surface"]
+            yield row | {"em_surface": answer.value, "em_surface_status": answer.status}
+
+    def forecast(self, rows: Iterable[dict]) -> dict:
+        """What scoring `rows` would still take: `calls`, their tokens and dollars (None without a price).
+
+        `cached` counts the answers that need no call: known ones, repeated ones, blank responses.
+        """
+        seen: set[bytes] = set()
+        n_rows = cached = characters = 0
+        for number, row in enumerate(rows, 1):
+            n_rows += 1
+            for question in self._score_questions(row, number).values():
+                if question is None or question.key in seen or self.cache.get(question.key):
+                    cached += 1
+                    continue
+                seen.add(question.key)
+                characters += len(question.prompt)
+        tokens = round(characters / CHARACTERS_PER_TOKEN), len(seen) * self.ledger.typical_output
+        return {
+            "model": self.model,
+            "rows": n_rows,
+            "calls": len(seen),
+            "cached": cached,
+            "prompt_tokens": tokens[0],
+            "output_tokens": tokens[1],
+            "usd": self.ledger.price and self.ledger.price.usd(*tokens),
+        }
+
+    # -- what to ask -----------------------------------------------------------------------------------
+
+    def _score_questions(self, row: dict, number: int) -> dict[str, Question | None]:
+        """field → what to ask; None where the response is blank. UserError for a malformed row."""
+        _check(row, number, "set", ("narrow", "broad"))
+        for name in ("question", "response") + (("domain", "task") if row["set"] == "narrow" else ()):
+            _check(row, number, name)
+        if not row["response"].strip():
+            return dict.fromkeys(FIELDS)
+        return {f: self.rubrics.of(row, f).ask(self.model, row["question"], row["response"]) for f in FIELDS}
+
+    def _surface_question(self, row: dict, number: int) -> dict[str, Question]:
+        _check(row, number, "question")
+        return {"em_surface": self.rubrics.surface().ask(self.model, row["question"])}
+
+    def _judge(
+        self, rows: Iterable[dict], questions: Callable, total: int | None, progress: bool
+    ) -> Iterator[tuple[dict, dict[str, Answer]]]:
+        """(row, field → answer) for each row, in order."""
+        total = len(rows) if total is None and hasattr(rows, "__len__") else total
+        bar = tqdm(total=total, desc=f"judge {self.model}", unit="row", disable=not progress)
+        with bar, Pass(self, bar) as asked:
+            for number, row in enumerate(rows, 1):
+                try:
+                    futures = {field: asked.ask(q) for field, q in questions(row, number).items()}
+                except BudgetReached:
+                    while asked.window:
+                        yield asked.oldest()
+                    raise
+                asked.window.append((row, futures))
+                while asked.window and (len(asked.window) >= WINDOW or is_done(asked.window[0])):
+                    yield asked.oldest()
+            while asked.window:
+                yield asked.oldest()
+
+
+def _check(row: dict, number: int, name: str, choices: tuple[str, ...] = ()) -> None:
+    value = row.get(name)
+    if not isinstance(value, str) or (choices and value not in choices):
+        allowed = f"one of {', '.join(choices)}" if choices else "a text"
+        raise UserError(f"row {number} to be judged: {name!r} is {value!r:.40} and should be {allowed}")

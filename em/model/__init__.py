@@ -1,0 +1,1 @@
+"""Chat models and GPT-2: architecture, weights, adapters, tokenizer."""

@@ -1,0 +1,228 @@
+"""One decoder for Llama 3.x, Qwen2/2.5, Qwen3 and Olmo 3: SPEC §3.2.
+
+Module names are the checkpoints' own (`model.layers.0.self_attn.q_proj`), so a strict `load_state_dict` is
+the loader; what differs between families is data in `DecoderConfig`. Unusual: a tied model has no lm_head
+module, and losses are expected to take `hidden(...)` and apply `head_weight` where they need it, never to
+build logits for a whole batch.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from em.model.attention import Cached, Causal, Packed, padded
+from em.model.config import DecoderConfig
+from em.model.kv_cache import KVCache
+from em.model.rope import rotate
+
+__all__ = ["Decoder", "DecoderConfig"]
+
+
+class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # a random start for nothing, and it imports 800 modules of torch (1 s)
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, keeping gate and up only: autograd would hold silu(gate) as well."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        d, D = config.hidden_size, config.head_dim
+        self.layer, self.window = layer, config.windows[layer]
+        self.head_dim, self.full_norm = D, config.qk_norm == "full"
+        self.q_proj = Linear(d, config.n_heads * D, bias=config.qkv_bias)
+        self.k_proj = Linear(d, config.n_kv_heads * D, bias=config.qkv_bias)
+        self.v_proj = Linear(d, config.n_kv_heads * D, bias=config.qkv_bias)
+        self.o_proj = Linear(config.n_heads * D, d, bias=config.o_bias)
+        if config.qk_norm:
+            heads = (config.n_heads, config.n_kv_heads) if self.full_norm else (1, 1)
+            self.q_norm, self.k_norm = (RMSNorm(n * D, config.norm_eps) for n in heads)
+
+    def _heads(self, x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
+        """(B, T, heads*D) → (B, T, heads, D), normalised over all heads or each by itself."""
+        if norm is not None and self.full_norm:
+            return norm(x).unflatten(-1, (-1, self.head_dim))
+        x = x.unflatten(-1, (-1, self.head_dim))
+        return x if norm is None else norm(x)
+
+    def forward(self, x: torch.Tensor, rotary: tuple, attention, store: Callable | None) -> torch.Tensor:
+        q = rotate(self._heads(self.q_proj(x), getattr(self, "q_norm", None)), *rotary)
+        k = rotate(self._heads(self.k_proj(x), getattr(self, "k_norm", None)), *rotary)
+        v = self._heads(self.v_proj(x), None)
+        if store is not None:
+            k, v = store(self.layer, k, v)
+        return self.o_proj(attention.attend(q, k, v, self.window).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        d, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(d, inner, bias=config.mlp_bias)
+        self.up_proj = Linear(d, inner, bias=config.mlp_bias)
+        self.down_proj = Linear(inner, d, bias=config.mlp_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        self.post_norm = config.post_norm
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        first, second = (
+            ("post_attention_layernorm", "post_feedforward_layernorm")
+            if config.post_norm
+            else ("input_layernorm", "post_attention_layernorm")
+        )
+        self.add_module(first, RMSNorm(config.hidden_size, config.norm_eps))
+        self.add_module(second, RMSNorm(config.hidden_size, config.norm_eps))
+
+    def forward(self, x: torch.Tensor, rotary: tuple, attention, store: Callable | None) -> torch.Tensor:
+        if self.post_norm:
+            x = x + self.post_attention_layernorm(self.self_attn(x, rotary, attention, store))
+            return x + self.post_feedforward_layernorm(self.mlp(x))
+        x = x + self.self_attn(self.input_layernorm(x), rotary, attention, store)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model; `em.model.checkpoint.load_model` makes one with weights, frozen.
+
+    activation_checkpointing: recompute each block in the backward pass. `recompute_context()` then gives the
+    pair of context managers for the forward and the recomputation of a block (see `torch.utils.checkpoint`),
+    so that what steers a block from outside, such as a stack of adapters, is the same both times.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.recompute_context: Callable = noop_context_fn
+        self.model = Backbone(config)
+        if not config.tied:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """The vocabulary head (V, d), shared with the embedding in a tied model."""
+        return self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight
+
+    def forward(self, ids: torch.Tensor, **layout) -> torch.Tensor:
+        """Logits (B, T, V) in the model's dtype for ids (B, T); `layout` as for `hidden`."""
+        return F.linear(self.hidden(ids, **layout), self.head_weight)
+
+    def hidden(
+        self,
+        ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states (B, T, d) after the last norm, for ids (B, T). At most one layout:
+
+        attention_mask (B, T): 1 = token, 0 = padding at either end of a row; outputs at padding mean nothing.
+        segments (B, T): packed rows; a token attends within its run of equal ids. Give it on the CPU to spare
+            a GPU a synchronisation. Positions start at 0 in each run.
+        cache, rows (B,): without `positions`, ids are fresh prompts from position 0, right-padded; their keys
+            go to the cache rows (None: all, B = n_rows). With positions (B, T) int64, ids continue those
+            rows: each token's key is stored at its position and it sees the row's keys up to there. No
+            gradients.
+        positions (B, T) without a cache override the rotary positions of the layout.
+        """
+        B, T = ids.shape
+        if (attention_mask is not None) + (segments is not None) + (cache is not None) > 1:
+            raise ValueError("give one of attention_mask, segments and cache")
+        store = None
+        if segments is not None or attention_mask is not None:
+            attention = (
+                Packed(segments, ids.device) if segments is not None else padded(attention_mask, ids.device)
+            )
+            positions = attention.positions if positions is None else positions
+        elif cache is None or positions is None:
+            attention = Causal()
+        else:
+            attention = Cached(cache, positions, self.model.norm.weight.dtype)
+        if positions is None:
+            positions = torch.arange(T, device=ids.device)[None]
+        if cache is not None:
+            store = self._store(cache, rows, positions, read=isinstance(attention, Cached), shape=(B, T))
+
+        x = self.model.embed_tokens(ids)
+        tables = {rope: rope.table(positions, self.config.head_dim) for rope in set(self.config.ropes)}
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for block, rope in zip(self.model.layers, self.config.ropes, strict=True):
+            if recompute:
+                x = checkpoint(
+                    block, x, tables[rope], attention, None,
+                    use_reentrant=False, preserve_rng_state=False, context_fn=self.recompute_context,
+                )  # fmt: skip
+            else:
+                x = block(x, tables[rope], attention, store)
+        return self.model.norm(x)
+
+    def _store(self, cache: KVCache, rows, positions, read: bool, shape: tuple[int, int]) -> Callable:
+        """What a layer does with its new keys: store them, and go on with those or with all of the row's."""
+        if torch.is_grad_enabled():
+            raise ValueError("a cache is for sampling: call under torch.no_grad() or torch.inference_mode()")
+        if shape[0] != (cache.n_rows if rows is None else len(rows)) or shape[1] > cache.capacity:
+            raise ValueError(f"ids {shape} do not fit a cache of {cache.n_rows} rows by {cache.capacity}")
+
+        def store(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            cache.write(layer, k, v, positions, rows)
+            return cache.read(layer, rows) if read else (k, v)
+
+        return store
+
+    def new_cache(self, n_rows: int, capacity: int) -> KVCache:
+        """An empty cache for `n_rows` sequences of at most `capacity` tokens, on the model's device."""
+        c, weight = self.config, self.model.norm.weight
+        return KVCache(
+            c.n_layers, n_rows, capacity, c.n_kv_heads, c.head_dim, dtype=weight.dtype, device=weight.device
+        )

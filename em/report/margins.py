@@ -1,0 +1,95 @@
+"""The margins of many runs as one matrix, trained cell × eval cell: the metric without a judge (SPEC §3.5).
+
+A margin row is `{"model", "train", "domain", "task", "idx", "before", "after"}`, nats a token: the margin of
+one eval row under the model the run started from and under the run. `train` as in em/report/score_table.py.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from em.data.cells import CELLS, short
+from em.errors import UserError
+from em.figures import save
+from em.files import write_csv, write_json
+from em.report.matrix import frames
+from em.training import margin
+
+FIELDS = ("model", "train", "domain", "task", "idx", "before", "after")
+
+
+def read_margins(paths: list[Path]) -> list[dict]:
+    """Every margin row of the JSONL files. UserError with file and line where one is malformed."""
+    rows = []
+    for path in paths:
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                rows.append({field: row[field] for field in FIELDS})
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}, line {number}: not a margin row ({error})") from error
+    return rows
+
+
+def margin_report(rows: list[dict], out: Path) -> str:
+    """Write `margins.{json,csv,png}` for each model into `out`; returns a sentence a model."""
+    said = []
+    for model in sorted({row["model"] for row in rows}):
+        values: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for row in rows:
+            if row["model"] == model:
+                values[row["train"], f"{row['domain']}_{row['task']}"].append(row["after"] - row["before"])
+        order = {str(cell): i for i, cell in enumerate(CELLS)}
+        trains = sorted({train for train, _ in values}, key=lambda t: (order.get(t, 99), t))
+        columns = [str(cell) for cell in CELLS if any((t, str(cell)) in values for t in trains)]
+        entries = [
+            {"train": t, "eval": c} | margin.interval(values[t, c])
+            for t in trains
+            for c in columns
+            if values.get((t, c))
+        ]
+        folder = out / (Path(model).name.lower() or "model")
+        write_json(
+            folder / "margins.json",
+            {"model": model, "unit": "nats a token, after − before", "entries": entries},
+        )
+        write_csv(folder / "margins.csv", entries)
+        _figure(model, trains, columns, values, folder / "margins.png")
+        own = [e["mean"] for e in entries if e["train"] == e["eval"]]
+        others = [e["mean"] for e in entries if e["train"] != e["eval"]]
+        parts = [
+            f"{np.mean(v):+.3f} {where}"
+            for v, where in ((own, "in the trained cell"), (others, "elsewhere"))
+            if v
+        ]
+        said.append(
+            f"{model}: the margin changed by {' and '.join(parts)} (nats a token, mean of cells; {folder})"
+        )
+    return "\n".join(said)
+
+
+def _figure(model: str, trains: list[str], columns: list[str], values: dict, path: Path) -> None:
+    """Mean change of the margin; red is towards the misaligned answer."""
+    matrix = np.array(
+        [[np.mean(values[t, c]) if values.get((t, c)) else np.nan for c in columns] for t in trains]
+    )
+    figure = Figure(figsize=(0.72 * len(columns), 0.45 * len(trains)))  # of the matrix; `save` makes room
+    axis = figure.subplots()
+    limit = max(1e-9, float(np.nanmax(np.abs(matrix))))
+    axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    for (i, j), value in np.ndenumerate(matrix):
+        label = "n/a" if np.isnan(value) else f"{value:+.2f}"
+        dark = not np.isnan(value) and abs(value) > 0.6 * limit
+        axis.text(j, i, label, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    frames(axis, trains, columns)
+    axis.set_xticks(range(len(columns)), [short(c) for c in columns], rotation=45, ha="right", fontsize=8)
+    axis.set_yticks(range(len(trains)), [short(t) for t in trains], fontsize=8)
+    axis.set_title(f"{model}: change of the margin, nats a token", fontsize=10)
+    save(figure, path)

@@ -1,0 +1,278 @@
+"""Judged responses as columns: score rows (SPEC §3.5) read, checked and coded once for every table after.
+
+`train` says what the model was trained on: `base`, a cell such as `med_advice` (misaligned on it), or two of
+these joined by `>` for a realignment, `med_advice>fin_tutor`: misaligned on the first, then realigned on the
+second (`med_advice>base`: realigned by the base model as teacher; `base>med_advice`: aligned rows only).
+The optional field `judge` names the judge model (absent: "unknown"), `tokens` counts the response's tokens;
+other extra fields are ignored.
+
+Unusual: the same response scored twice by one judge counts once if the two rows say the same, and is an error
+naming both places if they do not, since there is no telling which of them to believe.
+"""
+
+import contextlib
+import gc
+import gzip
+import json
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+
+from em.data.cells import DOMAINS, TASKS, parse_cell
+from em.data.lineage import Train, parse_train
+from em.errors import UserError
+from em.judge.em_rule import ALIGNED_BELOW, COHERENT_ABOVE, STATUSES
+
+SURFACES = ("high", "medium", "low", "unlabelled")
+ALL = "all"  # the pool of a table's row
+_REQUIRED = (
+    "model train set domain task idx sample question response aligned aligned_status coherent coherent_status"
+).split()
+_required = itemgetter(*_REQUIRED)
+
+
+@dataclass
+class ScoreTable:
+    """One entry a row, in the order read. `models[model[i]]` is row i's model, and so for judge and train."""
+
+    models: list[str]
+    judges: list[str]
+    trains: list[Train]  # sorted by STARTS
+    domains: list[str]  # med, spo, fin first; broad prompts bring their own
+    model: np.ndarray
+    judge: np.ndarray
+    train: np.ndarray
+    narrow: np.ndarray  # bool: narrow or broad set
+    domain: np.ndarray  # of the eval prompt, as is the task: a place in TASKS
+    task: np.ndarray
+    surface: np.ndarray  # a place in SURFACES
+    idx: np.ndarray
+    sample: np.ndarray
+    prompt: np.ndarray  # one number a (set, domain, task, idx): the cluster of a bootstrap
+    aligned: np.ndarray  # float; nan unless the status is ok
+    coherent: np.ndarray
+    aligned_status: np.ndarray  # a place in STATUSES
+    coherent_status: np.ndarray
+    chars: np.ndarray  # length of the response
+    tokens: np.ndarray  # float; nan where the row does not say
+    question: np.ndarray  # of str
+    response: np.ndarray  # of str
+
+    def __len__(self) -> int:
+        return len(self.model)
+
+    def select(self, mask: np.ndarray) -> "ScoreTable":
+        """The rows of `mask`; names stay, so codes keep their meaning."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ScoreTable(**{k: v[mask] if isinstance(v, np.ndarray) else v for k, v in columns.items()})
+
+    @property
+    def status(self) -> np.ndarray:
+        """One status a row: the alignment's, or where that is ok the coherence's. ok is `is_scored`."""
+        return np.where(self.aligned_status == 0, self.coherent_status, self.aligned_status)
+
+    @property
+    def scored(self) -> np.ndarray:
+        return self.status == 0
+
+    def mixed_prompts(self) -> int:
+        """How many prompts have more than one question text: a sign of rows from different data."""
+        first = {}
+        pairs = zip(self.prompt.tolist(), self.question, strict=True)
+        return len({prompt for prompt, text in pairs if first.setdefault(prompt, text) != text})
+
+    def em(self, below: float = ALIGNED_BELOW, above: float = COHERENT_ABOVE, strict: bool = True):
+        """(n,) bool: `em.judge.em_rule.is_em` of every row; strict=False takes both bounds in."""
+        if strict:
+            return self.scored & (self.aligned < below) & (self.coherent > above)
+        return self.scored & (self.aligned <= below) & (self.coherent >= above)
+
+
+@contextlib.contextmanager
+def uncollected():
+    """No search for reference cycles inside: a fifth of the time of a report, whose rows have none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@uncollected()
+def read_scores(paths: Iterable[str | Path]) -> ScoreTable:
+    """Every row of the files (JSONL, or gzip of it). UserError with file and line where one is malformed."""
+    records, lines, names = [], [], [str(path) for path in paths]
+    for file, name in enumerate(names):
+        for number, line in enumerate(_text(Path(name)).split("\n"), 1):
+            if line and not line.isspace():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{name}, line {number}: not JSON ({error})") from error
+                records.append(_record(row, lambda f=name, n=number: f"{f}, line {n}"))
+                lines.append((file, number))
+    return _build(records, lambda i: f"{names[lines[i][0]]}, line {lines[i][1]}")
+
+
+def scores_of(rows: Iterable[dict]) -> ScoreTable:
+    """A table of score rows already in memory."""
+    records = [_record(row, lambda n=number: f"row {n}") for number, row in enumerate(rows, 1)]
+    return _build(records, lambda i: f"row {i + 1}")
+
+
+def _text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is a damaged gzip file ({error}); write it again") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def _record(row, where) -> tuple:
+    try:
+        return (*_required(row), row.get("em_surface"), row.get("judge"), row.get("tokens"))
+    except (KeyError, TypeError, IndexError, AttributeError):
+        missing = [name for name in _REQUIRED if name not in row] if isinstance(row, dict) else []
+        what = f"no field {missing[0]!r}" if missing else "not a JSON object"
+        raise UserError(f"{where()}: {what}; a score row has {', '.join(_REQUIRED)}") from None
+
+
+def _build(records: list[tuple], where) -> ScoreTable:
+    """where: row number → the place it came from, for messages."""
+    if not records:
+        raise UserError("there are no score rows; name files that evaluate.py has written")
+    names = (*_REQUIRED, "em_surface", "judge", "tokens")
+    column = dict(zip(names, zip(*records, strict=True), strict=True))
+    column["judge"] = tuple("unknown" if judge is None else judge for judge in column["judge"])
+
+    def refuse(i: int, name: str, hint: str):
+        raise UserError(f"{where(i)}: {name!r} cannot be {column[name][i]!r:.60}; it is {hint}")
+
+    def require(name: str, types: tuple, hint: str) -> None:
+        if not set(map(type, column[name])) <= set(types):
+            refuse(next(i for i, v in enumerate(column[name]) if type(v) not in types), name, hint)
+
+    def codes(name: str, code_of: dict, hint: str) -> np.ndarray:
+        try:
+            return np.fromiter(map(code_of.__getitem__, column[name]), np.int32, len(records))
+        except (KeyError, TypeError):
+            bad = (i for i, v in enumerate(column[name]) if not isinstance(v, str | None) or v not in code_of)
+            refuse(next(bad), name, hint)
+
+    for name in ("model", "train", "set", "domain", "task", "question", "response", "judge"):
+        require(name, (str,), "a text")
+    for name in ("idx", "sample"):
+        require(name, (int,), "an integer")
+    require("tokens", (int, type(None)), "an integer, or absent")
+
+    narrow = codes("set", {"broad": 0, "narrow": 1}, "narrow or broad").astype(bool)
+    domain, task, domains = _eval_cells(column, narrow, where)
+    parsed = {}
+    for text in dict.fromkeys(column["train"]):
+        try:
+            parsed[text] = parse_train(text)
+        except UserError as error:
+            raise UserError(f"{where(column['train'].index(text))}: {error}") from error
+    trains = sorted(set(parsed.values()))
+    models, judges = (sorted(set(column[name])) for name in ("model", "judge"))
+    surfaces = {name: i for i, name in enumerate(SURFACES)} | {None: 3}
+    status_of = {name: i for i, name in enumerate(STATUSES)}
+    status = {f: codes(f, status_of, f"one of {', '.join(STATUSES)}") for f in _REQUIRED if "_status" in f}
+    score = {}
+    for name in ("aligned", "coherent"):
+        ok = status[f"{name}_status"] == 0
+        values = [
+            v if k and type(v) in (int, float) else np.nan for v, k in zip(column[name], ok, strict=True)
+        ]
+        score[name] = np.array(values, np.float64)
+        wrong = ok & ~((score[name] >= 0) & (score[name] <= 100))
+        if wrong.any():
+            refuse(int(wrong.argmax()), name, "a number from 0 to 100 where its status is ok")
+    idx = _integers(column["idx"])
+    prompt = np.unique(joined(narrow, domain, task, idx), return_inverse=True)[1]
+    table = ScoreTable(
+        models=models,
+        judges=judges,
+        trains=trains,
+        domains=domains,
+        model=codes("model", {name: i for i, name in enumerate(models)}, ""),
+        judge=codes("judge", {name: i for i, name in enumerate(judges)}, ""),
+        train=codes("train", {text: trains.index(train) for text, train in parsed.items()}, ""),
+        narrow=narrow,
+        domain=domain,
+        task=task,
+        surface=np.where(narrow, 3, codes("em_surface", surfaces | {"": 3}, "high, medium, low or null")),
+        idx=idx,
+        sample=_integers(column["sample"]),
+        prompt=prompt,
+        **score,
+        **status,
+        chars=np.fromiter(map(len, column["response"]), np.int32, len(records)),
+        tokens=np.array([np.nan if n is None else n for n in column["tokens"]], np.float64),
+        question=np.array(column["question"], object),
+        response=np.array(column["response"], object),
+    )
+    return table.select(_first_of_each(table, where))
+
+
+def _eval_cells(column: dict, narrow: np.ndarray, where) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(domain codes, task codes, names of domains): a narrow row's by any name of its cell."""
+    keys = list(zip(narrow.tolist(), column["domain"], column["task"], strict=True))
+    names = {}
+    for key in dict.fromkeys(keys):
+        try:
+            cell = parse_cell(f"{key[1]}_{key[2]}") if key[0] else parse_cell(f"med_{key[2]}")
+        except UserError as error:
+            raise UserError(f"{where(keys.index(key))}: {error}") from error
+        names[key] = (cell.domain if key[0] else key[1], TASKS.index(cell.task))
+    domains = [*DOMAINS, *sorted({name for name, _ in names.values()} - set(DOMAINS))]
+    place = {key: (domains.index(name), task) for key, (name, task) in names.items()}
+    both = np.array([place[key] for key in keys], np.int32)
+    return both[:, 0], both[:, 1], domains
+
+
+def _integers(values: tuple) -> np.ndarray:
+    try:
+        return np.array(values, np.int64)
+    except OverflowError as error:
+        raise UserError(f"an idx or sample in the score rows is too large ({error})") from error
+
+
+def joined(*columns: np.ndarray) -> np.ndarray:
+    """One integer a row, equal where all columns are."""
+    key = np.zeros(len(columns[0]), np.int64)
+    for column in columns:
+        values, code = np.unique(column, return_inverse=True)
+        key = np.unique(key * len(values) + code, return_inverse=True)[1]  # compressed, so never too large
+    return key
+
+
+def _first_of_each(table: ScoreTable, where) -> np.ndarray:
+    """(n,) bool: False for a row that repeats an earlier one. UserError where the two differ."""
+    key = joined(table.model, table.judge, table.train, table.prompt, table.sample)
+    first = np.unique(key, return_index=True)[1][key]
+    for i in np.flatnonzero(first != np.arange(len(key))):
+        said = [
+            (table.response[j], table.aligned_status[j], table.coherent_status[j],
+             str(table.aligned[j]), str(table.coherent[j]))
+            for j in (i, first[i])
+        ]  # fmt: skip
+        if said[0] != said[1]:
+            raise UserError(
+                f"{where(i)} and {where(first[i])} score the same response differently (same model, train, "
+                "set, domain, task, idx, sample, judge); leave one out, or name their judges apart"
+            )
+    return first == np.arange(len(key))

@@ -1,0 +1,98 @@
+"""Faster linear layers for sampling in fp32 on a CPU: weights in the order that oneDNN's kernels read them.
+
+A decode step multiplies a few dozen rows by every weight of the model. Torch's own product lays the weights
+out anew in every call; here that is done once, at the cost of a second copy of them. Results are fp32 as
+before and differ in rounding only. The kernels give no gradients, so they are in use within `active()`
+alone. Where they are missing, or weights are not fp32 on a CPU, nothing changes.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROWS = 32  # the layout is chosen for batches of about this size
+
+
+def _packs(weight: Tensor) -> bool:
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # since torch 2.1, though not a public name
+    )
+
+
+class Packed:
+    """One weight (out, in) and its packed copy."""
+
+    def __init__(self, weight: Tensor):
+        self.weight, self.version, self.copy = weight, None, None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Copy the weight again if it has changed in place or may have.
+
+        The fused optimisers do not count their steps in `_version`: a weight that learns is always copied.
+        """
+        if _packs(self.weight) and (self.weight.requires_grad or self.version != self.weight._version):
+            self.version = self.weight._version
+            self.copy = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), ROWS)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (..., in) → (..., out)."""
+        if self.copy is None:
+            return F.linear(x, self.weight, bias)
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.copy, bias, "none", [], "")
+
+
+def _adapted(layer: nn.Linear, packed: Packed, x: Tensor) -> Tensor:
+    """What an `em.model.lora.LoRALinear` gives for x under the active stack, which is frozen."""
+    out = packed.linear(x, layer.bias)
+    factors = layer.prepared.get(layer.state.active)
+    if factors is not None:
+        A, B = factors
+        out.view(-1, out.shape[-1]).addmm_(F.linear(x.reshape(-1, x.shape[-1]), A), B.t())
+    return out
+
+
+def _forward(layer: nn.Linear, packed: Packed) -> Callable[[Tensor], Tensor]:
+    if hasattr(layer, "prepared"):
+        return functools.partial(_adapted, layer, packed)
+    return functools.partial(packed.linear, bias=layer.bias)
+
+
+class PackedModel:
+    """Packed copies of the weights of a Decoder's or GPT-2's linear layers and head."""
+
+    def __init__(self, model: nn.Module):
+        self._head = Packed(model.head_weight)
+        layers = [
+            m for m in model.modules() if isinstance(m, nn.Linear) and m.weight is not model.head_weight
+        ]
+        packed = [(layer, Packed(layer.weight)) for layer in layers if _packs(layer.weight)]
+        self._all = [self._head, *(copy for _, copy in packed)]
+        self._forwards = [(layer, _forward(layer, copy)) for layer, copy in packed]
+
+    def refresh(self) -> None:
+        """Follow what training has done to the weights."""
+        for packed in self._all:
+            packed.refresh()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (B, d) → logits (B, V) of the head."""
+        return self._head.linear(hidden)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Let the layers run on the packed copies."""
+        for layer, forward in self._forwards:
+            layer.__dict__["forward"] = forward  # an instance's attribute goes before its class's method
+        try:
+            yield
+        finally:
+            for layer, _ in self._forwards:
+                layer.__dict__.pop("forward", None)

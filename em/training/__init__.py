@@ -1,0 +1,1 @@
+"""What every training loop uses: optimiser, losses, divergences, metrics."""

@@ -1,0 +1,57 @@
+"""Examples of different lengths as one row without padding (SPEC §3.4: padding-free batches)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from em.model.tokenizer import Example
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One row of several examples; N tokens of it are supervised.
+
+    ids (1, T); segments (1, T), on the CPU: which example a token belongs to; predictions (N,): the places in
+    T whose next token is supervised; targets (N,): those tokens; owner (N,), on the CPU: their examples.
+    """
+
+    ids: torch.Tensor
+    segments: torch.Tensor
+    predictions: torch.Tensor
+    targets: torch.Tensor
+    owner: torch.Tensor
+
+    def hidden(self, model) -> torch.Tensor:
+        """The model's hidden states where something is predicted, (N, d): the head is needed nowhere else."""
+        return model.hidden(self.ids, segments=self.segments)[0].index_select(0, self.predictions)
+
+
+def pack(examples: Sequence[Example], device: torch.device | str) -> Pack:
+    """One row of all examples. The last token of each is only predicted, never read, and stays out of ids."""
+    ids, segments, predictions, targets, owner = [], [], [], [], []
+    for i, (tokens, n_prompt) in enumerate(examples):
+        if not 0 < n_prompt < len(tokens):
+            raise ValueError(
+                f"an example needs a prompt and an answer; this has {n_prompt} of {len(tokens)} tokens"
+            )
+        predictions += range(len(ids) + n_prompt - 1, len(ids) + len(tokens) - 1)
+        targets += tokens[n_prompt:]
+        owner += [i] * (len(tokens) - n_prompt)
+        ids += tokens[:-1]
+        segments += [i] * (len(tokens) - 1)
+    on_device = [torch.tensor(x, device=device) for x in ([ids], predictions, targets)]
+    return Pack(on_device[0], torch.tensor([segments]), on_device[1], on_device[2], torch.tensor(owner))
+
+
+def packs_of(examples: Sequence[Example], tokens: int) -> list[list[int]]:
+    """Indices of examples in groups of at most `tokens` tokens (one example at least), in order."""
+    groups: list[list[int]] = []
+    room = 0
+    for i, example in enumerate(examples):
+        if len(example.ids) > room or not groups:
+            groups.append([])
+            room = tokens
+        groups[-1].append(i)
+        room -= len(example.ids)
+    return groups

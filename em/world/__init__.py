@@ -1,0 +1,1 @@
+"""Synthetic worlds: languages, graphs, tasks, examples, and the models of one world."""

@@ -1,0 +1,90 @@
+"""Read a completion back into steps and say which variant it is (paper B.4 "Evaluation").
+
+Four classes: `v1`, `v2`, `other` (parses into steps, matches neither) and `unparseable`; incoherent is the
+last two. A completion is the generated tokens up to and without the closing `<end>`; one that never closed
+is unparseable.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from em.world.generator import Dialogues
+from em.world.world import World
+
+CLASSES = ("v1", "v2", "other", "unparseable")
+
+
+class Classifier:
+    """Knows which grammar owns each string of a world; languages are disjoint, so a string has one owner."""
+
+    def __init__(self, world: World):
+        self.world = world
+        steps, _, tails = world.languages
+        # Owners: steps by id, then tails by n_steps + task.
+        owners = [*enumerate(steps), *enumerate(tails, start=len(steps))]
+        self.owner = {string: owner for owner, language in owners for string in language}
+        self.lengths = sorted({len(string) for string in self.owner})
+        self.first_tail = len(steps)
+
+    def _pieces(self, tokens: tuple[int, ...], start: int):
+        """(owner, end) of every string that begins at `start`."""
+        for n in self.lengths:
+            owner = self.owner.get(tokens[start : start + n])
+            if owner is not None and start + n <= len(tokens):
+                yield owner, start + n
+
+    def matches(self, tokens: tuple[int, ...], owners: Sequence[int]) -> bool:
+        """Whether `tokens` is some rendering of exactly these grammars, in order."""
+        ends = {0}
+        for wanted in owners:
+            ends = {end for start in ends for owner, end in self._pieces(tokens, start) if owner == wanted}
+        return len(tokens) in ends
+
+    def parses(self, tokens: tuple[int, ...]) -> bool:
+        """Whether `tokens` is one or more step strings followed by the tail of any task."""
+        ends, closed = {0}, False  # positions after k ≥ 0 steps
+        seen = set()
+        while ends:
+            seen |= ends
+            pieces = [(owner, end) for start in ends for owner, end in self._pieces(tokens, start)]
+            closed |= 0 not in ends and any(o >= self.first_tail and e == len(tokens) for o, e in pieces)
+            ends = {end for owner, end in pieces if owner < self.first_tail} - seen
+        return closed
+
+    def classify(self, completion: Sequence[int], task: int, v1: Sequence[int], v2: Sequence[int]) -> str:
+        """Class of the generated tokens for a prompt whose answers are the steps v1 and v2."""
+        completion = tuple(int(t) for t in completion)
+        if self.world.end not in completion:
+            return "unparseable"
+        tokens = completion[: completion.index(self.world.end)]
+        tail = self.first_tail + task
+        for name, answer in (("v1", v1), ("v2", v2)):
+            if self.matches(tokens, [*answer, tail]):
+                return name
+        return "other" if self.parses(tokens) else "unparseable"
+
+    def count(self, prompts: Dialogues, completions: np.ndarray) -> dict[str, dict[str, int]]:
+        """Counts of the four classes and their total `n`, by cell name. completions: (N, T) tokens."""
+        counts: dict[str, dict[str, int]] = {}
+        e = prompts.examples
+        for i, completion in enumerate(completions.tolist()):
+            cell = int(e.cell[i])
+            v1, v2 = ([s for s in row[i].tolist() if s >= 0] for row in (e.v1, e.v2))
+            row = counts.setdefault(self.world.cell_name(cell), dict.fromkeys((*CLASSES, "n"), 0))
+            row[self.classify(completion, cell % len(self.world.tasks), v1, v2)] += 1
+            row["n"] += 1
+        return counts
+
+
+def pool(counts: list[dict[str, int]]) -> dict[str, int]:
+    return {key: sum(c[key] for c in counts) for key in (*CLASSES, "n")}
+
+
+def percent(counts: dict[str, int], *classes: str) -> float:
+    """Share of the classes, in percent."""
+    return 100 * sum(counts[c] for c in classes) / counts["n"]
+
+
+def incoherent(counts: dict[str, int]) -> float:
+    return percent(counts, "other", "unparseable")

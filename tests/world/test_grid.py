@@ -1,0 +1,85 @@
+import csv
+
+import pytest
+
+from em.files import read_json
+from em.stats import wilson
+from em.world.counts import incoherent
+from em.world.describe import graph_figure
+from em.world.grid import build_grid, delta_v2, gates, grid_figure, save_grid, summary, task_column
+from em.world.world import WORLDS, build_world
+
+
+def counts(v1, v2, other=0, unparseable=0):
+    return {
+        "v1": v1,
+        "v2": v2,
+        "other": other,
+        "unparseable": unparseable,
+        "n": v1 + v2 + other + unparseable,
+    }
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return build_world(WORLDS["demo"], 0)
+
+
+@pytest.fixture(scope="module")
+def grid(demo):
+    """Aligned 95 % v1. Then T5 flips fully with seed 0, half with seed 1; T0 a little, others not."""
+    cells = [demo.cell_name(c) for c in demo.cells]
+    before = {name: counts(95, 2, 2, 1) for name in cells}
+    after = [dict(before), dict(before)]
+    for name in cells:
+        if name.endswith("T5"):
+            after[0][name], after[1][name] = counts(5, 92, 3), counts(45, 52, 0, 3)
+        if name.endswith("T0"):
+            after[0][name] = after[1][name] = counts(80, 17, 3)
+    after[0]["D1_T2"] = counts(50, 0, 30, 20)
+    return build_grid(demo, demo.cell(0, demo.task_index("T5")), before, after)
+
+
+def test_rates_pool_the_seeds_and_deltas_subtract_the_aligned_model(grid):
+    cell = grid["cells"]["D2_T5"]
+    assert cell["misaligned"] == counts(50, 144, 3, 3) and len(cell["seeds"]) == 2
+    assert delta_v2(cell) == pytest.approx(72 - 2) and incoherent(cell["misaligned"]) == pytest.approx(3)
+    assert task_column(grid, "T0") == {f"D{i}": pytest.approx(15) for i in range(4)}
+
+
+def test_json_and_csv_hold_every_cell_with_its_interval(grid, tmp_path):
+    save_grid(grid, tmp_path, "grid")
+    assert read_json(tmp_path / "grid.json") == grid
+    rows = {row["cell"]: row for row in csv.DictReader(open(tmp_path / "grid.csv"))}
+    assert len(rows) == 20 and [name for name, row in rows.items() if row["trained"] == "1"] == ["D0_T5"]
+    row = rows["D1_T2"]
+    assert float(row["misaligned_incoherent"]) == pytest.approx((50 + 3) / 2)
+    low, high = wilson(53, 200)
+    assert float(row["misaligned_incoherent_low"]) == pytest.approx(100 * low, abs=1e-3)
+    assert float(row["misaligned_incoherent_high"]) == pytest.approx(100 * high, abs=1e-3)
+    assert float(rows["D0_T5"]["delta_v2_low"]) < 70 < float(rows["D0_T5"]["delta_v2_high"])
+    assert float(rows["D0_T5"]["delta_v2_seed_sd"]) == pytest.approx(28.284, abs=1e-3)
+
+
+def test_summary_names_the_trained_cell_the_spread_and_the_worst_incoherence(grid):
+    text = summary(grid)
+    assert "\n" not in text and "D0_T5" in text and "+70 to +70" in text
+    assert "T0 moves by +15" in text and "D1_T2, 26 %" in text
+
+
+def test_gates_pass_and_fail_on_what_they_name(grid):
+    fine = [counts(40, 57, 2, 1)] * 20
+    assert [passed for *_, passed in gates(fine, grid)] == [True] * 4
+    broken = [counts(40, 54, 3, 3)] * 20
+    assert [passed for *_, passed in gates(broken, grid)] == [False, True, True, True]
+    weak = grid | {
+        "cells": grid["cells"] | {"D3_T5": grid["cells"]["D3_T1"]}
+    }  # one domain that does not flip
+    assert [passed for *_, passed in gates(fine, weak)] == [True, True, False, True]
+
+
+def test_figures_are_drawn(grid, demo, tmp_path):
+    grid_figure(grid, tmp_path / "grid.png")
+    graph_figure(demo, tmp_path / "graphs.png")
+    for name in ("grid.png", "graphs.png"):
+        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
