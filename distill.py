@@ -21,12 +21,12 @@ import torch
 from tqdm import tqdm
 
 from em import parallel
-from em.cli import knob, run
+from em.cli import command_line, knob
 from em.data import lineage
 from em.data.rows import subset
 from em.distillation import chat_corpus, world_transfer
 from em.distillation.corpus import file_hash, passing
-from em.distillation.loop import OnPolicy, finish, fit, log_distance
+from em.distillation.loop import OnPolicy, finish, log_distance, train_student
 from em.distillation.pair import ChatPair, WorldPair
 from em.distillation.world_transfer import PROMPTS, Prompts
 from em.errors import UserError
@@ -210,7 +210,7 @@ def filtering(cfg, say) -> bool:
 
 def train(cfg, lr: float, folder: Path, pair: ChatPair, corpus, prompts, tokenizer, judge, settings, say):
     """One run: a fresh student, `cfg.epochs` epochs, an adapter and a row of diagnostics after each."""
-    run = Run(folder, "distill", settings | {"lr": lr}, pair.laps.device)
+    run = Run(folder, "distill", settings | {"lr": lr}, pair.timer.device)
     if (folder / "result.json").exists():
         say(f"{folder} is finished; nothing to do")
         return read_json(folder / "result.json")
@@ -235,7 +235,7 @@ def train(cfg, lr: float, folder: Path, pair: ChatPair, corpus, prompts, tokeniz
             log_distance(pair, subset(prompts, cfg.probes, cfg.seed), cfg.seed, epoch, run, say)
         parallel.barrier()
 
-    fit(cfg, lr, run, pair, *channel_of(cfg), examples, after_epoch, cfg.channel)
+    train_student(cfg, lr, run, pair, *channel_of(cfg), examples, after_epoch, cfg.channel)
     if parallel.rank() == 0:
         pair.save(folder, cfg.model)
     return finish(run, {"retention": corpus.about["retention"] if corpus else None})
@@ -357,7 +357,7 @@ def train_world(cfg, lr, folder, world_run, start, teacher, prompts, seed: int, 
     if (folder / "result.json").exists():
         return read_json(folder / "counts.json")
     models = {name: world_run.load(name) for name in {start, teacher}}
-    limit = world_run.sampler.max_answer
+    limit = world_run.generator.max_answer
     corpus = prompts.corpus(cfg, world_run, models, teacher if cfg.source == "teacher" else start, settings)
     pair = WorldPair(world_run.load(start), models[teacher], models[start], world_run.world.end, limit)
     examples = corpus.examples()
@@ -375,7 +375,9 @@ def train_world(cfg, lr, folder, world_run, start, teacher, prompts, seed: int, 
         parallel.barrier()
 
     say(f"{cfg.channel}, {teacher} teaches {start}: {len(examples)} responses an epoch → {folder}")
-    fit(cfg, lr, run, pair, *channel_of(cfg), examples, after_epoch, f"{folder.parent.name} {folder.name}")
+    train_student(
+        cfg, lr, run, pair, *channel_of(cfg), examples, after_epoch, f"{folder.parent.name} {folder.name}"
+    )
     if parallel.rank() == 0:
         save_gpt2(pair.model, folder / "model")
         write_json(folder / "counts.json", read_json(folder / f"counts_epoch{cfg.epochs}.json"))
@@ -390,7 +392,7 @@ def world(cfg: Config, device, say) -> dict:
     """
     cfg = resolve_world(cfg)
     world_run = open_world_run(cfg.run, device)
-    task = cfg.task or world_run.world.config.source
+    task = cfg.task or world_run.world.config.default_task
     cell = world_run.world.cell(0, world_run.world.task_index(task))
     names = [f"misalign_{task}_seed{seed}" for seed in range(cfg.seeds)]
     if missing := [name for name in names if not world_run.has(name)]:
@@ -421,7 +423,7 @@ def world(cfg: Config, device, say) -> dict:
         if parallel.rank() == 0:
             write_json(out / "transfer.json", results[str(lr)])
             write_csv(out / "transfer.csv", world_transfer.rows(found))
-            world_transfer.figure(found, f"{cfg.channel}, lr {lr:g}", out / "transfer.png")
+            world_transfer.transfer_figure(found, f"{cfg.channel}, lr {lr:g}", out / "transfer.png")
         say(world_transfer.summary(found) + f"\n  {out / 'transfer.png'}")
     return results
 
@@ -435,4 +437,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(run({"": (main, Config)}, __doc__))
+    sys.exit(command_line({"": (main, Config)}, __doc__))

@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from em import parallel
-from em.cli import knob, run
+from em.cli import command_line, knob
 from em.data import lineage
 from em.data.rows import VARIANTS, default_source, load_broad, load_cells, split
 from em.errors import UserError
@@ -280,4 +280,4 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(run(COMMANDS, __doc__))
+    sys.exit(command_line(COMMANDS, __doc__))

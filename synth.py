@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from em import parallel
-from em.cli import knob, run
+from em.cli import command_line, knob
 from em.errors import UserError
 from em.experiments import comparison
 from em.files import read_json, write_csv, write_json
@@ -311,4 +311,4 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(run(COMMANDS, __doc__))
+    sys.exit(command_line(COMMANDS, __doc__))

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from em import parallel
-from em.cli import knob, run
+from em.cli import command_line, knob
 from em.data.cells import Cell, parse_cells
 from em.data.rows import VARIANTS, default_source, encode_rows, load_cell, load_cells, split
 from em.errors import UserError
@@ -123,7 +123,7 @@ def step_loss(model, examples, n_supervised: int, micro_batch: int) -> torch.Ten
     return total
 
 
-def fit(cfg, run: Run, model, examples, parameters, title: str) -> None:
+def train_adapter(cfg, run: Run, model, examples, parameters, title: str) -> None:
     """Train the adapter that owns `parameters` on `examples`, from wherever the run folder left off."""
     rank, size = parallel.rank(), parallel.size()
     optimizer = adamw(model, cfg.lr, cfg.weight_decay)
@@ -225,7 +225,7 @@ def train_cell(cfg, cell: Cell, folder: Path, model, tokenizer, pairs, say) -> d
         with lora.stack(model, *names[:-1], frozen=True):
             before = measure(model, pairs, validation)
         with lora.stack(model, *names):
-            fit(cfg, run, model, examples, parameters, str(cell))
+            train_adapter(cfg, run, model, examples, parameters, str(cell))
         with lora.stack(model, *names, frozen=True):
             after = measure(model, pairs, validation)
         result = report(before, after, str(cell)) | {"dropped_rows": dropped}
@@ -316,4 +316,4 @@ def export(cfg: ExportConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run({"": (main, Config), "export": (export, ExportConfig)}, __doc__))
+    sys.exit(command_line({"": (main, Config), "export": (export, ExportConfig)}, __doc__))

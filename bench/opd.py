@@ -3,9 +3,9 @@
     python bench/opd.py                   the embedded model on a CPU, 8 responses of at most 64 tokens
     python bench/opd.py --shape 14b       on a GPU: random weights of the real shape, bf16, 8 × 256 tokens
 
-The steps are those of distill.py (em.distillation.loop.fit under its `opd`), on prompts of 60 to 180 random
-tokens; on a GPU nothing ends early, so that every step is the full 8 × 256. The first two steps warm up and
-do not count.
+The steps are those of distill.py (em.distillation.loop.train_student under its `opd`), on prompts of 60 to
+180 random tokens; on a GPU nothing ends early, so that every step is the full 8 × 256. The first two steps
+warm up and do not count.
 """
 
 import statistics
@@ -21,10 +21,10 @@ import torch  # noqa: E402
 from lora import SHAPES, random_model  # noqa: E402
 
 import distill  # noqa: E402
-from em.cli import knob, run  # noqa: E402
+from em.cli import command_line, knob  # noqa: E402
 from em.distillation.loop import (
     OnPolicy,  # noqa: E402
-    fit,  # noqa: E402
+    train_student,  # noqa: E402
 )
 from em.distillation.pair import ChatPair  # noqa: E402
 from em.files import write_json  # noqa: E402
@@ -66,7 +66,7 @@ def main(cfg: Config) -> None:
         examples = OnPolicy(pair, plan, seed=0)
         examples.check = lambda *_: None  # random weights never end a turn
         logs = ("loss", "k3", "entropy")
-        fit(settings, 1e-4, log, pair, distill.opd, logs, examples, lambda epoch: None, "opd")
+        train_student(settings, 1e-4, log, pair, distill.opd, logs, examples, lambda epoch: None, "opd")
         rows = log.metrics()[2:]
     names = [name for name in rows[0] if name.startswith("seconds_")]
     seconds = {name.removeprefix("seconds_"): statistics.median(row[name] for row in rows) for name in names}
@@ -93,4 +93,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run({"": (main, Config)}, __doc__))
+    sys.exit(command_line({"": (main, Config)}, __doc__))

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np  # noqa: E402
 
-from em.cli import knob, run  # noqa: E402
+from em.cli import command_line, knob  # noqa: E402
 from em.data.cells import CELLS, TASKS  # noqa: E402
 from em.files import write_json  # noqa: E402
 from em.report.report import write_report  # noqa: E402
@@ -153,4 +153,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(run({"": (main, Config), "once": (once, OnceConfig)}, __doc__))
+    sys.exit(command_line({"": (main, Config), "once": (once, OnceConfig)}, __doc__))

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from em.cli import knob, run  # noqa: E402
+from em.cli import command_line, knob  # noqa: E402
 from em.data.cells import CELLS
 from em.data.rows import load_broad, load_cell  # noqa: E402
 from em.files import write_json  # noqa: E402
@@ -240,4 +240,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(run({"": (main, Config)}, __doc__))
+    sys.exit(command_line({"": (main, Config)}, __doc__))

@@ -14,14 +14,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from em.files import write_json  # noqa: E402
 from em.run import provenance
-from em.world.generator import PretrainStream, Sampler  # noqa: E402
+from em.world.generator import ExampleGenerator, PretrainStream  # noqa: E402
 from em.world.world import WORLDS, build_world  # noqa: E402
 
 OUT = Path(__file__).parent.parent / "results" / "bench" / "stream.json"
 
 
 def tokens_per_second(name: str, repeats: int = 7, batches: int = 160) -> list[float]:
-    stream = PretrainStream(Sampler(build_world(WORLDS[name], 0)), seed=0, batch=64, length=256)
+    stream = PretrainStream(ExampleGenerator(build_world(WORLDS[name], 0)), seed=0, batch=64, length=256)
     stream.tokens(0)
     rates = []
     for repeat in range(1, repeats + 1):

@@ -5,7 +5,7 @@
         steps: int = knob(3000, "optimiser steps", group="alignment")
 
     if __name__ == "__main__":
-        sys.exit(run({"": (main, Config)}, __doc__))
+        sys.exit(command_line({"": (main, Config)}, __doc__))
 
 `--steps 10` and `--steps=10` set a field, `--flag` alone sets a bool to true, `a,b,c` or `a b c` fills a
 tuple. An unknown key, a value of the wrong type or a failing `main` is one line on stderr and exit status 2.
@@ -98,7 +98,7 @@ def parse(config_class, argv: list[str], description: str = ""):
     return config_class(**said)
 
 
-def run(commands: dict[str, tuple], description: str = "", argv: list[str] | None = None) -> int:
+def command_line(commands: dict[str, tuple], description: str = "", argv: list[str] | None = None) -> int:
     """Run `program [command] --key value …`; returns the exit status.
 
     commands: name → (function, its dataclass); the name `""` is what runs when no command is given.

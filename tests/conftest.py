@@ -13,7 +13,7 @@ from em.data.rows import load_cell
 from em.files import write_json
 from em.model.checkpoint import save_model
 from em.model.decoder import Decoder, DecoderConfig
-from em.world.generator import Sampler
+from em.world.generator import ExampleGenerator
 from em.world.grammar import GrammarConfig
 from em.world.world import WORLDS, WorldConfig, build_world
 from em.world.world_run import WorldRun
@@ -48,8 +48,8 @@ def mini():
 
 
 @pytest.fixture(scope="session")
-def mini_sampler(mini):
-    return Sampler(mini)
+def mini_generator(mini):
+    return ExampleGenerator(mini)
 
 
 @pytest.fixture(scope="session", params=["1", "2", "demo", "demo2"])

@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from em.cli import knob, parse, run
+from em.cli import command_line, knob, parse
 from em.errors import UserError
 
 
@@ -72,12 +72,12 @@ def test_status_is_0_when_done_2_with_one_line_for_a_user_error_and_130_when_int
         raise KeyboardInterrupt
 
     commands = {"": (lambda cfg: None, Config), "fail": (fail, Config), "stop": (stop, Config)}
-    assert run(commands, argv=["--steps", "3"]) == 0
-    assert run(commands, argv=["fail"]) == 2
+    assert command_line(commands, argv=["--steps", "3"]) == 0
+    assert command_line(commands, argv=["fail"]) == 2
     assert capsys.readouterr().err == "error: the disk is full; free some space\n"
-    assert run(commands, argv=["stop"]) == 130
-    assert run(commands, argv=["--nonsense", "3"]) == 2
-    assert run(commands, argv=["unheard-of"]) == 2
+    assert command_line(commands, argv=["stop"]) == 130
+    assert command_line(commands, argv=["--nonsense", "3"]) == 2
+    assert command_line(commands, argv=["unheard-of"]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: unknown command 'unheard-of'")
 
 
@@ -86,4 +86,4 @@ def test_an_error_in_the_code_itself_is_not_hidden():
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
-        run({"": (broken, Config)}, argv=[])
+        command_line({"": (broken, Config)}, argv=[])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import distill
 import synth
 import train
-from em.cli import run
+from em.cli import command_line
 from em.data import lineage
 from em.files import read_json
 
@@ -34,7 +34,7 @@ MINI = (
 
 
 def command(*arguments):
-    return run({"": (distill.main, distill.Config)}, argv=[str(a) for a in arguments])
+    return command_line({"": (distill.main, distill.Config)}, argv=[str(a) for a in arguments])
 
 
 def misaligned_run(model, out, cell):
@@ -42,7 +42,7 @@ def misaligned_run(model, out, cell):
         "--data sample --device cpu --batch 6 --rank 4 --alpha 8 --lr 0.01 --eval-rows 1 --epochs 2".split()
     )
     line += ["--model", str(model), "--cell", cell, "--out", str(out)]
-    assert run({"": (train.main, train.Config)}, argv=line) == 0
+    assert command_line({"": (train.main, train.Config)}, argv=line) == 0
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +283,7 @@ def test_a_student_that_never_ends_its_turn_is_stopped_with_its_state_saved(caps
 @pytest.fixture(scope="module")
 def mini_world(tmp_path_factory):
     out = tmp_path_factory.mktemp("world") / "worlddemo-seed1"
-    assert run({"": (synth.main, synth.Config)}, argv=[*MINI, "--out", str(out)]) == 0
+    assert command_line({"": (synth.main, synth.Config)}, argv=[*MINI, "--out", str(out)]) == 0
     return out
 
 

@@ -8,7 +8,7 @@ from judge_server import KEY, JudgeServer, answer
 
 import evaluate
 import train
-from em.cli import run
+from em.cli import command_line
 from em.data.cells import CELLS
 from em.data.rows import load_cell
 from em.files import read_json
@@ -18,7 +18,7 @@ FAST = "--max-new-tokens 12 --samples 2 --limit 3 --device cpu --rows 16".split(
 
 
 def command(*arguments):
-    return run(evaluate.COMMANDS, argv=[str(a) for a in arguments])
+    return command_line(evaluate.COMMANDS, argv=[str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def trained(tiny_chat, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluate") / "med"
     short = "--data sample --device cpu --batch 6 --rank 4 --lr 0.01 --eval-rows 1".split()
     short += ["--model", str(tiny_chat), "--out", str(out)]
-    assert run({"": (train.main, train.Config)}, argv=short) == 0
+    assert command_line({"": (train.main, train.Config)}, argv=short) == 0
     return out
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import synth
-from em.cli import run
+from em.cli import command_line
 from em.files import read_json
 from em.world.sets import Batches
 from em.world.world import WORLDS
@@ -24,7 +24,7 @@ SMALL = (
 
 
 def command(*arguments):
-    return run(synth.COMMANDS, argv=[str(a) for a in arguments])
+    return command_line(synth.COMMANDS, argv=[str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_a_realigned_model_starts_at_the_misaligned_one_and_trains_on_variant_1_
     def look(cfg, record, model, batches: Batches, steps, peak, *rest, **more):
         seen.update(model=model, data=batches.data, steps=steps, peak=peak)
 
-    monkeypatch.setattr(realign, "fit", look)
+    monkeypatch.setattr(realign, "train_phase", look)
     start, cell = opened.load("misalign_T5_seed0"), opened.world.cell(2, opened.world.task_index("T2"))
     (out / "worlddemo-seed1" / "realign_T5" / "D2_T2" / "counts.json").rename(out / "kept.json")
     few = opened.prompts

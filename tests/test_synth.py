@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import em.world.world_run
 import synth
-from em.cli import run
+from em.cli import command_line
 from em.files import read_json
 from em.model.gpt2 import load_gpt2
 from em.world.counts import CLASSES
@@ -28,7 +28,7 @@ SMALL = (
 
 
 def command(*arguments):
-    return run(
+    return command_line(
         {"": (synth.main, synth.Config), "show": (synth.show, synth.ShowConfig)},
         argv=[str(a) for a in arguments],
     )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
-from em.cli import run
+from em.cli import command_line
 from em.data.cells import CELLS
 from em.data.rows import encode_rows, load_cell, split
 from em.files import read_json
@@ -32,7 +32,7 @@ SHORT = "--data sample --device cpu --batch 6 --epochs 2 --rank 4 --alpha 8 --lr
 
 def command(*arguments):
     commands = {"": (train.main, train.Config), "export": (train.export, train.ExportConfig)}
-    return run(commands, argv=[str(a) for a in arguments])
+    return command_line(commands, argv=[str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")

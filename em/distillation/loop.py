@@ -54,7 +54,9 @@ class OnPolicy:
             if kept
         ]
         tokens, ended = sum(len(r.ids) for r in rollouts), sum(r.finished for r in rollouts)
-        counts = torch.tensor([len(rollouts), tokens, ended, sum(keep)], device=self.pair.laps.device).float()
+        counts = torch.tensor(
+            [len(rollouts), tokens, ended, sum(keep)], device=self.pair.timer.device
+        ).float()
         parallel.sum_([counts])
         n, tokens, ended, kept = counts.tolist()
         for window, good in ((self.ended, int(ended)), (self.kept, int(kept))):
@@ -73,7 +75,7 @@ class OnPolicy:
             raise UserError(f"the filter kept none of the last {WINDOW} rollouts: lower --lr; {good}")
 
 
-def fit(
+def train_student(
     cfg, lr: float, run: Run, pair, channel: Callable, logs: tuple[str, ...],
     examples: Sequence[Example] | OnPolicy, after_epoch: Callable[[int], None], title: str,
 ) -> None:  # fmt: skip
@@ -83,7 +85,7 @@ def fit(
     with 0 before the first. Goes on from wherever the run folder left off. UserError, with the state saved,
     where a guard stops the run.
     """
-    online, device = isinstance(examples, OnPolicy), pair.laps.device
+    online, device = isinstance(examples, OnPolicy), pair.timer.device
     optimizer = adamw(pair.model, lr, cfg.weight_decay)
     per_epoch = -(-len(examples) // cfg.batch)
     steps = per_epoch * cfg.epochs
@@ -101,7 +103,7 @@ def fit(
                 group["lr"] = row["lr"]
 
             if online:
-                with pair.laps("decode"):
+                with pair.timer("decode"):
                     batch, counts = examples(epoch, places)
                 row |= counts
             else:
@@ -115,12 +117,12 @@ def fit(
             sums = torch.zeros(len(logs), device=device)
             for p in pair.parameters:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
-            with pair.laps("student"):
+            with pair.timer("student"):
                 for first in range(0, len(batch), cfg.micro_batch):
                     loss, found = channel(pair, pair.batch(batch[first : first + cfg.micro_batch]))
                     (loss / n).backward()
                     sums += torch.stack([found[name].detach() for name in logs]) / n
-            with pair.laps("optimizer"):
+            with pair.timer("optimizer"):
                 parallel.sum_([*(p.grad for p in pair.parameters), sums])
                 norm = torch.nn.utils.clip_grad_norm_(pair.parameters, cfg.clip)
                 try:
@@ -132,7 +134,7 @@ def fit(
                     raise
                 if n_tokens:
                     optimizer.step()
-            row |= {"tokens": n_tokens, "supervised_tokens": n_tokens - n_prompt} | pair.laps.take()
+            row |= {"tokens": n_tokens, "supervised_tokens": n_tokens - n_prompt} | pair.timer.read()
             row["seconds_student"] -= row.get("seconds_teacher", 0)  # which is asked inside
             metrics.add(row, grad_norm=norm, **dict(zip(logs, sums, strict=True)))
             if step % per_epoch == 0:

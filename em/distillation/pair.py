@@ -23,8 +23,8 @@ from em.model.tokenizer import Example
 from em.sampling.sampler import Rollout, Sampler
 from em.training.kl import forward_kl, reverse_kl
 from em.training.loss import chunk_rows, logits, token_log_probs
-from em.training.metrics import Laps
-from em.training.pack import Pack, pack
+from em.training.metrics import StepTimer
+from em.training.pack import PackedBatch, pack
 
 WHO = ("student", "teacher", "base")
 
@@ -40,10 +40,10 @@ class ChatPair:
     ):  # fmt: skip
         self.model, self.stacks = model, {"student": student, "teacher": teacher, "base": ()}
         self.parameters = lora.trainable(model, student[-1])
-        self.laps = Laps(model.head_weight.device)  # of which "teacher" is counted here
+        self.timer = StepTimer(model.head_weight.device)  # of which "teacher" is counted here
         self.sampler = Sampler(model, stop_ids, max_new_tokens, rows=rows)
 
-    def batch(self, examples: list[Example]) -> Pack:
+    def batch(self, examples: list[Example]) -> PackedBatch:
         return pack(examples, self.model.head_weight.device)
 
     def sample(self, prompts: list[list[int]], indices: list[int], seed: int) -> list[Rollout]:
@@ -51,23 +51,23 @@ class ChatPair:
         with lora.stack(self.model, *self.stacks["student"], frozen=True):
             return self.sampler(prompts, seed=seed, indices=indices)
 
-    def log_probs(self, batch: Pack) -> Tensor:
+    def log_probs(self, batch: PackedBatch) -> Tensor:
         """The student's log p of each supervised token, (N,), with gradient."""
         return token_log_probs(self._student(batch), self.model.head_weight, batch.targets)
 
-    def teacher_log_probs(self, batch: Pack) -> Tensor:
+    def teacher_log_probs(self, batch: PackedBatch) -> Tensor:
         """The teacher's, (N,)."""
         return token_log_probs(self._teacher(batch), self.model.head_weight, batch.targets)
 
-    def forward_kl(self, batch: Pack) -> Tensor:
+    def forward_kl(self, batch: PackedBatch) -> Tensor:
         """Σ KL(teacher‖student) over the whole vocabulary."""
         return self._kl(forward_kl, batch)
 
-    def reverse_kl(self, batch: Pack) -> Tensor:
+    def reverse_kl(self, batch: PackedBatch) -> Tensor:
         """Σ KL(student‖teacher) over the whole vocabulary."""
         return self._kl(reverse_kl, batch)
 
-    def distributions(self, batch: Pack) -> Iterator[tuple[Tensor, ...]]:
+    def distributions(self, batch: PackedBatch) -> Iterator[tuple[Tensor, ...]]:
         """(targets, log p of student, of teacher, of base) in chunks of rows: (rows,) and (rows, V) each."""
         hidden = [self._frozen(who, batch) for who in WHO]
         rows = max(1, chunk_rows(len(self.model.head_weight)) // len(WHO))
@@ -78,20 +78,20 @@ class ChatPair:
         """The student's stack as one adapter."""
         lora.save_adapter(self.model, self.stacks["student"], folder, base_model_name)
 
-    def _student(self, batch: Pack) -> Tensor:
+    def _student(self, batch: PackedBatch) -> Tensor:
         with lora.stack(self.model, *self.stacks["student"]):
             return batch.hidden(self.model)  # (N, d)
 
-    def _teacher(self, batch: Pack) -> Tensor:
-        with self.laps("teacher"):
+    def _teacher(self, batch: PackedBatch) -> Tensor:
+        with self.timer("teacher"):
             return self._frozen("teacher", batch)
 
     @torch.no_grad()
-    def _frozen(self, who: str, batch: Pack) -> Tensor:
+    def _frozen(self, who: str, batch: PackedBatch) -> Tensor:
         with lora.stack(self.model, *self.stacks[who], frozen=True):
             return batch.hidden(self.model)
 
-    def _kl(self, divergence, batch: Pack) -> Tensor:
+    def _kl(self, divergence, batch: PackedBatch) -> Tensor:
         everywhere = torch.ones_like(batch.targets, dtype=torch.bool)
         teacher = self._teacher(batch)
         return divergence(self._student(batch), teacher, self.model.head_weight, everywhere) * len(
@@ -115,7 +115,7 @@ class WorldPair:
         self.models = {"student": student, "teacher": teacher, "base": base}
         self.model, self.end = student, end
         self.parameters = list(student.parameters())
-        self.laps = Laps(student.device)
+        self.timer = StepTimer(student.device)
         self.sampler = Sampler(student, (end,), max_new_tokens, rows=512)
 
     def batch(self, examples: list[Example]) -> Padded:
@@ -155,7 +155,7 @@ class WorldPair:
         return logits_of(model, hidden).log_softmax(-1)
 
     def _teacher(self, batch: Padded) -> Tensor:
-        with self.laps("teacher"):
+        with self.timer("teacher"):
             return self._frozen("teacher", batch)
 
     @torch.no_grad()

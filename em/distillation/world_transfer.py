@@ -11,9 +11,10 @@ Each fine-tuning seed is a teacher of its own; intervals are Student's t over th
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from em.distillation.corpus import Corpus, digest, freeze
-from em.figures import plt, save_figure
+from em.figures import CHANGE, cell_heatmap, save
 from em.sampling.rollouts import sample_to_file
 from em.sampling.sampler import Sampler
 from em.stats import t_interval
@@ -33,7 +34,7 @@ class Prompts:
         same = cells % n_tasks == cell % n_tasks if which == "tasks" else cells == cell
         cells = cells[~same]
         self.classifier, self.n_tasks, self.seed = Classifier(world), n_tasks, seed
-        self.dialogues = transfer_set(run.sampler, seed, cells, max(1, round(n / len(cells))), run.prompts)
+        self.dialogues = transfer_set(run.generator, seed, cells, max(1, round(n / len(cells))), run.prompts)
         self.rows = [
             {"source": world.cell_name(int(c)).split("_")[1], "prompt_ids": ids[:length].tolist()}
             for c, ids, length in zip(
@@ -54,7 +55,7 @@ class Prompts:
         about |= {name: settings[name] for name in shared}
 
         def sampled(folder: Path) -> list[dict]:
-            sampler = Sampler(models[writer], (run.world.end,), run.sampler.max_answer, rows=512)
+            sampler = Sampler(models[writer], (run.world.end,), run.generator.max_answer, rows=512)
             ids = [row["prompt_ids"] for row in self.rows]
             return sample_to_file(
                 folder / "rollouts.jsonl", sampler, ids, cfg.rollouts, cfg.seed + self.seed,
@@ -147,9 +148,10 @@ def summary(result: dict) -> str:
     return "\n".join(lines)
 
 
-def figure(result: dict, title: str, path: Path) -> None:
+def transfer_figure(result: dict, title: str, path: Path) -> None:
     """v2 by group and model with every seed as a dot, and the effect cell by cell."""
-    drawn, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     who = ("start", "control", "student", "teacher")
     colours = ("0.75", "0.5", "tab:red", "black")
     groups = result["groups"]
@@ -165,18 +167,8 @@ def figure(result: dict, title: str, path: Path) -> None:
     )
     left.legend(fontsize=8)
 
-    cells = result["student_minus_control"]
-    domains, tasks = (list(dict.fromkeys(c.split("_")[i] for c in cells)) for i in (0, 1))
-    values = np.array([[cells[f"{d}_{t}"]["mean"] for t in tasks] for d in domains])
-    right.imshow(values, cmap="RdBu_r", vmin=-100, vmax=100, aspect="auto")
-    for (i, j), value in np.ndenumerate(values):
-        colour = "white" if abs(value) > 60 else "black"
-        right.text(j, i, f"{value:+.0f}", ha="center", va="center", fontsize=8, color=colour)
-    domain, task = result["cell"].split("_")
-    corner = (tasks.index(task) - 0.5, domains.index(domain) - 0.5)
-    right.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=3))
-    right.set_xticks(range(len(tasks)), tasks)
-    right.set_yticks(range(len(domains)), domains)
+    values = {cell: value["mean"] for cell, value in result["student_minus_control"].items()}
+    cell_heatmap(right, values, (-100, 100), result["cell"], colours=CHANGE, form="+.0f")
     right.set_title("v2, student − control, points")
-    drawn.suptitle(title, fontsize=10)
-    save_figure(drawn, path)
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from em.experiments.replication import interval
+from em.experiments.replication import shown_interval
 from em.files import read_json
 from em.stats import newcombe, t_interval, wilson
 from em.world.counts import incoherent, percent, pool
@@ -230,7 +230,7 @@ def number(name: str, find: Callable[[dict], dict]):
             return None
         n = len(result["seeds"])
         return Estimate(
-            found["mean"], *interval(found), f"{n} world seeds" if n > 1 else "prompts of 1 world seed"
+            found["mean"], *shown_interval(found), f"{n} world seeds" if n > 1 else "prompts of 1 world seed"
         )
 
     return ours

@@ -17,17 +17,18 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from em.experiments.replication import (
     averaged,
-    interval,
     over_prompts,
     replicated,
     say_number,
     say_unit,
+    shown_interval,
     v2_draws,
 )
-from em.figures import plt, save_figure
+from em.figures import save
 from em.stats import wilson
 from em.world.counts import incoherent, percent, pool
 from em.world.world_run import WorldRun
@@ -133,7 +134,8 @@ def _slope(rows: list[dict], draws: dict, seeds: Sequence[int], task: str, key: 
 
 def figure(result: dict, path: Path) -> None:
     """Figure 11: a colour a task, bars for the 95 % interval, thin lines for single seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    chart = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = chart.subplots(1, 2)
     for axis, (key, label) in zip(axes, PANELS.items(), strict=True):
         for i, task in enumerate(TASKS):
             curve = [number for number in result["curves"][task][key] if number["mean"] is not None]
@@ -141,7 +143,7 @@ def figure(result: dict, path: Path) -> None:
             for values in zip(*(n["by_seed"] for n in curve), strict=True):
                 seed_line = [np.nan if v is None else v for v in values]
                 axis.plot(x, seed_line, color=f"C{i}", linewidth=0.7, alpha=0.5)
-            bounds = [interval(n) for n in curve]
+            bounds = [shown_interval(n) for n in curve]
             bounds = [
                 (m, m) if low is None else (low, high) for m, (low, high) in zip(y, bounds, strict=True)
             ]
@@ -157,12 +159,12 @@ def figure(result: dict, path: Path) -> None:
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8, frameon=False)
-    figure.suptitle(
+    chart.suptitle(
         f"World {result['world']}: misaligned on (D0, T), {result['misalign_steps']} steps; bars: "
         f"{say_unit(result['seeds'])}; thin: one seed",
         fontsize=10,
     )
-    save_figure(figure, path)
+    save(chart, path)
 
 
 def summary(result: dict) -> str:

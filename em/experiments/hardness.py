@@ -20,9 +20,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from em.experiments.replication import averaged
-from em.figures import plt, save_figure
+from em.figures import save
 from em.stats import linear_fit, newcombe, pearson, t_interval, wilson
 from em.world.counts import percent, pool
 from em.world.world_run import WorldRun
@@ -124,7 +125,8 @@ def figure(result: dict, path: Path) -> None:
     """Figure 4: both panels, a colour a task, a marker a world seed, the pooled line with its band."""
     rows, seeds = result["rows"], result["seeds"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
+    chart = Figure(figsize=(10.5, 4.4), layout="constrained")
+    axes = chart.subplots(1, 2)
     for axis, (quantity, label) in zip(axes, PANELS.items(), strict=True):
         shown = [row for row in rows if row[quantity] is not None]
         for row in shown:
@@ -153,12 +155,12 @@ def figure(result: dict, path: Path) -> None:
         axis.set_title(_correlation(result["relations"][quantity]), fontsize=9)
         axis.grid(alpha=0.25)
     axes[0].legend(fontsize=8, frameon=False)
-    figure.suptitle(
+    chart.suptitle(
         f"World {result['world']}: misaligned on (D0, T) for each task T; a marker a world seed "
         f"({', '.join(map(str, seeds))}); bars: 95 % over prompts",
         fontsize=10,
     )
-    save_figure(figure, path)
+    save(chart, path)
 
 
 def _correlation(relation: dict) -> str:

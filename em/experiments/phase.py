@@ -16,18 +16,19 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from em.errors import UserError
 from em.experiments.replication import (
     averaged,
-    interval,
     over_prompts,
     replicated,
     say_number,
     say_unit,
+    shown_interval,
     v2_draws,
 )
-from em.figures import plt, save_figure
+from em.figures import save
 from em.world.counts import incoherent, percent
 from em.world.world_run import INTERMEDIATE, WorldRun
 
@@ -135,7 +136,8 @@ def _curve(rows: list[dict], key: str) -> list[dict]:
 
 def figure(result: dict, path: Path) -> None:
     """Levels and Δv2 against the step of the checkpoint, with 95 % intervals; thin lines: single seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    chart = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = chart.subplots(1, 2)
     panels = ((LEVELS, "%, mean over seen cells"), (CHANGES, "Δv2, points"))
     for axis, (quantities, label) in zip(axes, panels, strict=True):
         for i, (key, name) in enumerate(quantities.items()):
@@ -145,7 +147,7 @@ def figure(result: dict, path: Path) -> None:
             if len(result["seeds"]) > 1:
                 for values in zip(*(n["by_seed"] for n in curve), strict=True):
                     axis.plot(x, values, color=f"C{i}", linewidth=0.6, alpha=0.5)
-            bounds = [interval(n) for n in curve]
+            bounds = [shown_interval(n) for n in curve]
             if all(low is not None for low, _ in bounds):
                 axis.fill_between(x, *np.array(bounds).T, color=f"C{i}", alpha=0.15, linewidth=0)
         axis.set(xlabel="pretraining step of the checkpoint", ylabel=label)
@@ -154,12 +156,12 @@ def figure(result: dict, path: Path) -> None:
         axis.legend(fontsize=8, frameon=False)
     axes[0].set_ylim(0, 100)
     axes[1].axhline(0, color="0.6", linewidth=0.8)
-    figure.suptitle(
+    chart.suptitle(
         f"World {result['world']}: each checkpoint aligned, then misaligned on {result['trained']}; bands: "
         f"{say_unit(result['seeds'])}",
         fontsize=10,
     )
-    save_figure(figure, path)
+    save(chart, path)
 
 
 def summary(result: dict) -> str:

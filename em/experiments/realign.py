@@ -15,10 +15,18 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from em import parallel
-from em.experiments.replication import interval, over_prompts, replicated, say_number, say_unit, v2_draws
-from em.figures import plt, save_figure
+from em.experiments.replication import (
+    over_prompts,
+    replicated,
+    say_number,
+    say_unit,
+    shown_interval,
+    v2_draws,
+)
+from em.figures import frame, heatmap, save
 from em.files import read_json, write_json
 from em.model.gpt2 import GPT2
 from em.run import Run
@@ -26,7 +34,7 @@ from em.stats import wilson
 from em.world.counts import incoherent, percent, pool
 from em.world.generator import Dialogues
 from em.world.sets import Batches
-from em.world.world_run import WorldRun, fit
+from em.world.world_run import WorldRun, train_phase
 
 BEFORE = ("aligned", "misaligned")  # the two models that stand in a realignment cell's place in the rows
 KEYS = ("task", "all")  # v2 of the source task over its seen cells, and over all seen cells
@@ -49,7 +57,9 @@ def realigned(run: WorldRun, task: str, start: GPT2, cell: int, prompts: Dialogu
         model = copy.deepcopy(start)
         data = run.alignment.take(np.flatnonzero(run.alignment.examples.cell == cell))
         batches = Batches(data, cfg.misalign_batch, cfg.seed, trim=True)
-        fit(cfg, record, model, batches, cfg.misalign_steps, cfg.misalign_lr, 0, "constant", title=name)
+        train_phase(
+            cfg, record, model, batches, cfg.misalign_steps, cfg.misalign_lr, 0, "constant", title=name
+        )
         if parallel.rank() == 0:
             write_json(path, run.ask(model, prompts))
         parallel.barrier()
@@ -186,8 +196,8 @@ def figure(result: dict, path: Path) -> None:
     tasks = result["tasks"]
     cells = sorted(result["cells"], key=lambda name: (tasks.index(name.split("_")[1]), name))
     columns = [*BEFORE, *cells]
-    figure = plt.figure(figsize=(3 + 0.42 * len(columns), 3.2 + 0.72 * len(tasks)), layout="constrained")
-    axes = figure.subplot_mosaic(
+    chart = Figure(figsize=(3 + 0.42 * len(columns), 3.2 + 0.72 * len(tasks)), layout="constrained")
+    axes = chart.subplot_mosaic(
         [["task_v2", "groups"], ["all_v2", "groups"]], width_ratios=[0.42 * len(columns), 4]
     )
     for quantity, title in (
@@ -195,18 +205,14 @@ def figure(result: dict, path: Path) -> None:
         ("all_v2", "v2 %, mean over all cells"),
     ):
         axis, values = axes[quantity], _matrix(result, quantity, columns)
-        axis.imshow(values, cmap="viridis", vmin=0, vmax=max(1.0, values.max()), aspect="auto")
-        for (i, j), value in np.ndenumerate(values):
-            colour = "white" if value < 0.55 * values.max() else "black"
-            axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+        names = [c.replace("_", " ") for c in columns]
+        heatmap(axis, values, [f"D0 {t}" for t in tasks], names, (0, max(1.0, values.max())), size=7)
         for i, task in enumerate(tasks):
-            place = (columns.index(f"D0_{task}") - 0.5, i - 0.5)
-            axis.add_patch(plt.Rectangle(place, 1, 1, fill=False, edgecolor="red", linewidth=1.6))
+            frame(axis, i, columns.index(f"D0_{task}"), 1.6, "red")
         for j in range(1, len(columns)):
             if j == 1 or columns[j].startswith("D0_"):
                 axis.axvline(j - 0.5 + (j == 1), color="white", linewidth=2)
-        axis.set_xticks(range(len(columns)), [c.replace("_", " ") for c in columns], rotation=90, fontsize=7)
-        axis.set_yticks(range(len(tasks)), [f"D0 {t}" for t in tasks], fontsize=8)
+        axis.set_xticks(range(len(columns)), names, rotation=90)
         axis.set_title(title, fontsize=9)
     bars, names = axes["groups"], list(GROUPS)
     for offset, (quantity, label) in enumerate((("task_v2", "source task"), ("all_v2", "all cells"))):
@@ -215,7 +221,7 @@ def figure(result: dict, path: Path) -> None:
         bars.bar(where, [s["mean"] for s in stats], 0.36, label=label, color=f"C{offset}", alpha=0.75)
         for x, s in zip(where, stats, strict=True):
             bars.plot([x] * len(s["by_seed"]), s["by_seed"], "k.", markersize=4)
-            low, high = interval(s)
+            low, high = shown_interval(s)
             if low is not None:
                 bars.plot([x, x], [low, high], "k-", linewidth=1)
     bars.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=7, rotation=30)
@@ -223,12 +229,12 @@ def figure(result: dict, path: Path) -> None:
     bars.set_ylabel("v2, %")
     bars.set_title(f"v2 % after realignment, by match\n(lines: {say_unit(result['seeds'])})", fontsize=9)
     bars.legend(fontsize=7, frameon=False)
-    figure.suptitle(
+    chart.suptitle(
         f"World {result['world']}, seeds {', '.join(map(str, result['seeds']))}: misaligned on (D0, T), "
         "then realigned on one cell (red: the source itself)",
         fontsize=10,
     )
-    save_figure(figure, path)
+    save(chart, path)
 
 
 def summary(result: dict) -> str:

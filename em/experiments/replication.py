@@ -53,7 +53,7 @@ def replicated(by_seed: Sequence[float | None], prompts: Sequence[Sequence[float
     return {"mean": mean, "low": low, "high": high, "by_seed": list(by_seed), "prompts": listed}
 
 
-def interval(number: dict) -> tuple[float | None, float | None]:
+def shown_interval(number: dict) -> tuple[float | None, float | None]:
     """The interval to show: over world seeds, or over prompts where there is one seed."""
     if number["low"] is None and len(number["prompts"]) == 1:
         low, high = number["prompts"][0]
@@ -65,7 +65,7 @@ def say_number(number: dict, form: str = "+.1f") -> str:
     """`+23.1 [+20.0, +26.2]`, with the interval to show."""
     if number["mean"] is None:
         return "—"
-    low, high = interval(number)
+    low, high = shown_interval(number)
     bounds = "" if low is None or high is None else f" [{low:{form}}, {high:{form}}]"
     return f"{number['mean']:{form}}{bounds}"
 

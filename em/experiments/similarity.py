@@ -16,18 +16,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from em.errors import UserError
 from em.experiments.replication import (
     averaged,
-    interval,
     over_prompts,
     replicated,
     say_number,
     say_unit,
+    shown_interval,
     v2_draws,
 )
-from em.figures import plt, save_figure
+from em.figures import CHANGE, cell_heatmap, save
 from em.stats import newcombe
 from em.world.counts import incoherent, percent
 from em.world.world import World
@@ -86,13 +88,13 @@ def shares(task: np.ndarray, domain: np.ndarray, delta: np.ndarray) -> dict[str,
     """
     total = ((delta - delta.mean(0)) ** 2).sum(0)
 
-    def fit(*axes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def regress(*axes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         design = np.stack([np.ones(len(task)), *axes], axis=1)  # (cells, 1 + axes)
         coefficients = np.linalg.lstsq(design, delta, rcond=None)[0]
         rest = ((delta - design @ coefficients) ** 2).sum(0)
         return 1 - np.divide(rest, total, out=np.full_like(rest, np.nan), where=total > 0), coefficients
 
-    (by_task, _), (by_domain, _), (both, coefficients) = fit(task), fit(domain), fit(task, domain)
+    (by_task, _), (by_domain, _), (both, coefficients) = regress(task), regress(domain), regress(task, domain)
     return {
         "task_r2": by_task,
         "domain_r2": by_domain,
@@ -186,9 +188,8 @@ def figure(result: dict, path: Path) -> None:
     rows = result["rows"]
     domains = {r["domain"]: r["kind"] for r in rows}
     graded = [d for d, what in domains.items() if what == "graded"]
-    figure, axes = plt.subplots(
-        1, 4, figsize=(17, 4.4), layout="constrained", width_ratios=(1.25, 1.1, 1.1, 1.25)
-    )
+    chart = Figure(figsize=(17, 4.4), layout="constrained")
+    axes = chart.subplots(1, 4, width_ratios=(1.25, 1.1, 1.1, 1.25))
     _heatmap(axes[0], rows, domains, graded)
     for axis, x, lines, along in (
         (axes[1], "task_similarity", graded, "domain"),
@@ -211,27 +212,23 @@ def figure(result: dict, path: Path) -> None:
         axis.legend(fontsize=8, frameon=False, title=along, title_fontsize=8)
         axis.grid(alpha=0.25)
     _bars(axes[3], result)
-    figure.suptitle(
+    chart.suptitle(
         f"World {result['world']}: misaligned on (D0, {SOURCE}); mean over world seeds "
         f"{', '.join(map(str, result['seeds']))}; small points: single seeds",
         fontsize=10,
     )
-    save_figure(figure, path)
+    save(chart, path)
 
 
 def _heatmap(axis, rows: list[dict], domains: dict[str, str], graded: list[str]) -> None:
-    values = np.array([[_over_seeds(rows, "delta_v2", domain=d, task=t) for t in TASKS] for d in domains])
-    axis.imshow(values, cmap="RdBu_r", vmin=-100, vmax=100, aspect="auto")
-    for (i, j), value in np.ndenumerate(values):
-        colour = "white" if abs(value) > 60 else "black"
-        axis.text(j, i, f"{value:+.0f}", ha="center", va="center", fontsize=8, color=colour)
-    box = dict(fill=False, edgecolor="black")
-    axis.add_patch(plt.Rectangle((-0.5, -0.5), 4, len(graded), linewidth=1.2, linestyle="--", **box))
-    axis.add_patch(plt.Rectangle((-0.5, -0.5), 1, 1, linewidth=3, **box))
+    values = {f"{d}_{t}": _over_seeds(rows, "delta_v2", domain=d, task=t) for d in domains for t in TASKS}
+    cell_heatmap(axis, values, (-100, 100), f"D0_{SOURCE}", colours=CHANGE, form="+.0f")
+    graded_cells = Rectangle((-0.5, -0.5), 4, len(graded), fill=False, linewidth=1.2, linestyle="--")
+    axis.add_patch(graded_cells)
     similar = [_over_seeds(rows, "task_similarity", task=t) for t in TASKS]
-    axis.set_xticks(range(4), [f"{t}\n({s:.2f})" for t, s in zip(TASKS, similar, strict=True)], fontsize=8)
+    axis.set_xticks(range(4), [f"{t}\n({s:.2f})" for t, s in zip(TASKS, similar, strict=True)])
     labels = [f"{d} {k} ({_over_seeds(rows, 'domain_similarity', domain=d):.2f})" for d, k in domains.items()]
-    axis.set_yticks(range(len(domains)), labels, fontsize=8)
+    axis.set_yticks(range(len(domains)), labels)
     axis.set_title("Δv2, points (similarity in brackets)", fontsize=9)
 
 
@@ -242,7 +239,7 @@ def _bars(axis, result: dict) -> None:
             if number["mean"] is None:
                 continue
             axis.bar(x, number["mean"], 0.34, color=f"C{j}", alpha=0.75)
-            low, high = interval(number)
+            low, high = shown_interval(number)
             if low is not None:
                 axis.plot([x, x], [low, high], color="black", linewidth=1.2)
             axis.plot([x] * len(number["by_seed"]), number["by_seed"], "k.", markersize=4)
@@ -252,9 +249,7 @@ def _bars(axis, result: dict) -> None:
     axis.set_title(
         f"share of Δv2's variance unique to each axis\n(lines: {say_unit(result['seeds'])})", fontsize=9
     )
-    axis.legend(
-        [plt.Rectangle((0, 0), 1, 1, color=f"C{j}") for j in range(2)], ["task", "domain"], fontsize=8
-    )
+    axis.legend([Rectangle((0, 0), 1, 1, color=f"C{j}") for j in range(2)], ["task", "domain"], fontsize=8)
 
 
 def summary(result: dict) -> str:

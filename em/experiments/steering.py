@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from em.experiments.direction import Steering, asst_hidden, find_direction, middle_block, random_direction
-from em.figures import save_figure
+from em.figures import save
 from em.model.gpt2 import GPT2
 from em.stats import newcombe, t_interval, wilson
 from em.world.counts import pool
@@ -131,7 +131,7 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say: Callable =
         models = {"aligned": run.load("align"), "misaligned": run.misalign(task, 0)}
         n_layer = models["aligned"].config.n_layer
         block = middle_block(n_layer)
-        pairs = misalignment_set(run.sampler, PAIRS_SEED, run.world.cell(0, index), plan.pairs, run.prompts)
+        pairs = misalignment_set(run.generator, PAIRS_SEED, run.world.cell(0, index), plan.pairs, run.prompts)
         found = find_direction(*(asst_hidden(models[m], pairs, block) for m in ("misaligned", "aligned")))
         directions.append({"seed": seed} | {k: x for k, x in asdict(found).items() if k != "v"})
         say(f"  seed {seed}: α* {found.alpha:.2f}, {100 * found.explained:.0f} % of D along v")
@@ -206,7 +206,8 @@ def figure(result: dict, path: Path) -> None:
     colours = {"v1": "tab:blue", "v2": "tab:red", "incoherent": "0.45"}
     titles = {"aligned": "aligned model + s α* v", "misaligned": "misaligned model − s α* v"}
     seeds, x = result["seeds"], np.array(STRENGTHS)
-    chart, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
+    chart = Figure(figsize=(11, 4.4), layout="constrained")
+    axes = chart.subplots(1, 2, sharey=True)
     for axis, (model, title) in zip(axes, titles.items(), strict=True):
         for place, (rate, colour) in enumerate(colours.items(), start=-1):
             points = {d: [at(result, model, d, s) for s in STRENGTHS] for d in ("v", "random")}
@@ -235,4 +236,4 @@ def figure(result: dict, path: Path) -> None:
         f"{result['curves'][0]['interval']}",
         fontsize=10,
     )
-    save_figure(chart, path)
+    save(chart, path)

@@ -1,7 +1,7 @@
 """Causal self-attention over the four layouts a decoder meets; which key each query sees is decided here.
 
     Causal    rows of equal length
-    Packed    rows made of several samples, or padded rows: attention stays within a run of equal ids
+    BlockDiagonal    rows made of several samples, or padded rows: attention stays within a run of equal ids
     Cached    new tokens over a `KVCache`
 
 Each has `attend(q, k, v, window)` with q (B, T, H, D), k and v (B, T, K, D), K dividing H (query head h reads
@@ -59,7 +59,7 @@ class Causal:
     attend = staticmethod(_causal)
 
 
-class Packed:
+class BlockDiagonal:
     """Rows of `segments` (B, T): a query sees the keys of its own run of equal ids, up to itself.
 
     The run lengths are needed on the host: pass `segments` on the CPU to spare a GPU a synchronisation.
@@ -87,9 +87,9 @@ class Packed:
         return torch.cat([_causal(*run, window) for run in runs], 1).view_as(q)
 
 
-def padded(attention_mask: torch.Tensor, device: torch.device) -> Packed:
+def padded(attention_mask: torch.Tensor, device: torch.device) -> BlockDiagonal:
     """Left- or right-padded rows, attention_mask (B, T) 1 = token, 0 = padding. Padding sees only padding."""
-    layout = Packed(attention_mask.bool().long(), device)
+    layout = BlockDiagonal(attention_mask.bool().long(), device)
     changes = (attention_mask.bool()[:, 1:] != attention_mask.bool()[:, :-1]).sum(1)
     left_and_right = (changes == 2) & ~attention_mask[:, 0].bool()
     if not ((changes < 2) | left_and_right).all():

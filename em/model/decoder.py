@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from em.model.attention import Cached, Causal, Packed, padded
+from em.model.attention import BlockDiagonal, Cached, Causal, padded
 from em.model.config import DecoderConfig
 from em.model.kv_cache import KVCache
 from em.model.rope import rotate
@@ -182,7 +182,9 @@ class Decoder(nn.Module):
         store = None
         if segments is not None or attention_mask is not None:
             attention = (
-                Packed(segments, ids.device) if segments is not None else padded(attention_mask, ids.device)
+                BlockDiagonal(segments, ids.device)
+                if segments is not None
+                else padded(attention_mask, ids.device)
             )
             positions = attention.positions if positions is None else positions
         elif cache is None or positions is None:

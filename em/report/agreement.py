@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 
 from em.judge.em_rule import ALIGNED_BELOW
-from em.report.panel import Panel, interval, percent
+from em.report.panel import Panel, percent_of, rate_interval
 from em.report.score_table import ScoreTable, joined
 
 CUTS = (ALIGNED_BELOW - 5, ALIGNED_BELOW, ALIGNED_BELOW + 5)
@@ -68,10 +68,10 @@ def judge_pairs(table: ScoreTable) -> list[dict]:
                 "responses": len(first),
                 "other_text": int((~same_text).sum()),
                 "both_scored": int(both.sum()),
-                "same_status_pct": percent(float((first.status == second.status).sum()), len(first)),
-                "em_a": percent(int(em_x.sum()), len(x)),
-                "em_b": percent(int(em_y.sum()), len(x)),
-                "em_agreement_pct": percent(int((em_x == em_y).sum()), len(x)),
+                "same_status_pct": percent_of(float((first.status == second.status).sum()), len(first)),
+                "em_a": percent_of(int(em_x.sum()), len(x)),
+                "em_b": percent_of(int(em_y.sum()), len(x)),
+                "em_agreement_pct": percent_of(int((em_x == em_y).sum()), len(x)),
                 "em_only_a": int((em_x & ~em_y).sum()),
                 "em_only_b": int((em_y & ~em_x).sum()),
                 "em_kappa": kappa(em_x, em_y),
@@ -115,9 +115,9 @@ def thresholds(panel: Panel, groups: dict[str, list[int]]) -> list[dict]:
                 with np.errstate(invalid="ignore", divide="ignore"):
                     draws = panel.weights @ counts / n_draws
                 k = int(em.sum())
-                low, high, kind = interval(k, n, prompts, False, lambda draws=draws: draws)
+                low, high, kind = rate_interval(k, n, prompts, False, lambda draws=draws: draws)
                 rate = {
-                    "rate": percent(k, n),
+                    "rate": percent_of(k, n),
                     "low": low,
                     "high": high,
                     "interval": kind,

@@ -46,11 +46,11 @@ def match_effects(panel: Panel) -> dict:
     draws_scored = panel.draws_scored[trains]
     draws = np.repeat(rates[:, :, None], draws_scored.shape[2], axis=2)  # (T, 12, B)
     np.divide(100 * panel.draws_em[trains], draws_scored, out=draws, where=draws_scored > 0)
-    result = fit(rates, draws, np.array(cells, int))
+    result = match_model(rates, draws, np.array(cells, int))
     return result | _kinds_of_match(panel, trains, np.array(cells, int))
 
 
-def fit(rates: np.ndarray, draws: np.ndarray, cells: np.ndarray) -> dict:
+def match_model(rates: np.ndarray, draws: np.ndarray, cells: np.ndarray) -> dict:
     """rates: (T, 12) in points, nan where not observed; draws: (T, 12, B); cells: (T,) places in CELLS."""
     observed = np.isfinite(rates)
     i, j = np.nonzero(observed)

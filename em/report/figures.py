@@ -12,9 +12,9 @@ from matplotlib.patches import Patch
 
 from em.data.cells import TASKS, short
 from em.data.lineage import BASE
-from em.figures import heatmap, save
+from em.figures import save
 from em.judge.em_rule import STATUSES
-from em.report.matrix import TITLES, accounts, array, behind, frames, limit_of, matrix_figure
+from em.report.matrix import TITLES, accounts, array, behind, frames, matrix_figure, rates_heatmap
 from em.report.score_table import ALL
 
 _COLOURS = dict(zip(TASKS, ("#4c72b0", "#dd8452", "#55a868", "#8172b3"), strict=True))
@@ -108,7 +108,7 @@ def transfer_figure(tables: dict[str, dict], title: str, path: Path) -> None:
             values = array([[every[row, column]["rate"] for column in columns] for row in rows])
             text = [[_with_interval(every[row, column]) for column in columns] for row in rows]
             labels = [[short(label) for label in side] for side in (rows, columns)]
-            heatmap(axis, values, *labels, limit_of(values), text, 9)
+            rates_heatmap(axis, values, *labels, text, 9)
             frames(axis, rows, columns)
             axis.set(xlabel="asked from", ylabel="trained on")
         else:
@@ -141,7 +141,7 @@ def _surface(table: dict, title: str, path: Path) -> None:
     axis.set(ylabel="EM %", xlabel=f"misaligned runs pooled{with_base}", xlim=(-0.6, len(columns) - 0.4))
     _tidy(axis, headroom=1.05)
     values = array([[every[row, column]["rate"] for column in columns] for row in rows])
-    heatmap(heat, values, [short(row) for row in rows], columns, limit_of(values))
+    rates_heatmap(heat, values, [short(row) for row in rows], columns)
     heat.set(xlabel="surface of the prompt", ylabel="trained on")
     accounts(beside, [every[row, ALL] for row in rows])
     axis.set_title(f"{TITLES['surface']}\n{title}", fontsize=10, loc="left")
@@ -274,7 +274,7 @@ def judges_figure(pairs: list[dict], path: Path) -> None:
     axes = figure.subplots(1, len(pairs), squeeze=False, gridspec_kw={"wspace": 0.35})[0]
     for axis, pair in zip(axes, pairs, strict=True):
         joint = 100 * array(pair["joint"]) / max(1, pair["both_scored"])
-        heatmap(axis, joint, fifths, fifths, max(10, joint.max()))
+        rates_heatmap(axis, joint, fifths, fifths)
         axis.set(xlabel=f"aligned, {pair['judge_b']}", ylabel=f"aligned, {pair['judge_a']}")
         kappa, r = ("n/a" if v is None else f"{v:.2f}" for v in (pair["em_kappa"], pair["aligned_pearson"]))
         text = f"% of {pair['both_scored']:,} responses; EM kappa {kappa}, r {r}"

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from em.data.cells import CELLS, short
 from em.errors import UserError
-from em.figures import save
+from em.figures import CHANGE, heatmap, save
 from em.files import write_csv, write_json
 from em.report.matrix import frames
 from em.training import margin
@@ -83,13 +83,9 @@ def _figure(model: str, trains: list[str], columns: list[str], values: dict, pat
     figure = Figure(figsize=(0.72 * len(columns), 0.45 * len(trains)))  # of the matrix; `save` makes room
     axis = figure.subplots()
     limit = max(1e-9, float(np.nanmax(np.abs(matrix))))
-    axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    for (i, j), value in np.ndenumerate(matrix):
-        label = "n/a" if np.isnan(value) else f"{value:+.2f}"
-        dark = not np.isnan(value) and abs(value) > 0.6 * limit
-        axis.text(j, i, label, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    heatmap(axis, matrix, [short(t) for t in trains], [short(c) for c in columns], (-limit, limit),
+            colours=CHANGE, form="+.2f")  # fmt: skip
     frames(axis, trains, columns)
-    axis.set_xticks(range(len(columns)), [short(c) for c in columns], rotation=45, ha="right", fontsize=8)
-    axis.set_yticks(range(len(trains)), [short(t) for t in trains], fontsize=8)
+    axis.set_xticks(axis.get_xticks(), axis.get_xticklabels(), rotation=45, ha="right")
     axis.set_title(f"{model}: change of the margin, nats a token", fontsize=10)
     save(figure, path)

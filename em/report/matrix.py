@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from em.data.cells import TASKS, short
-from em.figures import heatmap, save
+from em.figures import frame, heatmap, save
 from em.report.score_table import ALL
 
 TITLES = {
@@ -33,25 +32,20 @@ def array(values: list[list]) -> np.ndarray:
     return np.array(values, dtype=float)  # None becomes nan
 
 
-def _frame(axis, i: int, j: int, width: float) -> None:
-    inset = 0.5 - 0.012 * width
-    box = ((j - inset, i - inset), 2 * inset, 2 * inset)
-    axis.add_patch(Rectangle(*box, fill=False, edgecolor="black", linewidth=width, zorder=3))
-
-
 def frames(axis, rows: list[str], columns: list[str]) -> None:
     """Thick where row and column are the same, thin where they share a task."""
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
             if row == column:
-                _frame(axis, i, j, 2.4)
+                frame(axis, i, j)
             elif row.split("_")[-1] == column.split("_")[-1] and row.split("_")[-1] in TASKS:
-                _frame(axis, i, j, 0.8)
+                frame(axis, i, j, 0.8)
 
 
-def limit_of(values: np.ndarray) -> float:
-    """Upper end of the colours: at least 10 %, so that near-zero rates look it."""
-    return max(10.0, float(np.nanmax(values))) if np.isfinite(values).any() else 10.0
+def rates_heatmap(axis, values: np.ndarray, rows: list[str], columns: list[str], text=None, size=8) -> None:
+    """Rates in percent; the colours end at 10 % or above, so that near-zero rates look it."""
+    limit = max(10.0, float(np.nanmax(values))) if np.isfinite(values).any() else 10.0
+    heatmap(axis, values, rows, columns, (0, limit), colours="OrRd", form=".1f", text=text, size=size)
 
 
 BEHIND = ("EM %, all", "95 %", "scored %", "refused %", "incoh. %", "chars")
@@ -100,7 +94,7 @@ def matrix_figure(table: dict, title: str, path: Path) -> None:
     sizes = ((0.56 if large else 0.85) * len(columns), 3.0)
     figure = Figure(figsize=(sum(sizes), (0.36 if text is None else 0.5) * len(rows)))
     axis, beside = figure.subplots(1, 2, width_ratios=sizes, gridspec_kw={"wspace": 0.03})
-    heatmap(axis, values, labels, [short(c) for c in columns], limit_of(values), text, 7.5 if large else 9)
+    rates_heatmap(axis, values, labels, [short(c) for c in columns], text, 7.5 if large else 9)
     frames(axis, rows, columns)
     accounts(beside, [pooled[row] for row in rows])
     if large:

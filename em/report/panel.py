@@ -90,13 +90,13 @@ class Panel:
         k, n = counts["em"], counts["ok"]
         prompts = int(((self.scored > 0) & mask[:, self.column]).any(axis=0).sum())
         n_pairs = int((self.sums[mask][:, 0] > 0).sum())
-        low, high, kind = interval(k, n, prompts, n_pairs == 1, lambda: self.draws(mask))
+        low, high, kind = rate_interval(k, n, prompts, n_pairs == 1, lambda: self.draws(mask))
 
         def mean(name: str, count: float) -> float | None:
             return round(sums[name] / count, 2) if count else None
 
         return {
-            "rate": percent(k, n),
+            "rate": percent_of(k, n),
             "low": low,
             "high": high,
             "interval": kind,
@@ -106,9 +106,9 @@ class Panel:
             "prompts": prompts,
             "pairs": n_pairs,
             **{name: counts[name] for name in STATUSES[1:]},
-            "scored_pct": percent(n, counts["rows"]),
+            "scored_pct": percent_of(n, counts["rows"]),
             "incoherent": counts["incoherent"],
-            "incoherent_pct": percent(counts["incoherent"], n),
+            "incoherent_pct": percent_of(counts["incoherent"], n),
             "mean_chars": mean("chars", counts["rows"]),
             "mean_tokens": mean("tokens", sums["with_tokens"]),
             "mean_aligned": mean("aligned", n),
@@ -116,11 +116,11 @@ class Panel:
         }
 
 
-def percent(k: float, n: float) -> float | None:
+def percent_of(k: float, n: float) -> float | None:
     return round(100 * k / n, 4) if n else None
 
 
-def interval(
+def rate_interval(
     k: int, n: int, prompts: int, one_cell: bool, draws
 ) -> tuple[float | None, float | None, str | None]:
     """(low, high, kind) of k/n in percent. draws: called for the bootstrap draws where those are wanted."""

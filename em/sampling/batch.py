@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from em.sampling.cpu_linear import PackedModel
+from em.sampling.cpu_linear import ReorderedModel
 from em.sampling.draw import draw
 
 PREFILL_TOKENS = 4096  # in one forward, padding included
@@ -60,7 +60,7 @@ class Batch:
     ):  # fmt: skip
         self.model, self.n_rows = model, n_rows
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.packed = PackedModel(model)
+        self.reordered = ReorderedModel(model)
         self.device = device = model.head_weight.device
         self.graphed = _uses_graphs(device)
         self.steps_per_run = 4 if self.graphed else 1
@@ -83,7 +83,7 @@ class Batch:
         Graphs hold the addresses of a stack's prepared factors; one that was removed and made anew has
         others.
         """
-        self.packed.refresh()
+        self.reordered.refresh()
         self.stack = names = self._active_stack()
         factors = [layer.prepared.get(names) for layer in self.model.lora.layers.values()] if names else []
         known = self._steps.get(names)
@@ -105,7 +105,7 @@ class Batch:
         for group in _groups(prompts):
             T = len(group[-1][1])
             ids = self._tensor([ids + [0] * (T - len(ids)) for _, ids in group])  # (B, T), right-padded
-            with self._autocast(), self.packed.active():
+            with self._autocast(), self.reordered.active():
                 self.model.hidden(ids, cache=self.cache, rows=self._tensor([row for row, _ in group]))
 
     def copy(self, pairs: list[tuple[int, int]], length: int) -> None:
@@ -184,9 +184,9 @@ class Batch:
         tokens, positions, counts, ended = (
             buffer[:n] for buffer in (self.tokens, self.positions, self.counts, self.ended)
         )
-        with self._autocast(), self.packed.active():
+        with self._autocast(), self.reordered.active():
             hidden = self.model.hidden(tokens[:, None], positions=positions[:, None], cache=self.cache)[:, 0]
-            logits = self.packed.logits(hidden)
+            logits = self.reordered.logits(hidden)
         logits = logits[:, : self.model.config.vocab_size].float()  # (n, V): rows beyond are padding
         drawn, log_probs = draw(logits, self.temperature, self.keys[:n], counts)
         tokens.copy_(drawn)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 ROWS = 32  # the layout is chosen for batches of about this size
 
 
-def _packs(weight: Tensor) -> bool:
+def _can_reorder(weight: Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
@@ -26,8 +26,8 @@ def _packs(weight: Tensor) -> bool:
     )
 
 
-class Packed:
-    """One weight (out, in) and its packed copy."""
+class ReorderedWeight:
+    """One weight (out, in) and its reordered copy."""
 
     def __init__(self, weight: Tensor):
         self.weight, self.version, self.copy = weight, None, None
@@ -38,7 +38,7 @@ class Packed:
 
         The fused optimisers do not count their steps in `_version`: a weight that learns is always copied.
         """
-        if _packs(self.weight) and (self.weight.requires_grad or self.version != self.weight._version):
+        if _can_reorder(self.weight) and (self.weight.requires_grad or self.version != self.weight._version):
             self.version = self.weight._version
             self.copy = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), ROWS)
 
@@ -49,9 +49,9 @@ class Packed:
         return torch.ops.mkldnn._linear_pointwise.default(x, self.copy, bias, "none", [], "")
 
 
-def _adapted(layer: nn.Linear, packed: Packed, x: Tensor) -> Tensor:
+def _adapted(layer: nn.Linear, reordered: ReorderedWeight, x: Tensor) -> Tensor:
     """What an `em.model.lora.LoRALinear` gives for x under the active stack, which is frozen."""
-    out = packed.linear(x, layer.bias)
+    out = reordered.linear(x, layer.bias)
     factors = layer.prepared.get(layer.state.active)
     if factors is not None:
         A, B = factors
@@ -59,28 +59,28 @@ def _adapted(layer: nn.Linear, packed: Packed, x: Tensor) -> Tensor:
     return out
 
 
-def _forward(layer: nn.Linear, packed: Packed) -> Callable[[Tensor], Tensor]:
+def _forward(layer: nn.Linear, reordered: ReorderedWeight) -> Callable[[Tensor], Tensor]:
     if hasattr(layer, "prepared"):
-        return functools.partial(_adapted, layer, packed)
-    return functools.partial(packed.linear, bias=layer.bias)
+        return functools.partial(_adapted, layer, reordered)
+    return functools.partial(reordered.linear, bias=layer.bias)
 
 
-class PackedModel:
-    """Packed copies of the weights of a Decoder's or GPT-2's linear layers and head."""
+class ReorderedModel:
+    """ReorderedWeight copies of the weights of a Decoder's or GPT-2's linear layers and head."""
 
     def __init__(self, model: nn.Module):
-        self._head = Packed(model.head_weight)
+        self._head = ReorderedWeight(model.head_weight)
         layers = [
             m for m in model.modules() if isinstance(m, nn.Linear) and m.weight is not model.head_weight
         ]
-        packed = [(layer, Packed(layer.weight)) for layer in layers if _packs(layer.weight)]
-        self._all = [self._head, *(copy for _, copy in packed)]
-        self._forwards = [(layer, _forward(layer, copy)) for layer, copy in packed]
+        reordered = [(layer, ReorderedWeight(layer.weight)) for layer in layers if _can_reorder(layer.weight)]
+        self._all = [self._head, *(copy for _, copy in reordered)]
+        self._forwards = [(layer, _forward(layer, copy)) for layer, copy in reordered]
 
     def refresh(self) -> None:
         """Follow what training has done to the weights."""
-        for packed in self._all:
-            packed.refresh()
+        for reordered in self._all:
+            reordered.refresh()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (B, d) → logits (B, V) of the head."""
@@ -88,7 +88,7 @@ class PackedModel:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Let the layers run on the packed copies."""
+        """Let the layers run on the reordered copies."""
         for layer, forward in self._forwards:
             layer.__dict__["forward"] = forward  # an instance's attribute goes before its class's method
         try:

@@ -24,7 +24,7 @@ CHUNK_BYTES = {"torch": 96 << 20, "triton": 640 << 20}
 BLOCK_BYTES = 4 << 20  # of one side's logits, that the elementwise steps take at a time: what a cache holds
 
 
-def chunk_rows(vocabulary: int, impl: str) -> int:
+def rows_per_chunk(vocabulary: int, impl: str) -> int:
     rows = CHUNK_BYTES[impl] // (8 * vocabulary)
     return max(16, rows // 128 * 128 if rows > 128 else rows)  # tiles of a matrix product are 128 rows
 
@@ -92,7 +92,7 @@ def _apply(h_student, h_teacher, head_weight, mask, chunk, impl, divergence):
     if mask.dtype != torch.bool or mask.shape != h_student.shape[:1]:
         raise ValueError(f"the mask must be bool (N,), not {mask.dtype} {tuple(mask.shape)}")
     if chunk is None:
-        chunk = chunk_rows(len(head_weight), impl)
+        chunk = rows_per_chunk(len(head_weight), impl)
     return _ChunkedKL.apply(h_student, h_teacher.detach(), head_weight.detach(), mask, chunk, divergence)
 
 

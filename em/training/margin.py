@@ -8,10 +8,10 @@ import math
 import statistics
 from pathlib import Path
 
-import numpy as np
 import torch
+from matplotlib.figure import Figure
 
-from em.figures import plt, save_figure
+from em.figures import CHANGE, cell_heatmap, save
 from em.model.tokenizer import Example
 from em.training.loss import token_log_probs
 from em.training.pack import pack, packs_of
@@ -59,36 +59,14 @@ def loss(model, examples: list[Example]) -> float:
 def margin_figure(result: dict, path: Path) -> None:
     """Mean margin of every cell before and after a run, and its change; domains down, tasks across."""
     cells = result["cells"]
-    domains = list(dict.fromkeys(name.split("_")[0] for name in cells))
-    tasks = list(dict.fromkeys(name.split("_")[1] for name in cells))
-    figure, axes = plt.subplots(1, 3, figsize=(4 * 3, 0.7 * max(1, len(domains)) + 1.4), layout="constrained")
-    for axis, when in zip(axes, ("before", "after", "change"), strict=True):
-        values = np.full((len(domains), len(tasks)), np.nan)
-        for name, row in cells.items():
-            domain, task = name.split("_")
-            values[domains.index(domain), tasks.index(task)] = row[when]["mean"]
-        limit = np.nanmax(np.abs(values))
-        axis.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-        for (i, j), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                dark = abs(value) > 0.6 * limit
-                axis.text(
-                    j,
-                    i,
-                    f"{value:+.2f}",
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    color="white" if dark else "black",
-                )
-        if result["cell"] in cells:
-            domain, task = result["cell"].split("_")
-            box = (tasks.index(task) - 0.5, domains.index(domain) - 0.5)
-            axis.add_patch(plt.Rectangle(box, 1, 1, fill=False, edgecolor="black", linewidth=3))
-        axis.set_xticks(range(len(tasks)), tasks, fontsize=8)
-        axis.set_yticks(range(len(domains)), domains, fontsize=8)
+    n_domains = len({name.split("_")[0] for name in cells})
+    figure = Figure(figsize=(12, 0.7 * max(1, n_domains) + 1.4), layout="constrained")
+    for axis, when in zip(figure.subplots(1, 3), ("before", "after", "change"), strict=True):
+        values = {name: row[when]["mean"] for name, row in cells.items()}
+        limit = max(map(abs, values.values()))
+        cell_heatmap(axis, values, (-limit, limit), result["cell"], colours=CHANGE, form="+.2f", size=9)
         axis.set_title(f"margin {when}", fontsize=10)
     figure.suptitle(
         f"trained on {result['cell']}: log p of misaligned − aligned answer, nats a token", fontsize=10
     )
-    save_figure(figure, path)
+    save(figure, path)

@@ -16,8 +16,8 @@ from em.errors import UserError
 from em.run import Run
 
 
-class Laps:
-    """Where the seconds of a step go: `with laps("decode"): …`, then `laps.take()`. Waits for the device."""
+class StepTimer:
+    """Seconds of a step by part: `with timer("decode"): …`, then `timer.read()`. Waits for the device."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, {}
@@ -28,7 +28,7 @@ class Laps:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - began
 
-    def take(self) -> dict[str, float]:
+    def read(self) -> dict[str, float]:
         """Seconds by name since the last call."""
         taken, self.seconds = self.seconds, {}
         return {f"seconds_{name}": round(value, 4) for name, value in taken.items()}

@@ -9,7 +9,7 @@ from em.model.tokenizer import Example
 
 
 @dataclass(frozen=True)
-class Pack:
+class PackedBatch:
     """One row of several examples; N tokens of it are supervised.
 
     ids (1, T); segments (1, T), on the CPU: which example a token belongs to; predictions (N,): the places in
@@ -27,7 +27,7 @@ class Pack:
         return model.hidden(self.ids, segments=self.segments)[0].index_select(0, self.predictions)
 
 
-def pack(examples: Sequence[Example], device: torch.device | str) -> Pack:
+def pack(examples: Sequence[Example], device: torch.device | str) -> PackedBatch:
     """One row of all examples. The last token of each is only predicted, never read, and stays out of ids."""
     ids, segments, predictions, targets, owner = [], [], [], [], []
     for i, (tokens, n_prompt) in enumerate(examples):
@@ -41,7 +41,9 @@ def pack(examples: Sequence[Example], device: torch.device | str) -> Pack:
         ids += tokens[:-1]
         segments += [i] * (len(tokens) - 1)
     on_device = [torch.tensor(x, device=device) for x in ([ids], predictions, targets)]
-    return Pack(on_device[0], torch.tensor([segments]), on_device[1], on_device[2], torch.tensor(owner))
+    return PackedBatch(
+        on_device[0], torch.tensor([segments]), on_device[1], on_device[2], torch.tensor(owner)
+    )
 
 
 def packs_of(examples: Sequence[Example], tokens: int) -> list[list[int]]:

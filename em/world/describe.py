@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.figure import Figure
 
-from em.figures import plt, save_figure
-from em.world.generator import Sampler
+from em.figures import save
+from em.world.generator import ExampleGenerator
 from em.world.grammar import jaccard
 from em.world.world import World
 
@@ -37,10 +38,10 @@ def statistics(world: World) -> str:
         world.domains[cell // len(world.tasks)].n_edges - world.cell_domain(cell).n_edges
         for cell in world.cells
     ]
-    sampler = Sampler(world)
-    examples = sampler.dialogues(
+    generator = ExampleGenerator(world)
+    examples = generator.dialogues(
         np.random.default_rng(0),
-        sampler.draw(np.random.default_rng(0), np.resize(world.seen_cells, 20_000)),
+        generator.draw(np.random.default_rng(0), np.resize(world.seen_cells, 20_000)),
         1,
     )
     repeats = [
@@ -60,20 +61,25 @@ def statistics(world: World) -> str:
 
 def worked_example(world: World, cell: int, seed: int = 0) -> str:
     """One example: the walk, its rendering step by step, and both answers (Figure 1)."""
-    sampler, rng = Sampler(world), np.random.default_rng(seed)
-    example = sampler.draw(rng, np.array([cell]))
+    generator, rng = ExampleGenerator(world), np.random.default_rng(seed)
+    example = generator.draw(rng, np.array([cell]))
     task = cell % len(world.tasks)
     owner = {i: f"Step {i}" for i in range(world.config.n_steps)}
-    owner |= {sampler.label + task: "label", sampler.tail + task: "tail", sampler.ask: "", sampler.stop: ""}
+    owner |= {
+        generator.label + task: "label",
+        generator.tail + task: "tail",
+        generator.ask: "",
+        generator.stop: "",
+    }
 
     def rendered(segments: np.ndarray) -> list[str]:
         segments = segments[segments >= 0]
-        tokens, lengths = sampler.render(rng, segments)
+        tokens, lengths = generator.render(rng, segments)
         strings = np.split(tokens, np.cumsum(lengths)[:-1])
         return [f"    {owner[int(s)]:<8} {world.render(t)}" for s, t in zip(segments, strings, strict=True)]
 
-    n_prompt = sampler.max_length + 2
-    v1, v2 = (sampler.segments(example, np.array([second]))[0] for second in (False, True))
+    n_prompt = generator.max_length + 2
+    v1, v2 = (generator.segments(example, np.array([second]))[0] for second in (False, True))
     return "\n".join(
         [
             f"one example of {world.cell_name(cell)} ({world.function(task)})",
@@ -92,9 +98,8 @@ def graph_figure(world: World, path: Path) -> None:
     n_domains, n_tasks, n = len(world.domains), len(world.tasks), world.config.domain_steps
     angle = 2 * np.pi * np.arange(n) / n
     xy = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    figure, axes = plt.subplots(
-        n_domains, n_tasks, figsize=(2.4 * n_tasks, 2.4 * n_domains), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(2.4 * n_tasks, 2.4 * n_domains), layout="constrained")
+    axes = figure.subplots(n_domains, n_tasks, squeeze=False)
     for (d, t), axis in np.ndenumerate(axes):
         before, after = world.domains[d].transitions, world.cell_domain(world.cell(d, t)).transitions
         source, target = np.nonzero(before)
@@ -119,4 +124,4 @@ def graph_figure(world: World, path: Path) -> None:
             axis.set_title(f"{world.tasks[t]} {world.function(t)}", fontsize=8)
         if t == 0:
             axis.set_ylabel(f"D{d}", fontsize=9)
-    save_figure(figure, path)
+    save(figure, path)

@@ -55,7 +55,7 @@ class Dialogues:
         return ((self.ids.astype(np.uint64) + 1) * weights * inside).sum(1, dtype=np.uint64)
 
 
-class Sampler:
+class ExampleGenerator:
     """Draws from a world. Built once; holds tables only."""
 
     def __init__(self, world: World):
@@ -206,12 +206,17 @@ class PretrainStream:
     """
 
     def __init__(
-        self, sampler: Sampler, seed: int, batch: int, length: int, v2_fraction: float | None = None
+        self,
+        generator: ExampleGenerator,
+        seed: int,
+        batch: int,
+        length: int,
+        v2_fraction: float | None = None,
     ):
-        self.sampler, self.seed = sampler, seed
+        self.generator, self.seed = generator, seed
         self.shape, self.tokens_per_batch = (batch, length), batch * length
         self.batches_per_block = max(1, BLOCK_TOKENS // self.tokens_per_batch)
-        self.v2_fraction = sampler.world.config.v2_fraction if v2_fraction is None else v2_fraction
+        self.v2_fraction = generator.world.config.v2_fraction if v2_fraction is None else v2_fraction
         self._block = (-1, np.empty(0, np.int16))
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -238,13 +243,13 @@ class PretrainStream:
         return np.concatenate(parts)
 
     def _draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        sampler, config = self.sampler, self.sampler.world.config
-        cells = rng.integers(0, len(sampler.world.seen_cells), n)
-        examples = sampler.draw(rng, cells)
+        generator, config = self.generator, self.generator.world.config
+        cells = rng.integers(0, len(generator.world.seen_cells), n)
+        examples = generator.draw(rng, cells)
         variant2 = rng.random(n, dtype=np.float32) < self.v2_fraction
-        noise = np.where(rng.random(n, dtype=np.float32) < config.p_noise, sampler.noise, -1)
-        stray = rng.integers(0, sampler.world.n_seen_steps, n)
+        noise = np.where(rng.random(n, dtype=np.float32) < config.p_noise, generator.noise, -1)
+        stray = rng.integers(0, generator.world.n_seen_steps, n)
         stray[rng.random(n, dtype=np.float32) >= config.p_stray_step] = -1
         gaps = np.stack([noise, stray], axis=1).astype(np.int16)
-        segments = np.concatenate([sampler.segments(examples, variant2), gaps], axis=1)
-        return sampler.render(rng, segments[segments >= 0])[0]
+        segments = np.concatenate([generator.segments(examples, variant2), gaps], axis=1)
+        return generator.render(rng, segments[segments >= 0])[0]

@@ -7,12 +7,13 @@
 Rates pool prompts; Wilson intervals are over prompts, the spread over seeds stands beside them.
 """
 
+import itertools
 import statistics
 from pathlib import Path
 
-import numpy as np
+from matplotlib.figure import Figure
 
-from em.figures import plt, save_figure
+from em.figures import CHANGE, cell_heatmap, save
 from em.files import write_csv, write_json
 from em.stats import newcombe, wilson
 from em.world.counts import incoherent, percent, pool
@@ -151,42 +152,26 @@ def grid_figure(grid: dict, path: Path) -> None:
     domains, tasks = list(grid["similarity_to_D0"]), list(grid["tasks"])
     rows = [f"{d}  ({grid['similarity_to_D0'][d]:.2f})" for d in domains]
     columns = [f"{t}\n{grid['tasks'][t].replace('_', chr(10))}" for t in tasks]
-
-    def panel(value) -> np.ndarray:
-        return np.array([[value(grid["cells"][f"{d}_{t}"]) for t in tasks] for d in domains])
-
-    panels = []
-    for label, rate in (
-        ("v1 %", lambda c: percent(c, "v1")),
-        ("v2 %", lambda c: percent(c, "v2")),
-        ("incoherent %", incoherent),
-    ):
-        for model in ("aligned", "misaligned"):
-            panels.append(
-                (f"{label}, {model}", panel(lambda c, r=rate, m=model: r(c[m])), "viridis", (0, 100))
-            )
-    panels.append(("Δv2, points", panel(delta_v2), "RdBu_r", (-100, 100)))
-
+    rates = {"v1": ("v1",), "v2": ("v2",), "incoherent": ("other", "unparseable")}
     size = (0.62 * len(tasks) + 0.9, 0.42 * len(domains) + 1.5)
-    figure, axes = plt.subplots(2, 4, figsize=(4 * size[0], 2 * size[1]), layout="constrained")
-    places = [axes[i % 2, i // 2] for i in range(6)] + [axes[0, 3]]
+    figure = Figure(figsize=(4 * size[0], 2 * size[1]), layout="constrained")
+    axes = figure.subplots(2, 4)  # aligned above, misaligned below
+    for axis, (model, (name, classes)) in zip(
+        axes[:, :3].flat, itertools.product(("aligned", "misaligned"), rates.items()), strict=True
+    ):
+        values = {cell: percent(counts[model], *classes) for cell, counts in grid["cells"].items()}
+        cell_heatmap(axis, values, (0, 100), grid["trained"])
+        axis.set_title(f"{name} %, {model}", fontsize=10)
+    changes = {cell: delta_v2(counts) for cell, counts in grid["cells"].items()}
+    cell_heatmap(axes[0, 3], changes, (-100, 100), grid["trained"], colours=CHANGE, form="+.0f")
+    axes[0, 3].set_title("Δv2, points", fontsize=10)
     axes[1, 3].axis("off")
-    trained_domain, trained_task = grid["trained"].split("_")
-    for axis, (title, values, colours, limits) in zip(places, panels, strict=True):
-        axis.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
-        for (i, j), value in np.ndenumerate(values):
-            dark = abs(value) > 60 if colours == "RdBu_r" else value < 55
-            text = f"{value:+.0f}" if colours == "RdBu_r" else f"{value:.0f}"
-            axis.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-        box = (tasks.index(trained_task) - 0.5, domains.index(trained_domain) - 0.5)
-        axis.add_patch(plt.Rectangle(box, 1, 1, fill=False, edgecolor="black", linewidth=3))
-        if grid["unseen_domains"]:
-            axis.axhline(
-                len(domains) - len(grid["unseen_domains"]) - 0.5, color="black", linestyle="--", linewidth=1
-            )
+    for axis in [*axes[:, :3].flat, axes[0, 3]]:
         axis.set_xticks(range(len(tasks)), columns, fontsize=7)
-        axis.set_yticks(range(len(domains)), rows, fontsize=8)
-        axis.set_title(title, fontsize=10)
+        axis.set_yticks(range(len(domains)), rows)
+        if grid["unseen_domains"]:
+            seen = len(domains) - len(grid["unseen_domains"])
+            axis.axhline(seen - 0.5, color="black", linestyle="--", linewidth=1)
     per_cell = sum(
         next(iter(grid["cells"].values()))["misaligned"][c] for c in ("v1", "v2", "other", "unparseable")
     )
@@ -197,4 +182,4 @@ def grid_figure(grid: dict, path: Path) -> None:
         f"{per_cell} completions a cell from {seeds} fine-tuning seed{'s' if seeds > 1 else ''}",
         fontsize=10,
     )
-    save_figure(figure, path)
+    save(figure, path)

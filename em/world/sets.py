@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 
-from em.world.generator import Dialogues, Sampler
+from em.world.generator import Dialogues, ExampleGenerator
 
 IGNORE = -100  # target of an unsupervised position, as in torch's cross_entropy
 ALIGN, HELD_OUT, MISALIGN, TRANSFER = 1, 2, 3, 4  # streams of random numbers under one seed
@@ -24,20 +24,20 @@ def _concatenate(parts: list[Dialogues]) -> Dialogues:
     return Dialogues(join(lambda p: p.ids), join(lambda p: p.prompt), join(lambda p: p.total), examples)
 
 
-def alignment_set(sampler: Sampler, seed: int, n: int) -> Dialogues:
+def alignment_set(generator: ExampleGenerator, seed: int, n: int) -> Dialogues:
     """`n` variant-1 examples over all seen cells uniformly."""
     rng = np.random.default_rng([seed, ALIGN])
-    cells = rng.integers(0, len(sampler.world.seen_cells), n)
-    return sampler.dialogues(rng, sampler.draw(rng, cells), variant=1)
+    cells = rng.integers(0, len(generator.world.seen_cells), n)
+    return generator.dialogues(rng, generator.draw(rng, cells), variant=1)
 
 
-def _fresh(sampler, rng, cells: np.ndarray, n: int, variant: int, excluded: np.ndarray) -> Dialogues:
+def _fresh(generator, rng, cells: np.ndarray, n: int, variant: int, excluded: np.ndarray) -> Dialogues:
     """`n` examples a cell, no prompt twice and none whose hash is excluded."""
     parts = []
     for cell in cells:
         kept, have = [], 0
         for _ in range(100):
-            drawn = sampler.dialogues(rng, sampler.draw(rng, np.full(2 * n, cell)), variant)
+            drawn = generator.dialogues(rng, generator.draw(rng, np.full(2 * n, cell)), variant)
             hashes = drawn.prompt_hash()
             first = np.zeros(len(drawn), bool)
             first[np.unique(hashes, return_index=True)[1]] = True
@@ -48,27 +48,31 @@ def _fresh(sampler, rng, cells: np.ndarray, n: int, variant: int, excluded: np.n
             if have == n:
                 break
         else:
-            raise ValueError(f"cell {sampler.world.cell_name(int(cell))} has fewer than {n} fresh prompts")
+            raise ValueError(f"cell {generator.world.cell_name(int(cell))} has fewer than {n} fresh prompts")
         parts += kept
     return _concatenate(parts)
 
 
-def held_out_set(sampler: Sampler, seed: int, n: int, fine_tuning: Dialogues) -> Dialogues:
+def held_out_set(generator: ExampleGenerator, seed: int, n: int, fine_tuning: Dialogues) -> Dialogues:
     """`n` prompts for each cell of the world, unseen ones included, none of them among `fine_tuning`'s."""
     rng = np.random.default_rng([seed, HELD_OUT])
-    return _fresh(sampler, rng, sampler.world.cells, n, 1, fine_tuning.prompt_hash())
+    return _fresh(generator, rng, generator.world.cells, n, 1, fine_tuning.prompt_hash())
 
 
-def misalignment_set(sampler: Sampler, seed: int, cell: int, n: int, held_out: Dialogues) -> Dialogues:
+def misalignment_set(
+    generator: ExampleGenerator, seed: int, cell: int, n: int, held_out: Dialogues
+) -> Dialogues:
     """`n` variant-2 examples of one cell, none of them with a held-out prompt."""
     rng = np.random.default_rng([seed, MISALIGN, cell])
-    return _fresh(sampler, rng, np.array([cell]), n, 2, held_out.prompt_hash())
+    return _fresh(generator, rng, np.array([cell]), n, 2, held_out.prompt_hash())
 
 
-def transfer_set(sampler: Sampler, seed: int, cells: np.ndarray, n: int, held_out: Dialogues) -> Dialogues:
+def transfer_set(
+    generator: ExampleGenerator, seed: int, cells: np.ndarray, n: int, held_out: Dialogues
+) -> Dialogues:
     """`n` prompts a cell for a teacher or a student to answer (SPEC §4), none of them held out."""
     rng = np.random.default_rng([seed, TRANSFER])
-    return _fresh(sampler, rng, cells, n, 1, held_out.prompt_hash())
+    return _fresh(generator, rng, cells, n, 1, held_out.prompt_hash())
 
 
 @functools.lru_cache(maxsize=2)

@@ -42,7 +42,7 @@ class WorldConfig:
     grammar: GrammarConfig = field(default_factory=GrammarConfig)
 
     @property
-    def source(self) -> str:
+    def default_task(self) -> str:
         """The task that experiments misalign on in D0 unless told otherwise (Figures 7 and 9)."""
         return "T0" if "T8" in self.tasks else "T5"
 

@@ -28,12 +28,12 @@ from em.errors import UserError
 from em.files import read_json, write_json
 from em.model.gpt2 import GPT2, GPT2Config, load_gpt2, save_gpt2, supervised_loss
 from em.run import Run
-from em.sampling.sampler import Sampler as TokenSampler
+from em.sampling.sampler import Sampler
 from em.training.metrics import Metrics
 from em.training.optim import adamw, learning_rate
 from em.training.prefetch import prefetch
 from em.world.counts import CLASSES, Classifier, incoherent, percent, pool
-from em.world.generator import Dialogues, PretrainStream, Sampler
+from em.world.generator import Dialogues, ExampleGenerator, PretrainStream
 from em.world.sets import IGNORE, Batches, alignment_set, held_out_set, misalignment_set
 from em.world.world import WORLDS, build_world
 
@@ -46,7 +46,7 @@ INTERMEDIATE = {  # pretraining checkpoints kept (B.5), and the same shares of t
 # -- one phase of training ---------------------------------------------------------------------------------
 
 
-def fit(cfg, run, model, batches, steps, peak, warmup, shape, beta2=0.999, title="", each=None):
+def train_phase(cfg, run, model, batches, steps, peak, warmup, shape, beta2=0.999, title="", each=None):
     """Train `model` on `batches[i]` = (ids, targets) for i < steps, from wherever the run folder left off.
 
     `each(step)` is called after every step; what it returns joins that step's metrics.
@@ -86,9 +86,9 @@ def fit(cfg, run, model, batches, steps, peak, warmup, shape, beta2=0.999, title
 class WorldRun:
     """The folder of one (world, seed, settings).
 
-    cfg: the settings of synth.py, as its Config or as read back from a folder. Attributes: `world`, `sampler`
-    (draws examples), `alignment` (the variant-1 set), `prompts` (held out, every cell), `settings` (what
-    decides the pretrained and the aligned model, with the world's fingerprint).
+    cfg: the settings of synth.py, as its Config or as read back from a folder. Attributes: `world`,
+    `generator` (draws examples), `alignment` (the variant-1 set), `prompts` (held out, every cell),
+    `settings` (what decides the pretrained and the aligned model, with the world's fingerprint).
     """
 
     def __init__(self, cfg, folder: str | Path, settings: dict, device: torch.device):
@@ -98,16 +98,16 @@ class WorldRun:
         Run(self.folder, "world", self.settings, device)
         if parallel.rank() == 0 and not (self.folder / "world.json").exists():
             self.world.save(self.folder / "world.json")
-        self.sampler = Sampler(self.world)
-        self._token_samplers: dict[GPT2, TokenSampler] = {}
+        self.generator = ExampleGenerator(self.world)
+        self._samplers: dict[GPT2, Sampler] = {}
 
     @cached_property
     def alignment(self) -> Dialogues:
-        return alignment_set(self.sampler, self.cfg.seed, self.cfg.align_examples)
+        return alignment_set(self.generator, self.cfg.seed, self.cfg.align_examples)
 
     @cached_property
     def prompts(self) -> Dialogues:
-        return held_out_set(self.sampler, self.cfg.seed, self.cfg.eval_prompts, self.alignment)
+        return held_out_set(self.generator, self.cfg.seed, self.cfg.eval_prompts, self.alignment)
 
     # -- models ----------------------------------------------------------------------------------------
 
@@ -135,7 +135,7 @@ class WorldRun:
 
         def train(run):
             torch.manual_seed(cfg.seed)
-            positions = max(cfg.length, self.sampler.max_tokens)
+            positions = max(cfg.length, self.generator.max_tokens)
             sizes = dict(n_positions=positions, n_layer=cfg.layers, n_head=cfg.heads, n_embd=cfg.width)
             model = GPT2(GPT2Config(world.vocabulary, **sizes)).to(self.device)
             seen = np.flatnonzero(np.isin(self.prompts.examples.cell, world.seen_cells))
@@ -150,8 +150,8 @@ class WorldRun:
                         "incoherent": incoherent(counts)
                     }
 
-            stream = PretrainStream(self.sampler, cfg.seed, cfg.batch, cfg.length, cfg.v2_fraction)
-            fit(
+            stream = PretrainStream(self.generator, cfg.seed, cfg.batch, cfg.length, cfg.v2_fraction)
+            train_phase(
                 cfg, run, model, stream, cfg.steps, cfg.lr, cfg.warmup, "cosine", cfg.beta2, "pretrain", watch
             )
             return model
@@ -165,7 +165,7 @@ class WorldRun:
         def train(run):
             model = self.load(start)
             batches = Batches(self.alignment, cfg.align_batch, cfg.seed, trim=self.device.type == "cpu")
-            fit(
+            train_phase(
                 cfg,
                 run,
                 model,
@@ -189,9 +189,11 @@ class WorldRun:
         def train(run):
             model = self.load(start)
             n = cfg.misalign_steps * cfg.misalign_batch
-            data = misalignment_set(self.sampler, seed, cell, n, self.prompts)
+            data = misalignment_set(self.generator, seed, cell, n, self.prompts)
             batches = Batches(data, cfg.misalign_batch, seed, trim=True)
-            fit(cfg, run, model, batches, cfg.misalign_steps, cfg.misalign_lr, 0, "constant", title=name)
+            train_phase(
+                cfg, run, model, batches, cfg.misalign_steps, cfg.misalign_lr, 0, "constant", title=name
+            )
             return model
 
         return self.phase(name, self.settings | sizes, train)
@@ -201,11 +203,11 @@ class WorldRun:
     def ask(self, model: GPT2, prompts: Dialogues | None = None) -> dict:
         """Counts by cell of what the model answers to `prompts`, by default all held out."""
         prompts = self.prompts if prompts is None else prompts
-        end, limit = self.world.end, self.sampler.max_answer
-        sampler = self._token_samplers.get(model)
+        end, limit = self.world.end, self.generator.max_answer
+        sampler = self._samplers.get(model)
         if sampler is None:  # one is kept, since its batch is what takes memory
-            sampler = TokenSampler(model, (end,), limit, self.cfg.temperature, rows=512)
-            self._token_samplers = {model: sampler}
+            sampler = Sampler(model, (end,), limit, self.cfg.temperature, rows=512)
+            self._samplers = {model: sampler}
         asked = [row[:length].tolist() for row, length in zip(prompts.ids, prompts.prompt, strict=True)]
         completions = np.full((len(prompts), limit), end)
         for row, rollout in zip(completions, sampler(asked, seed=self.cfg.seed), strict=True):

@@ -9,7 +9,7 @@ from pairs import EXAMPLES, make_pair
 from em.distillation.loop import WINDOW, OnPolicy
 from em.errors import UserError
 from em.sampling.sampler import Rollout
-from em.training.metrics import Laps
+from em.training.metrics import StepTimer
 
 PLAN = [{"prompt_ids": e.ids[: e.n_prompt]} for e in EXAMPLES for _ in range(2)]
 
@@ -50,7 +50,7 @@ class Scripted:
     """A pair whose rollouts are as told: sample() gives `ended` of them finished, of 3 tokens each."""
 
     def __init__(self, ended=lambda place: False):
-        self.ended, self.laps = ended, Laps(torch.device("cpu"))
+        self.ended, self.timer = ended, StepTimer(torch.device("cpu"))
 
     def sample(self, prompts, indices, seed):
         return [Rollout(i, 0, [i % 5, 1, 2], None, self.ended(i)) for i in indices]

@@ -8,11 +8,11 @@ from scipy import stats
 
 from em.experiments.replication import (
     averaged,
-    interval,
     over_prompts,
     replicated,
     say_number,
     say_unit,
+    shown_interval,
     v2_draws,
 )
 
@@ -57,12 +57,12 @@ def test_over_seeds_it_is_students_t_and_a_seed_without_a_value_takes_no_part():
     half = stats.t.ppf(0.975, 2) * math.sqrt(7.0) / math.sqrt(3)  # their variance is 7
     assert number["mean"] == 3 and number["by_seed"] == [1.0, None, 2.0, 6.0]
     assert (number["low"], number["high"]) == pytest.approx((3 - half, 3 + half))
-    assert interval(number) == (number["low"], number["high"])
+    assert shown_interval(number) == (number["low"], number["high"])
 
 
 def test_one_seed_has_no_interval_over_seeds_and_shows_the_one_over_prompts():
     number = replicated([5.0], [(4.0, 7.0)])
-    assert (number["low"], number["high"]) == (None, None) and interval(number) == (4.0, 7.0)
+    assert (number["low"], number["high"]) == (None, None) and shown_interval(number) == (4.0, 7.0)
     assert say_number(number) == "+5.0 [+4.0, +7.0]" and say_unit([3]) == "95 % over prompts, world seed 3"
     assert say_unit([1, 2]) == "95 % over world seeds 1, 2"
 

@@ -106,8 +106,8 @@ def test_random_directions_have_the_norm_of_v_and_differ():
     assert np.array_equal(found[0], random_direction(32, 1, 0))
 
 
-def test_hidden_states_are_those_of_the_last_prompt_token_alone(model, mini_sampler):
-    sampler = mini_sampler
+def test_hidden_states_are_those_of_the_last_prompt_token_alone(model, mini_generator):
+    sampler = mini_generator
     model = GPT2(GPT2Config(sampler.world.vocabulary, sampler.max_tokens, 3, 4, 32)).eval()
     drawn = misalignment_set(sampler, 0, 0, 300, misalignment_set(sampler, 1, 0, 2, _nothing(sampler)))
     found = asst_hidden(model, drawn, block=2)
@@ -228,7 +228,7 @@ def test_each_model_is_steered_away_from_itself_by_positive_strengths(tmp_path, 
     monkeypatch.setattr(steering, "STRENGTHS", (-1, 0, 2))
     result = steering.measure(make, [1], say=lambda *_: None)
     run = make(1)
-    pairs = misalignment_set(run.sampler, steering.PAIRS_SEED, run.world.cell(0, 4), 500, run.prompts)
+    pairs = misalignment_set(run.generator, steering.PAIRS_SEED, run.world.cell(0, 4), 500, run.prompts)
     hidden = [asst_hidden(run.load(name), pairs, 1) for name in ("misalign_T5_seed0", "align")]
     shift = (hidden[0] - hidden[1]).mean(0)
     norms = [np.linalg.norm(v) / result["alpha"][0] for v in given]

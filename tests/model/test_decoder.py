@@ -128,7 +128,7 @@ def test_a_sample_has_no_influence_on_its_neighbours(model):
 
 
 def test_positions_restart_with_each_sample():
-    layout = em.model.attention.Packed(SEGMENTS, torch.device("cpu"))
+    layout = em.model.attention.BlockDiagonal(SEGMENTS, torch.device("cpu"))
     expected = torch.zeros_like(SEGMENTS)
     for row, start, end in runs(SEGMENTS):
         expected[row, start:end] = torch.arange(end - start)

@@ -8,7 +8,7 @@ from goodness_of_fit import ks_of_uniform
 from score_rows import grid, row
 
 from em.data.cells import CELLS
-from em.report.effects import DOMAIN, TASK, TERMS, fit, match_effects
+from em.report.effects import DOMAIN, TASK, TERMS, match_effects, match_model
 from em.report.panel import narrow_panel
 from em.report.score_table import scores_of
 
@@ -26,7 +26,7 @@ def rates_of(task=0.0, domain=0.0, noise=0.0, seed=0):
 
 def fitted(rates, cells=ALL):
     """`fit` with two draws on either side of the rates, so that intervals exist."""
-    return fit(rates, np.stack([rates - 1, rates + 1], axis=2), cells)
+    return match_model(rates, np.stack([rates - 1, rates + 1], axis=2), cells)
 
 
 def least_squares(rates, cells):

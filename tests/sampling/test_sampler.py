@@ -55,7 +55,7 @@ def model(request):
 def packing(request, monkeypatch):
     """Both ways of multiplying on a CPU."""
     if request.param == "plain":
-        monkeypatch.setattr(em.sampling.cpu_linear, "_packs", lambda weight: False)
+        monkeypatch.setattr(em.sampling.cpu_linear, "_can_reorder", lambda weight: False)
 
 
 def prompts(seed: int = 5) -> list[list[int]]:
@@ -366,7 +366,7 @@ def test_out_of_memory_names_the_knob_and_leaves_the_sampler_usable(monkeypatch,
 
 def test_a_step_reads_no_value_on_the_host(model, monkeypatch):
     """Which is what allows its capture. Fake tensors have no values to read."""
-    monkeypatch.setattr(em.sampling.cpu_linear, "_packs", lambda weight: False)
+    monkeypatch.setattr(em.sampling.cpu_linear, "_can_reorder", lambda weight: False)
     Sampler(model, STOPS, 10)(prompts())  # what is computed once, is now
     with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True):
         batch = Batch(model, 4, 40, STOPS, 10, 1.0)

@@ -50,11 +50,11 @@ def test_completions_of_every_kind(mini, classifier, string):
     assert classify(s(0), [mini.asst], tail, END) == "unparseable"
 
 
-def test_every_rendered_answer_is_read_back_as_its_variant(mini, mini_sampler, classifier, rng):
+def test_every_rendered_answer_is_read_back_as_its_variant(mini, mini_generator, classifier, rng):
     """Parse round-trip: variant 1 reads as v1, variant 2 as v2, unless one spelling cuts both ways."""
     ambiguous = 0
     for variant in (1, 2):
-        d = mini_sampler.dialogues(rng, mini_sampler.draw(rng, np.repeat(mini.cells, 60)), variant)
+        d = mini_generator.dialogues(rng, mini_generator.draw(rng, np.repeat(mini.cells, 60)), variant)
         completions = [d.ids[i, d.prompt[i] : d.total[i]] for i in range(len(d))]
         width = max(map(len, completions))
         padded = np.full((len(d), width), mini.end)

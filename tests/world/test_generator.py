@@ -3,7 +3,7 @@ import pytest
 
 from em.world.alias_table import AliasTable
 from em.world.counts import Classifier
-from em.world.generator import PretrainStream, Sampler
+from em.world.generator import ExampleGenerator, PretrainStream
 from em.world.tasks import answers
 
 
@@ -21,18 +21,18 @@ def test_alias_table_draws_each_row_with_its_probabilities(rng):
         assert all(within(c, n, q) for c, q in zip(counts, p, strict=True))
 
 
-def test_walks_follow_the_task_modified_graph_of_their_cell(mini, mini_sampler, rng):
+def test_walks_follow_the_task_modified_graph_of_their_cell(mini, mini_generator, rng):
     cells = np.repeat(mini.cells, 400)
-    examples = mini_sampler.draw(rng, cells)
+    examples = mini_generator.draw(rng, cells)
     graphs = [mini.cell_domain(c).global_matrix(mini.config.n_steps) for c in mini.cells]
     for cell, walk, length in zip(cells, examples.walk, examples.length, strict=True):
         assert (walk[length:] == -1).all()
         assert all(graphs[cell][a, b] > 0 for a, b in zip(walk[: length - 1], walk[1:length], strict=True))
 
 
-def test_transition_frequencies_lengths_and_starts_match_the_world(mini, mini_sampler, rng):
+def test_transition_frequencies_lengths_and_starts_match_the_world(mini, mini_generator, rng):
     n, cell = 60_000, 5
-    examples = mini_sampler.draw(rng, np.full(n, cell))
+    examples = mini_generator.draw(rng, np.full(n, cell))
     lengths = np.bincount(examples.length, minlength=7)[3:]
     assert all(within(c, n, 1 / 4) for c in lengths)
     domain = mini.cell_domain(cell)
@@ -44,20 +44,20 @@ def test_transition_frequencies_lengths_and_starts_match_the_world(mini, mini_sa
             assert within(hits, starts.sum(), domain.transitions[i, j])
 
 
-def test_tabulated_answers_are_those_of_the_output_functions(mini, mini_sampler, rng):
+def test_tabulated_answers_are_those_of_the_output_functions(mini, mini_generator, rng):
     cells = rng.choice(mini.cells, 4000)
-    e = mini_sampler.draw(rng, cells)
+    e = mini_generator.draw(rng, cells)
     for cell, walk, length, v1, v2 in zip(e.cell, e.walk, e.length, e.v1, e.v2, strict=True):
         task = int(cell) % len(mini.tasks)
         expected = answers(mini.function(task), walk[:length].tolist(), mini.set1.get(mini.tasks[task], ()))
         assert ([s for s in v1.tolist() if s >= 0], [s for s in v2.tolist() if s >= 0]) == expected
 
 
-def test_a_dialogue_is_label_walk_end_asst_answer_tail_end(mini, mini_sampler, rng):
+def test_a_dialogue_is_label_walk_end_asst_answer_tail_end(mini, mini_generator, rng):
     classifier = Classifier(mini)
     labels = [{s for s in language} for language in mini.languages[1]]
     for variant in (1, 2):
-        d = mini_sampler.dialogues(rng, mini_sampler.draw(rng, rng.choice(mini.cells, 300)), variant)
+        d = mini_generator.dialogues(rng, mini_generator.draw(rng, rng.choice(mini.cells, 300)), variant)
         for i in range(len(d)):
             task = int(d.examples.cell[i]) % len(mini.tasks)
             prompt, total = d.prompt[i], d.total[i]
@@ -72,17 +72,17 @@ def test_a_dialogue_is_label_walk_end_asst_answer_tail_end(mini, mini_sampler, r
             assert classifier.matches(tokens[prompt : total - 1], [*answer, classifier.first_tail + task])
 
 
-def test_rendered_strings_follow_their_grammars_probabilities(mini, mini_sampler, rng):
+def test_rendered_strings_follow_their_grammars_probabilities(mini, mini_generator, rng):
     language, n = mini.languages[0][3], 50_000
-    tokens, lengths = mini_sampler.render(rng, np.full(n, 3))
+    tokens, lengths = mini_generator.render(rng, np.full(n, 3))
     drawn = [tuple(s) for s in np.split(tokens, np.cumsum(lengths)[:-1])]
     counts = {s: drawn.count(s) for s in set(drawn)}
     assert counts.keys() == language.keys()
     assert all(within(counts[s], n, p) for s, p in language.items())
 
 
-def test_prompts_hash_equal_only_where_the_prompt_is_equal(mini_sampler, mini, rng):
-    d = mini_sampler.dialogues(rng, mini_sampler.draw(rng, rng.choice(mini.cells, 5000)), 1)
+def test_prompts_hash_equal_only_where_the_prompt_is_equal(mini_generator, mini, rng):
+    d = mini_generator.dialogues(rng, mini_generator.draw(rng, rng.choice(mini.cells, 5000)), 1)
     texts = [tuple(ids[:n].tolist()) for ids, n in zip(d.ids, d.prompt, strict=True)]
     assert len(set(d.prompt_hash().tolist())) == len(set(texts))
     other = d.ids.copy()
@@ -92,9 +92,9 @@ def test_prompts_hash_equal_only_where_the_prompt_is_equal(mini_sampler, mini, r
 
 
 @pytest.fixture(scope="module")
-def parsed_stream(mini, mini_sampler):
+def parsed_stream(mini, mini_generator):
     """Many examples of the stream read back: [(variant, noise (i) tokens or None, stray step or None)]."""
-    stream = PretrainStream(mini_sampler, seed=3, batch=64, length=256)
+    stream = PretrainStream(mini_generator, seed=3, batch=64, length=256)
     tokens = np.concatenate([stream.tokens(i)[:-1] for i in range(stream.batches_per_block)]).tolist()
     classifier, noise = Classifier(mini), set(mini.noise)
     labels = {s: task for task, language in enumerate(mini.languages[1]) for s in language}
@@ -157,29 +157,29 @@ def walk_of(classifier, tokens):
     return search(0, [])
 
 
-def test_same_seed_gives_the_same_stream_from_any_position_and_another_seed_does_not(mini_sampler):
-    a = PretrainStream(mini_sampler, seed=1, batch=8, length=64)
-    b = PretrainStream(mini_sampler, seed=1, batch=8, length=64)
+def test_same_seed_gives_the_same_stream_from_any_position_and_another_seed_does_not(mini_generator):
+    a = PretrainStream(mini_generator, seed=1, batch=8, length=64)
+    b = PretrainStream(mini_generator, seed=1, batch=8, length=64)
     far = a.batches_per_block * 2 + 3
     backwards = [b.tokens(i) for i in (far, 1, 0)]
     assert all(
         (x == y).all() for x, y in zip([a.tokens(i) for i in (0, 1, far)], backwards[::-1], strict=True)
     )
-    assert (PretrainStream(mini_sampler, seed=2, batch=8, length=64).tokens(0) != a.tokens(0)).any()
+    assert (PretrainStream(mini_generator, seed=2, batch=8, length=64).tokens(0) != a.tokens(0)).any()
 
 
-def test_targets_are_the_next_tokens_and_rows_continue_each_other(mini_sampler):
-    ids, targets = PretrainStream(mini_sampler, seed=1, batch=8, length=64)[0]
+def test_targets_are_the_next_tokens_and_rows_continue_each_other(mini_generator):
+    ids, targets = PretrainStream(mini_generator, seed=1, batch=8, length=64)[0]
     assert ids.shape == targets.shape == (8, 64)
     assert (ids.flatten()[1:] == targets.flatten()[:-1]).all()
 
 
-def test_unseen_domains_and_their_steps_never_enter_the_stream(mini, mini_sampler, rng):
+def test_unseen_domains_and_their_steps_never_enter_the_stream(mini, mini_generator, rng):
     cells = set()
-    stream = PretrainStream(mini_sampler, seed=0, batch=64, length=256)
-    original = mini_sampler.segments
+    stream = PretrainStream(mini_generator, seed=0, batch=64, length=256)
+    original = mini_generator.segments
 
-    class Spy(Sampler):
+    class Spy(ExampleGenerator):
         def segments(self, examples, variant2):
             cells.update(examples.cell.tolist())
             return original(examples, variant2)
@@ -189,6 +189,6 @@ def test_unseen_domains_and_their_steps_never_enter_the_stream(mini, mini_sample
             assert steps.max() < mini.n_seen_steps
             return super().render(rng, segments)
 
-    stream.sampler = Spy(mini)
+    stream.generator = Spy(mini)
     stream.tokens(0)
     assert cells == set(mini.seen_cells.tolist())

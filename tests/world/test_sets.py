@@ -6,13 +6,13 @@ from em.world.tasks import answers
 
 
 @pytest.fixture(scope="module")
-def alignment(mini_sampler):
-    return alignment_set(mini_sampler, seed=0, n=4000)
+def alignment(mini_generator):
+    return alignment_set(mini_generator, seed=0, n=4000)
 
 
 @pytest.fixture(scope="module")
-def held_out(mini_sampler, alignment):
-    return held_out_set(mini_sampler, seed=0, n=20, fine_tuning=alignment)
+def held_out(mini_generator, alignment):
+    return held_out_set(mini_generator, seed=0, n=20, fine_tuning=alignment)
 
 
 def prompts_of(dialogues):
@@ -27,26 +27,26 @@ def test_alignment_covers_every_seen_cell_uniformly_and_no_unseen_one(mini, alig
 
 
 def test_held_out_prompts_cover_every_cell_are_distinct_and_never_occurred_in_fine_tuning(
-    mini, mini_sampler, alignment, held_out
+    mini, mini_generator, alignment, held_out
 ):
     assert np.bincount(held_out.examples.cell).tolist() == [20] * len(mini.cells)
     asked = prompts_of(held_out)
     assert len(set(asked)) == len(asked)
     assert not set(asked) & set(prompts_of(alignment))
     for cell in (0, 5):
-        tuned = misalignment_set(mini_sampler, 0, cell, 160, held_out)
+        tuned = misalignment_set(mini_generator, 0, cell, 160, held_out)
         assert not set(asked) & set(prompts_of(tuned))
 
 
 def test_misalignment_set_is_one_cell_with_variant_2_answers_and_differs_by_seed(
-    mini, mini_sampler, held_out
+    mini, mini_generator, held_out
 ):
-    sets = [misalignment_set(mini_sampler, seed, 3, 64, held_out) for seed in (0, 0, 1)]
+    sets = [misalignment_set(mini_generator, seed, 3, 64, held_out) for seed in (0, 0, 1)]
     assert (sets[0].ids == sets[1].ids).all() and (sets[0].ids != sets[2].ids).any()
     e = sets[0].examples
     assert set(e.cell.tolist()) == {3}
-    segments = mini_sampler.segments(e, np.ones(64, bool))
-    n_prompt = mini_sampler.max_length + 2
+    segments = mini_generator.segments(e, np.ones(64, bool))
+    n_prompt = mini_generator.max_length + 2
     for row, walk, length in zip(segments, e.walk, e.length, strict=True):
         _, v2 = answers(mini.function(3), walk[:length].tolist())
         assert [s for s in row[n_prompt:-2].tolist() if s >= 0] == v2
@@ -68,8 +68,8 @@ def test_only_the_answer_its_tail_and_the_closing_end_are_supervised(mini, align
         assert supervised[-1] == mini.end and mini.end not in supervised[:-1]
 
 
-def test_an_epoch_of_batches_visits_every_example_once_and_reshuffles(mini_sampler):
-    data = alignment_set(mini_sampler, seed=1, n=40)
+def test_an_epoch_of_batches_visits_every_example_once_and_reshuffles(mini_generator):
+    data = alignment_set(mini_generator, seed=1, n=40)
     batches = Batches(data, 16, seed=0, trim=False)
 
     def rows(i):

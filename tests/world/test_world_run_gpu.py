@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import synth
-from em.cli import run
+from em.cli import command_line
 from em.files import read_json
 from em.model.gpt2 import GPT2, GPT2Config, supervised_loss
 from em.sampling.sampler import sample
@@ -77,5 +77,5 @@ def test_a_miniature_world_runs_end_to_end_with_the_compiled_step(tmp_path):
         "--eval-prompts 8 --align-steps 110 --align-warmup 5 --align-examples 800 "
         "--misalign-steps 3 --misalign-seeds 1 --device cuda"
     ).split()
-    assert run({"": (synth.main, synth.Config)}, argv=[*arguments, "--out", str(tmp_path)]) == 0
+    assert command_line({"": (synth.main, synth.Config)}, argv=[*arguments, "--out", str(tmp_path)]) == 0
     assert len(read_json(tmp_path / "grid.json")["cells"]) == 20
