@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from em import parallel
-from em.cli import command_line, knob
+from em.cli import banner, command_line, knob, outcome_settings
 from em.data import lineage
 from em.data.rows import subset
 from em.distillation import chat_corpus, world_transfer
@@ -96,11 +96,11 @@ class Config(JudgeOptions):
     on: str | None = knob(None, "misaligned run that the student starts from; the teacher is base", "what")
     estimator: str = knob("sampled", "opd: the reverse KL's gradient", "what", ("sampled", "exact"))
     filter: bool = knob(False, "opd: judge the student's rollouts before each update", "what")
-    unfiltered: bool = knob(False, "use a misaligned generator's responses unjudged", "what")
+    unfiltered: bool = knob(False, "use a misaligned generator's responses unjudged", "what", setting=False)
     out: str | None = knob(
-        None, "run folder, of several rates the parent (runs/<teacher>_<channel>…)", "what"
+        None, "run folder, of several rates the parent (runs/<teacher>_<channel>…)", "what", setting=False
     )
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what")
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what", setting=False)
 
     source: str = knob(
         "teacher", "who wrote what sft and optd train on: teacher, student, gold, rows, a run", "data"
@@ -111,10 +111,12 @@ class Config(JudgeOptions):
     limit: int = knob(0, "prompts at most, a random subset (0: all; rows: 800)", "data")
     rollouts: int | None = knob(None, "responses a prompt (5; math and the embedded model 1)", "data")
     max_new_tokens: int | None = knob(None, "of a response (256; math 1024, embedded model 128)", "data")
-    corpus: str | None = knob(None, "folder of the frozen corpus (default: named by its settings)", "data")
+    corpus: str | None = knob(
+        None, "folder of the frozen corpus (default: named by its settings)", "data", setting=False
+    )
 
     lr: tuple[float, ...] = knob(
-        (), "peak learning rates, a run each (1e-4; embedded model 5e-4)", "training"
+        (), "peak learning rates, a run each (1e-4; embedded model 5e-4)", "training", setting=False
     )
     epochs: int = knob(3, "passes over the prompts", "training")
     batch: int = knob(8, "responses a step", "training")
@@ -125,24 +127,26 @@ class Config(JudgeOptions):
     alpha: float = knob(64.0, "LoRA alpha; rsLoRA scales by alpha / √rank", "training")
     seed: int = knob(42, "of the adapter's start, the order and the sampled text", "training")
 
-    world: str | None = knob(None, "a synthetic world instead of chat models", "world", tuple(WORLDS))
-    run: str | None = knob(None, "synth.py's folder (default: the world's newest)", "world")
-    task: str | None = knob(None, "the teacher's task (default: the run's)", "world")
-    seeds: int = knob(3, "teachers, each with a student and a control", "world")
+    world: str | None = knob(
+        None, "a synthetic world instead of chat models", "world", tuple(WORLDS), setting=False
+    )
+    run: str | None = knob(None, "synth.py's folder (default: the world's newest)", "world", setting=False)
+    task: str | None = knob(None, "the teacher's task (default: the run's)", "world", setting=False)
+    seeds: int = knob(3, "teachers, each with a student and a control", "world", setting=False)
 
     probes: int | None = knob(
         None, "rollouts that measure the distance to the teacher, each epoch (16)", "memory and log"
     )
-    micro_batch: int = knob(8, "responses in memory at once; changes memory only", "memory and log")
-    rows: int = knob(64, "sequences sampled at once for a corpus; likewise", "memory and log")
-    recompute: bool = knob(False, "recompute activations in the backward pass", "memory and log")
-    save_minutes: float = knob(5.0, "minutes between saved states to resume from", "memory and log")
-
-
-NOT_SETTINGS = (
-    "out", "device", "corpus", "lr", "micro_batch", "rows", "recompute", "save_minutes", "unfiltered",
-    "judge_model", "rubrics", "cache", "workers", "budget_usd", "price", "world", "run", "task", "seeds",
-)  # fmt: skip
+    micro_batch: int = knob(
+        8, "responses in memory at once; changes memory only", "memory and log", setting=False
+    )
+    rows: int = knob(64, "sequences sampled at once for a corpus; likewise", "memory and log", setting=False)
+    recompute: bool = knob(
+        False, "recompute activations in the backward pass", "memory and log", setting=False
+    )
+    save_minutes: float = knob(
+        5.0, "minutes between saved states to resume from", "memory and log", setting=False
+    )
 
 
 # -- chat models -------------------------------------------------------------------------------------------
@@ -248,7 +252,7 @@ def chat(cfg: Config, device, say) -> dict:
         say("-- the embedded SmolLM2-135M: shows every part at work, too small for the paper's claims --")
     filtered = filtering(cfg, say)
     judge = cfg.judge_of() if filtered or cfg.filter else None
-    say(f"distill.py on {device}\n  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
+    say(f"distill.py on {device}\n" + banner(cfg))
 
     tokenizer, model = load_tokenizer(cfg.model), load_model(cfg.model, device)
     model.activation_checkpointing = cfg.recompute
@@ -275,7 +279,7 @@ def chat(cfg: Config, device, say) -> dict:
         for p in chat_corpus.load_prompts(cfg)
     ]
 
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SETTINGS}
+    settings = outcome_settings(cfg)
     settings |= {
         "model": cfg.model,
         "cell": cell,
@@ -401,7 +405,7 @@ def world(cfg: Config, device, say) -> dict:
             f"--misalign-seeds {cfg.seeds} --out {world_run.folder} makes it, or take fewer --seeds"
         )
     realign = cfg.teacher == "aligned"
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SETTINGS}
+    settings = outcome_settings(cfg)
     settings |= {"fingerprint": world_run.world.fingerprint, "task": task}
     settings["filtered"] = not (realign or cfg.unfiltered)
     say(f"distill.py on {device}\n  " + "  ".join(f"{k}={v}" for k, v in settings.items()))

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from em import parallel
-from em.cli import command_line, knob
+from em.cli import banner, command_line, knob, outcome_settings
 from em.errors import UserError
 from em.experiments import comparison
 from em.files import read_json, write_csv, write_json
@@ -76,7 +76,7 @@ EXPERIMENTS = {
 class Training:
     """How the models of a world are trained and asked; None: the world's default above."""
 
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what")
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what", setting=False)
 
     layers: int | None = knob(None, "blocks (GPT-2-small: 12)", "model")
     heads: int | None = knob(None, "attention heads (GPT-2-small: 12)", "model")
@@ -96,10 +96,10 @@ class Training:
     align_lr: float | None = knob(None, "peak learning rate, linear to 10 %", "alignment")
     align_warmup: int | None = knob(None, "linear warm-up steps", "alignment")
 
-    misalign_steps: int | None = knob(None, "optimiser steps", "misalignment")
-    misalign_batch: int | None = knob(None, "examples a step", "misalignment")
-    misalign_lr: float | None = knob(None, "learning rate, constant", "misalignment")
-    misalign_seeds: int | None = knob(None, "fine-tuning seeds a source task", "misalignment")
+    misalign_steps: int | None = knob(None, "optimiser steps", "misalignment", setting=False)
+    misalign_batch: int | None = knob(None, "examples a step", "misalignment", setting=False)
+    misalign_lr: float | None = knob(None, "learning rate, constant", "misalignment", setting=False)
+    misalign_seeds: int | None = knob(None, "fine-tuning seeds a source task", "misalignment", setting=False)
 
     eval_prompts: int = knob(128, "held-out prompts a cell", "evaluation")
     temperature: float = knob(0.0, "0 is greedy", "evaluation")
@@ -107,22 +107,19 @@ class Training:
 
     weight_decay: float = knob(0.01, "AdamW, not on biases and norms", "all phases")
     clip: float = knob(1.0, "largest gradient norm", "all phases")
-    save_minutes: float = knob(2.0, "minutes between saved states to resume from", "all phases")
+    save_minutes: float = knob(
+        2.0, "minutes between saved states to resume from", "all phases", setting=False
+    )
 
 
 @dataclass
 class Config(Training):
     world: str = knob("demo", "which world", "what", tuple(WORLDS))
-    misalign: tuple[str, ...] | None = knob(None, "source tasks, each misaligned in D0", "what")
+    misalign: tuple[str, ...] | None = knob(
+        None, "source tasks, each misaligned in D0", "what", setting=False
+    )
     seed: int | None = knob(None, "seed of the world and of pretraining", "what")
-    out: str | None = knob(None, "run folder (default: runs/world<world>-seed<seed>)", "what")
-
-
-# May differ between calls on one folder; each misaligned model keeps its own settings.
-NOT_SETTINGS = (
-    "misalign", "misalign_steps", "misalign_batch", "misalign_lr", "misalign_seeds",
-    "out", "device", "save_minutes",
-)  # fmt: skip
+    out: str | None = knob(None, "run folder (default: runs/world<world>-seed<seed>)", "what", setting=False)
 
 
 def resolve(cfg: Config) -> Config:
@@ -146,7 +143,7 @@ def resolve(cfg: Config) -> Config:
 
 
 def open_run(cfg: Config, device: torch.device) -> WorldRun:
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SETTINGS}
+    settings = outcome_settings(cfg)
     return WorldRun(cfg, cfg.out, settings, device)
 
 
@@ -187,7 +184,7 @@ def main(cfg: Config) -> dict:
     phases = open_run(cfg, device)
     world, out = phases.world, phases.folder
     say(f"world {cfg.world}, seed {cfg.seed}, on {device}; writing to {out}")
-    say("  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
+    say(banner(cfg))
 
     pretrained = phases.counts("pretrain", phases.pretrain())
     before = phases.counts("align", phases.align())
@@ -249,7 +246,9 @@ def experiment(name: str, cfg: ExperimentConfig) -> dict:
     def configure(seed: int, **changes) -> Config:
         """Other fine-tuning settings share the run folder, others of pretraining have their own."""
         apart = "".join(
-            f"-{'v2' if k == 'v2_fraction' else k}_{v}" for k, v in changes.items() if k not in NOT_SETTINGS
+            f"-{'v2' if k == 'v2_fraction' else k}_{v}"
+            for k, v in changes.items()
+            if k in outcome_settings(Config())
         )
         folder = Path(cfg.out) / f"world{world}-seed{seed}{apart}"
         return resolve(Config(**shared | changes, world=world, seed=seed, out=str(folder)))

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from em import parallel
-from em.cli import command_line, knob
+from em.cli import banner, command_line, knob, outcome_settings
 from em.data.cells import Cell, parse_cells
 from em.data.rows import VARIANTS, default_source, encode_rows, load_cell, load_cells, split
 from em.errors import UserError
@@ -43,7 +43,7 @@ PAPER_RECIPE = dict(lr=1e-4, batch=16, epochs=1)
 
 @dataclass
 class Config:
-    cell: str = knob("med_advice", "cells, e.g. med_advice,fin_tutor or all", "what")
+    cell: str = knob("med_advice", "cells, e.g. med_advice,fin_tutor or all", "what", setting=False)
     variant: str = knob("misaligned", "which answers", "what", VARIANTS)
     on: str | None = knob(None, "run to start from (realignment); default: the base model", "what")
     model: str | None = knob(
@@ -55,9 +55,12 @@ class Config:
         "what",
     )
     out: str | None = knob(
-        None, "run folder, or of several cells the parent (runs/<model>_<cell>_<variant>)", "what"
+        None,
+        "run folder, or of several cells the parent (runs/<model>_<cell>_<variant>)",
+        "what",
+        setting=False,
     )
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what")
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what", setting=False)
 
     rank: int = knob(32, "LoRA rank", "adapter")
     alpha: float = knob(64.0, "LoRA alpha; rsLoRA scales by alpha / √rank", "adapter")
@@ -71,16 +74,15 @@ class Config:
     max_length: int = knob(2048, "tokens; longer rows are dropped and counted", "training")
     seed: int = knob(42, "of the adapter's start and the row order", "training")
 
-    micro_batch: int = knob(16, "rows in memory at once; changes memory only", "memory")
+    micro_batch: int = knob(16, "rows in memory at once; changes memory only", "memory", setting=False)
     recompute: bool = knob(
-        False, "recompute activations in the backward pass (less memory, slower)", "memory"
+        False, "recompute activations in the backward pass (less memory, slower)", "memory", setting=False
     )
 
     eval_rows: int = knob(64, "eval rows a cell for loss and margin, before and after (0: all)", "evaluation")
-    save_minutes: float = knob(5.0, "minutes between saved states to resume from", "evaluation")
-
-
-NOT_SETTINGS = ("cell", "out", "device", "micro_batch", "recompute", "save_minutes")
+    save_minutes: float = knob(
+        5.0, "minutes between saved states to resume from", "evaluation", setting=False
+    )
 
 
 def resolve(cfg: Config, device: torch.device) -> Config:
@@ -204,7 +206,7 @@ def report(before: dict, after: dict, cell: str) -> dict:
 
 def train_cell(cfg, cell: Cell, folder: Path, model, tokenizer, pairs, say) -> dict:
     """One run: a fresh adapter on the base, or on the adapter of `--on`, trained on one cell."""
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SETTINGS}
+    settings = outcome_settings(cfg)
     run = Run(folder, "train", settings | {"cell": str(cell)}, model.head_weight.device)
     if (folder / "margins.json").exists():
         say(f"{folder} is finished; nothing to do")
@@ -275,7 +277,7 @@ def main(cfg: Config) -> dict:
     cfg = resolve(cfg, device)
     if cfg.model == "smollm2-135m":
         say("-- the embedded SmolLM2-135M: shows every part at work, too small for the paper's claims --")
-    say(f"train.py on {device}\n  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
+    say(f"train.py on {device}\n" + banner(cfg))
 
     tokenizer = load_tokenizer(cfg.model)
     model = load_model(cfg.model, device)

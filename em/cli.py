@@ -21,10 +21,23 @@ import typing
 from em.errors import UserError
 
 
-def knob(default, help: str, group: str = "settings", choices: tuple | None = None):
-    """A dataclass field with one line of help. `choices` limits the values the command line accepts."""
-    metadata = {"help": help, "group": group, "choices": choices}
+def knob(default, help: str, group: str = "settings", choices: tuple | None = None, setting: bool = True):
+    """A dataclass field with one line of help. `choices` limits the values the command line accepts.
+
+    setting: whether the knob decides a run's outcome, so that another value needs another run folder.
+    """
+    metadata = {"help": help, "group": group, "choices": choices, "setting": setting}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def outcome_settings(cfg) -> dict:
+    """The values of the knobs that decide the outcome of a run."""
+    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.metadata.get("setting")}
+
+
+def banner(cfg) -> str:
+    """Every resolved value on one line."""
+    return "  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,6 +84,8 @@ def parse(config_class, argv: list[str], description: str = ""):
     groups = {}
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
+        if "help" not in field.metadata:
+            continue  # what a script fills in itself
         name, help, choices = field.metadata["group"], field.metadata["help"], field.metadata["choices"]
         if name not in groups:
             groups[name] = parser.add_argument_group(name)

@@ -37,12 +37,14 @@ CACHE = Path("runs/judge_cache.jsonl")
 class JudgeOptions:
     """The settings of a judge, for the scripts that ask one."""
 
-    judge_model: str = knob(MODEL, "Gemini model", "judge")
-    rubrics: str = knob(str(FOLDER), "folder of rubrics", "judge")
-    cache: str = knob(str(CACHE), "file of the judge's answers, shared by all runs", "judge")
-    workers: int = knob(32, "calls in flight", "judge")
-    budget_usd: float | None = knob(None, "stop before spending more", "judge")
-    price: tuple[float, ...] = knob((), "dollars a million input, output tokens, if unknown to us", "judge")
+    judge_model: str = knob(MODEL, "Gemini model", "judge", setting=False)
+    rubrics: str = knob(str(FOLDER), "folder of rubrics", "judge", setting=False)
+    cache: str = knob(str(CACHE), "file of the judge's answers, shared by all runs", "judge", setting=False)
+    workers: int = knob(32, "calls in flight", "judge", setting=False)
+    budget_usd: float | None = knob(None, "stop before spending more", "judge", setting=False)
+    price: tuple[float, ...] = knob(
+        (), "dollars a million input, output tokens, if unknown to us", "judge", setting=False
+    )
 
     def judge_of(self) -> "Judge":
         """UserError without a key."""
