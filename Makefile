@@ -112,4 +112,4 @@ bench: setup
 	$(BIN)/python bench/report.py
 
 loc:
-	@wc -l $$(git ls-files '*.py')
+	@$(PYTHON) bench/loc.py
