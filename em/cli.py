@@ -14,20 +14,57 @@ tuple. An unknown key, a value of the wrong type or a failing `main` is one line
 import argparse
 import dataclasses
 import itertools
+import math
+import operator
+import os
 import sys
+import time
 import types
 import typing
 
 from em.errors import UserError
 
 
-def knob(default, help: str, group: str = "settings", choices: tuple | None = None, setting: bool = True):
-    """A dataclass field with one line of help. `choices` limits the values the command line accepts.
+def knob(
+    default, help: str, group: str = "settings", choices: tuple | None = None, setting: bool = True, *,
+    above: float | None = None, at_least: float | None = None, below: float | None = None,
+    at_most: float | None = None,
+):  # fmt: skip
+    """A dataclass field with one line of help.
 
+    choices, or for numbers the bounds: what the command line accepts. Every number is finite, and whole ones
+    fit in 31 bits.
     setting: whether the knob decides a run's outcome, so that another value needs another run folder.
     """
     metadata = {"help": help, "group": group, "choices": choices, "setting": setting}
+    bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+    metadata["bounds"] = {name: bound for name, bound in bounds.items() if bound is not None}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+_KEEPS = {"above": operator.gt, "at least": operator.ge, "below": operator.lt, "at most": operator.le}
+
+
+def _refuse(name: str, value, bounds: dict[str, float]) -> None:
+    """UserError where a value from the command line cannot be one of this knob's."""
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(value, tuple):
+        if not value:
+            raise UserError(f"{option} needs a value")
+        for element in value:
+            _refuse(name, element, bounds)
+    elif isinstance(value, str):
+        if not value.strip():
+            raise UserError(f"{option} needs a value")
+        if "\0" in value or any(0xD800 <= ord(c) < 0xE000 for c in value):
+            raise UserError(f"{option} {ascii(value)} is no text")
+    elif not isinstance(value, bool):
+        bounds = {"at most": 2**31 - 1} | bounds if isinstance(value, int) else bounds
+        wanted = [f"{relation} {bound:g}" for relation, bound in bounds.items()]
+        if not math.isfinite(value):
+            raise UserError(f"{option} {value} is no number to work with; it must be finite")
+        if not all(_KEEPS[relation](value, bound) for relation, bound in bounds.items()):
+            raise UserError(f"{option} must be {' and '.join(wanted)}, not {value}")
 
 
 def outcome_settings(cfg) -> dict:
@@ -106,11 +143,13 @@ def parse(config_class, argv: list[str], description: str = ""):
             help=(help + ("" if shown in (None, "") else f" (default: {shown})")).replace("%", "%%"),
             **options,
         )
-    said = vars(parser.parse_args(argv))
-    for name, value in said.items():
+    given = vars(parser.parse_args(argv))
+    bounds = {field.name: field.metadata.get("bounds", {}) for field in dataclasses.fields(config_class)}
+    for name, value in given.items():
         if _is_tuple(hints[name]):  # one tuple a word
-            said[name] = tuple(itertools.chain.from_iterable(value))
-    return config_class(**said)
+            given[name] = tuple(itertools.chain.from_iterable(value))
+        _refuse(name, given[name], bounds[name])
+    return config_class(**given)
 
 
 def command_line(commands: dict[str, tuple], description: str = "", argv: list[str] | None = None) -> int:
@@ -129,9 +168,20 @@ def command_line(commands: dict[str, tuple], description: str = "", argv: list[s
         function, config_class = commands[argv[0] if named else ""]
         function(parse(config_class, argv[1:] if named else argv, description))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _end(str(error))
+    except OSError as error:  # the machine's: a full disk, a name too long, no permission
+        place = f"{error.filename}: " if error.filename else ""
+        return _end(f"{place}{error.strerror or error}")
     except KeyboardInterrupt:
         print("stopped; the same command continues from the last saved state", file=sys.stderr)
         return 130
     return 0
+
+
+def _end(message: str) -> int:
+    """Say in one line why the program ends; under torchrun rank 0 says it for all."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)  # torchrun ends this process at once where rank 0 has failed too
+        message = f"rank {os.environ['RANK']}: {message}"
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
