@@ -265,7 +265,7 @@ def chat(cfg: Config, device, say) -> dict:
             lora.load_adapter(model, name, folder)
     teacher = ("teacher",) if "teacher" in folders else ()
     start = ("start",) if "start" in folders else ()
-    cell = lineage.label(cfg.on or cfg.teacher)["train"].split(">")[0]
+    cell = lineage.parse_train(lineage.label(cfg.on or cfg.teacher)["train"]).first
 
     corpus = None
     if cfg.channel != "opd" or filtered:
