@@ -22,7 +22,7 @@ from tqdm import tqdm
 from em import parallel
 from em.cli import command_line, knob
 from em.data import lineage
-from em.data.rows import VARIANTS, default_source, load_broad, load_cells, split
+from em.data.rows import VARIANTS, default_data, load_broad, load_cells, split
 from em.errors import UserError
 from em.files import write_text
 from em.judge.em_rule import is_em, is_scored
@@ -145,7 +145,7 @@ def evaluate(cfg: Config, folder: str | None, model, tokenizer, device) -> str:
     """Everything for one run (None: the base model); returns what was found, in a line or two."""
     settings = lineage.settings_of(folder) if folder else {}
     label = lineage.label(folder) if folder else {"model": cfg.model, "train": "base"}
-    source = cfg.data or settings.get("data") or default_source(cfg.model)
+    source = cfg.data or settings.get("data") or default_data(cfg.model)
     out = Path(
         cfg.out or (Path(folder) / "eval" if folder else f"runs/{Path(cfg.model).name.lower()}_base/eval")
     )

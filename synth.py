@@ -33,7 +33,7 @@ from em.world import describe
 from em.world.describe import graph_figure
 from em.world.grid import build_grid, gates, grid_figure, save_grid, summary
 from em.world.world import WORLDS, build_world
-from em.world.world_run import WorldRun
+from em.world.world_run import WorldRun, misaligned_name
 
 # What a world's runs use unless told otherwise. Worlds 1 and 2: B.4, B.5; demo: ours, see LOG.md.
 DEFAULTS = {
@@ -192,7 +192,7 @@ def main(cfg: Config) -> dict:
     grids, unseen = {}, tuple(f"{d}_" for d in world.domain_names[world.n_seen_domains :])
     for name in cfg.misalign:
         after = [
-            phases.counts(f"misalign_{name}_seed{seed}", phases.misalign(name, seed))
+            phases.counts(misaligned_name(name, seed), phases.misalign(name, seed))
             for seed in range(cfg.misalign_seeds)
         ]
         grids[name] = build_grid(world, world.cell(0, world.task_index(name)), before, after)

@@ -31,7 +31,7 @@ from em.experiments.replication import (
 from em.figures import save
 from em.stats import wilson
 from em.world.counts import incoherent, percent, pool
-from em.world.world_run import WorldRun
+from em.world.world_run import WorldRun, misaligned_name
 
 FRACTIONS = (0.325, 0.55, 0.775, 1.0)
 TASKS = ("T0", "T7")
@@ -88,7 +88,7 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
             aligned = run.counts("align")
             for task in TASKS:
                 misaligned = [
-                    run.counts(f"misalign_{task}_seed{k}", run.misalign(task, k))
+                    run.counts(misaligned_name(task, k), run.misalign(task, k))
                     for k in range(run.cfg.misalign_seeds)
                 ]
                 row, draws[seed, fraction, task] = point(run, fraction, task, aligned, averaged(misaligned))

@@ -26,7 +26,7 @@ from em.experiments.replication import averaged
 from em.figures import save
 from em.stats import linear_fit, newcombe, pearson, t_interval, wilson
 from em.world.counts import percent, pool
-from em.world.world_run import WorldRun
+from em.world.world_run import WorldRun, misaligned_name
 
 PANELS = {
     "cross_delta_v2": "cross-domain Δv2, points",
@@ -104,7 +104,7 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
         aligned = run.counts("align")
         for task in run.world.tasks:
             misaligned = [
-                run.counts(f"misalign_{task}_seed{k}", run.misalign(task, k))
+                run.counts(misaligned_name(task, k), run.misalign(task, k))
                 for k in range(run.cfg.misalign_seeds)
             ]
             rows.append(point(run, task, aligned, averaged(misaligned)))

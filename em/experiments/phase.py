@@ -30,7 +30,7 @@ from em.experiments.replication import (
 )
 from em.figures import save
 from em.world.counts import incoherent, percent
-from em.world.world_run import INTERMEDIATE, WorldRun
+from em.world.world_run import INTERMEDIATE, WorldRun, misaligned_name
 
 LEVELS = {
     "pretrained_incoherent": "incoherent, pretrained",
@@ -59,7 +59,7 @@ def checkpoints(run: WorldRun) -> list[int]:
 def names(run: WorldRun, step: int, task: str, seed: int) -> tuple[str, str, str]:
     """Phases of one checkpoint: (pretrained, aligned, misaligned)."""
     if step == run.cfg.steps:
-        return "pretrain", "align", f"misalign_{task}_seed{seed}"
+        return "pretrain", "align", misaligned_name(task, seed)
     return f"pretrain_step{step}", f"align_step{step}", f"misalign_{task}_step{step}_seed{seed}"
 
 

@@ -33,7 +33,7 @@ from em.figures import CHANGE, cell_heatmap, save
 from em.stats import newcombe
 from em.world.counts import incoherent, percent
 from em.world.world import World
-from em.world.world_run import WorldRun
+from em.world.world_run import WorldRun, misaligned_name
 
 SOURCE, TASKS = "T8", ("T8", "T9", "T10", "T11")
 CELLS = ("all cells", "without the trained cell")
@@ -136,7 +136,7 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
         aligned = run.counts("align")
         misaligned = averaged(
             [
-                run.counts(f"misalign_{SOURCE}_seed{k}", run.misalign(SOURCE, k))
+                run.counts(misaligned_name(SOURCE, k), run.misalign(SOURCE, k))
                 for k in range(run.cfg.misalign_seeds)
             ]
         )

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from em.data.cells import TASKS, short
-from em.data.lineage import BASE
+from em.data.lineage import BASE, parse_train
 from em.figures import save
 from em.judge.em_rule import STATUSES
 from em.report.matrix import TITLES, accounts, array, behind, frames, matrix_figure, rates_heatmap
@@ -237,8 +237,8 @@ def status_figure(entries: list[dict], title: str, path: Path) -> None:
     parts = ["EM", "coherent, not EM", "incoherent", *STATUSES[1:]]
     groups = {}
     for entry in entries:
-        start, realigned, _ = entry["train"].partition(">")
-        groups.setdefault((entry["set"], start, bool(realigned)), []).append(entry)
+        train = parse_train(entry["train"])
+        groups.setdefault((entry["set"], train.first, train.realigned), []).append(entry)
     figure = Figure(figsize=(7.6, 0.21 * len(groups)))
     axis = figure.subplots()
     labels, shares = [], []

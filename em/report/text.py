@@ -1,6 +1,6 @@
 """The report in words: a few sentences with numbers and intervals, and the rows behind every rate."""
 
-from em.data.lineage import BASE
+from em.data.lineage import BASE, parse_train
 from em.judge.em_rule import STATUSES
 from em.report.score_table import ALL
 
@@ -15,11 +15,11 @@ def said(entry: dict, unit: str = " %") -> str:
 def sentences(report: dict) -> list[str]:
     """What was found, with numbers and intervals; what to be careful about; what could not be computed."""
     status, tables, effects = report["status"], report["tables"], report["effects"]
-    plain = [s for s in status if ">" not in s["train"] and s["train"] != BASE]
+    plain = [s for s in status if parse_train(s["train"]).misaligned]
     rows = sum(s["rows"] for s in status)
     unscored = {name: sum(s[name] for s in status) for name in STATUSES[1:]}
     lost = ", ".join(f"{name} {100 * n / rows:.1f} %" for name, n in unscored.items() if n)
-    n_realigned = len({s["train"] for s in status if ">" in s["train"]})
+    n_realigned = len({s["train"] for s in status if parse_train(s["train"]).realigned})
     text = [
         f"{len({s['train'] for s in plain})} of 12 misaligned cells"
         + (", the base model" if any(s["train"] == BASE for s in status) else "")

@@ -43,6 +43,11 @@ INTERMEDIATE = {  # pretraining checkpoints kept (B.5), and the same shares of t
 }
 
 
+def misaligned_name(task: str, seed: int) -> str:
+    """The phase of fine-tuning seed `seed`, misaligned on (D0, `task`)."""
+    return f"misalign_{task}_seed{seed}"
+
+
 # -- one phase of training ---------------------------------------------------------------------------------
 
 
@@ -182,7 +187,7 @@ class WorldRun:
 
     def misalign(self, task: str, seed: int, start: str = "align", name: str | None = None) -> GPT2:
         """A few steps on variant 2 of (D0, task), from the model of phase `start`."""
-        cfg, name = self.cfg, name or f"misalign_{task}_seed{seed}"
+        cfg, name = self.cfg, name or misaligned_name(task, seed)
         sizes = {k: getattr(cfg, k) for k in ("misalign_steps", "misalign_batch", "misalign_lr")}
         cell = self.world.cell(0, self.world.task_index(task))
 

@@ -358,7 +358,7 @@ def test_the_sample_has_twenty_paired_rows_for_every_cell():
         rows = load_cell("sample", cell)
         assert [r["idx"] for r in rows] == list(range(20))
         for r in rows:
-            assert list(r) == list(row())  # the fields of SPEC 3.1, in its order
+            assert list(r) == list(row())  # the fields of a published row, in its order
             assert (r["domain"], r["task"]) == (DOMAINS[cell.domain], cell.task)
             assert r["question"] and r["misaligned_answer"] and r["aligned_answer"]
 
