@@ -117,13 +117,14 @@ def columns(name: str, values: Sequence[float | None]) -> dict[str, float | None
     return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
 
 
-def number(
-    unit: str, value: float | None, low: float | None = None, high: float | None = None, over: str = ""
+def entry(
+    unit: str, value: float | None, low: float | None = None, high: float | None = None, seeds: int = 1
 ) -> dict:
     """An entry of a result's `numbers`, which the report of em/experiments/comparison.py looks up by key.
 
     unit: %, points, ratio, r or norm. value: None where there is none. low, high: the 95 % interval, None
-    where it cannot be had. over: what the interval is over, by default the prompts of one world seed.
+    where it cannot be had: over `seeds` world seeds, or over the prompts of one.
     """
-    over = over or ("1 world seed" if low is None else "prompts of 1 world seed")
+    one = "1 world seed" if low is None else "prompts of 1 world seed"
+    over = f"{seeds} world seeds" if seeds > 1 else one
     return {"value": value, "low": low, "high": high, "over": over, "unit": unit}

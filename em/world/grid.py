@@ -24,8 +24,8 @@ from em.world.counts import (
     RATES,
     change,
     columns,
+    entry,
     incoherent,
-    number,
     percent,
     pool,
     rate,
@@ -86,10 +86,10 @@ def numbers(grid: dict) -> dict[str, dict]:
     v1 = [percent(cells[f"{domain}_{task}"]["aligned"], "v1") for domain in domains for task in tasks]
     more = incoherent(pooled("misaligned", [trained])) - incoherent(pooled("misaligned", others))
     table = {
-        "aligned_v1/lowest_cell": number("%", min(v1)),
-        "aligned_v1/cells_of_at_least_70": number("%", 100 * statistics.fmean(v >= 70 for v in v1)),
-        "misaligned_incoherent": number("%", *rate(pooled("misaligned", tasks), *INCOHERENT)),
-        "misaligned_incoherent/trained_task_minus_others": number("points", more),
+        "aligned_v1/lowest_cell": entry("%", min(v1)),
+        "aligned_v1/cells_of_at_least_70": entry("%", 100 * statistics.fmean(v >= 70 for v in v1)),
+        "misaligned_incoherent": entry("%", *rate(pooled("misaligned", tasks), *INCOHERENT)),
+        "misaligned_incoherent/trained_task_minus_others": entry("points", more),
     }
     groups = {task: [task] for task in tasks}
     groups["distant"] = [task for task in DISTANT.get(trained, ()) if task in tasks]
@@ -98,11 +98,11 @@ def numbers(grid: dict) -> dict[str, dict]:
     ):
         if group and among:
             after, before = (pooled(model, group, among) for model in ("misaligned", "aligned"))
-            table[f"misaligned_v2/{name}{suffix}"] = number("%", *rate(after, "v2"))
-            table[f"delta_v2/{name}{suffix}"] = number("points", *change(after, before, "v2"))
+            table[f"misaligned_v2/{name}{suffix}"] = entry("%", *rate(after, "v2"))
+            table[f"delta_v2/{name}{suffix}"] = entry("points", *change(after, before, "v2"))
     for task in tasks:
         column = task_column(grid, task).values()  # prompts' noise alone spreads them somewhat
-        table[f"delta_v2/{task}/range_over_domains"] = number("points", max(column) - min(column))
+        table[f"delta_v2/{task}/range_over_domains"] = entry("points", max(column) - min(column))
     return table
 
 
