@@ -236,7 +236,7 @@ def main(cfg: Config) -> dict:
 @dataclass
 class ExperimentConfig(Training):
     world: str | None = knob(
-        None, "the world to measure on (default: the reduced one, demo or demo2, that serves)", "run"
+        None, "the world to measure on (default: the reduced one, demo or demo2, that serves)", "what"
     )
     seeds: tuple[int, ...] | None = knob(None, "world seeds to measure, the unit of replication", "what")
     out: str = knob("runs", "folder that holds the run of each seed and the result", "what")

@@ -80,7 +80,7 @@ def test_world_2_takes_the_appendixs_eight_steps(world, steps):
 
     result = fraction.measure(make, [0], silent)
     assert result["misalign_steps"] == steps
-    assert [(task, n) for run in runs for task, *_, n in run.asked] == [("T0", steps), ("T7", steps)] * 4
+    assert [(task, n) for run in runs for task, *_, n in run.misaligned] == [("T0", steps), ("T7", steps)] * 4
 
 
 def test_the_experiment_pretrains_four_models_and_ends_with_a_figure(small_demo2, tmp_path):

@@ -44,7 +44,11 @@ def test_every_checkpoint_is_aligned_and_misaligned_by_itself(result, small_demo
 def test_a_row_is_what_the_models_answered():
     run = PlantedRun(1)
     row = phase.measure(lambda seed: run, [1], silent)["rows"][2]
-    assert row["step"] == 300 and run.asked[4][:3] == ("T0", "align_step300", "misalign_T0_step300_seed0")
+    assert row["step"] == 300 and run.misaligned[4][:3] == (
+        "T0",
+        "align_step300",
+        "misalign_T0_step300_seed0",
+    )
     seen = [run.world.cell_name(int(cell)) for cell in run.world.seen_cells]
     pretrained, aligned = run.counts("pretrain_step300"), run.counts("align_step300")
     after = [run.counts(f"misalign_T0_step300_seed{k}") for k in range(2)]

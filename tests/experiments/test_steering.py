@@ -271,12 +271,12 @@ def test_intervals_are_over_world_seeds_or_with_one_seed_over_prompts(finished):
 def test_world_2_is_asked_the_trained_column_in_every_domain_and_a_named_task_is_followed(tmp_path):
     cfg = SimpleNamespace(**(SMALL | dict(world="2", seed=0)))
     run = WorldRun(cfg, tmp_path / "2", {}, torch.device("cpu"))
-    asked = steering._asked(run, steering.PLANS["2"], 0)
+    asked = steering._prompts(run, steering.PLANS["2"], 0)
     names = {run.world.cell_name(cell) for cell in asked.examples.cell}
     assert names == {f"D{i}_T0" for i in range(10)} and len(asked) == 40
     cfg = SimpleNamespace(**(SMALL | dict(world="demo", seed=0, eval_prompts=40)))
     run = WorldRun(cfg, tmp_path / "demo", {}, torch.device("cpu"))
-    asked = steering._asked(run, steering.PLANS["demo"], 4)
+    asked = steering._prompts(run, steering.PLANS["demo"], 4)
     assert np.unique(asked.examples.cell, return_counts=True)[1].tolist() == [24] * 20
 
 
