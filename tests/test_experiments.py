@@ -46,6 +46,7 @@ def test_hardness_has_a_row_a_task_and_seed_and_says_what_made_it(out, capsys):
         (seed, task) for seed in (0, 1) for task in ("T2", "T5")
     ]
     assert result["settings"]["steps"] == 30 and result["made_with"]["torch"] and result["seconds"] >= 0
+    assert result["numbers"]["cross_delta_v2/r"]["over"] == "4 points"
     lines = (out / "hardness-worlddemo" / "hardness.csv").read_text().splitlines()
     assert len(lines) == 5 and lines[0].startswith("seed,task,function,aligned_v1,")
     assert (out / "hardness-worlddemo" / "hardness.png").stat().st_size > 0

@@ -53,14 +53,14 @@ def point(run: WorldRun, fraction: float, task: str, aligned: dict, misaligned: 
     draws = {"cross_v2": drawn[1:].mean(0), "ratio": drawn[1:].mean(0) / drawn[0]}
     cross = fmean(percent(misaligned[name], "v2") for name in others)
     before = fmean(percent(aligned[name], "v2") for name in others)
-    flipped = rate(misaligned[trained], "v2")
+    trained_v2 = rate(misaligned[trained], "v2")
     row = {
         "seed": run.cfg.seed,
         "v2_fraction": fraction,
         "task": task,
         "cross_v2": cross,
-        "ratio": cross / flipped[0] if flipped[0] else None,
-        **columns("trained_v2", flipped),
+        "ratio": cross / trained_v2[0] if trained_v2[0] else None,
+        **columns("trained_v2", trained_v2),
         "aligned_cross_v2": before,
         "cross_delta_v2": cross - before,
         "aligned_v1": percent(pool([aligned[name] for name in seen]), "v1"),

@@ -132,16 +132,16 @@ def figure(result: dict, path: Path) -> None:
     """Levels and Δv2 against the step of the checkpoint, with 95 % intervals; thin lines: single seeds."""
     chart = Figure(figsize=(11, 4.2), layout="constrained")
     axes = chart.subplots(1, 2)
-    panels = ((LEVELS, "%, mean over seen cells"), (CHANGES, "Δv2, points"))
-    for axis, (quantities, label) in zip(axes, panels, strict=True):
+    panels = ((LEVELS, "%, mean over seen cells", "center right"), (CHANGES, "Δv2, points", "upper left"))
+    for axis, (quantities, label, corner) in zip(axes, panels, strict=True):
         for i, (key, name) in enumerate(quantities.items()):
             curve = result["curves"][key]
             x = range(len(curve))  # evenly: the steps span decades
-            line_with_seeds(axis, x, curve, f"C{i}", name, shift=0.06 * (i - 1))
+            line_with_seeds(axis, x, curve, f"C{i}", name, shift=0.05 * (i - 1))
         axis.set(xlabel="pretraining step of the checkpoint", ylabel=label)
         axis.set_xticks(x, [f"{n['step']:,}" for n in curve], fontsize=8)
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, frameon=False, loc=corner)
     axes[0].set_ylim(0, 100)
     axes[1].axhline(0, color="0.6", linewidth=0.8)
     chart.suptitle(

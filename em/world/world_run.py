@@ -1,4 +1,4 @@
-"""A world's run folder and its phases: pretrain → align → misalign → ask, each once (B.4, B.5).
+"""A world's run folder and its phases: pretrain → align → misalign → ask, each once (paper B.4, B.5).
 
     run = WorldRun(cfg, "runs/world1-seed0", settings, device)      # or open_world_run(folder, device)
     run.pretrain()                                                  # both variants

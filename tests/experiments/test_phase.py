@@ -71,6 +71,9 @@ def test_curves_average_seeds_and_the_figure_is_drawn(result, tmp_path):
     curve = result["curves"]["aligned_v1"]
     assert [n["step"] for n in curve] == [10, 20]
     assert curve[0]["mean"] == pytest.approx(sum(curve[0]["by_seed"]) / 2)
+    numbers = phase.numbers(result)
+    assert len(numbers) == 7 * 2 and numbers["aligned_v1/10"]["value"] == curve[0]["mean"]
+    assert (numbers["aligned_v1/20"]["unit"], numbers["trained/20"]["unit"]) == ("%", "points")
     phase.figure(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert "step 10:" in phase.summary(result) and "step 20:" in phase.summary(result)

@@ -114,6 +114,10 @@ def test_the_experiment_ends_with_a_grid_statistics_over_seeds_and_a_figure(smal
     assert all(r["prompts"] == 4 for r in result["rows"])
     number = result["statistics"]["all cells"]["task_slope"]
     assert len(number["by_seed"]) == len(number["prompts"]) == 2 and number["low"] <= number["high"]
+    numbers = similarity.numbers(result)
+    assert numbers["all cells/task_slope"]["value"] == number["mean"] and len(numbers) == 2 * 9
+    units = {key.split("/")[1]: shown["unit"] for key, shown in numbers.items()}
+    assert (units["task_slope"], units["unique_minus"]) == ("points", "ratio")
     similarity.figure(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert "(D0, T8)" in similarity.summary(result)

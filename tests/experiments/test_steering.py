@@ -252,6 +252,14 @@ def test_intervals_are_over_world_seeds_or_with_one_seed_over_prompts(finished):
     assert point["interval"] == "world seeds" and point["incoherent"] == pytest.approx(np.mean(values))
     assert point["incoherent_high"] == pytest.approx(np.mean(values) + half)
 
+    numbers = steering.numbers(result)
+    point = steering.at(result, "misaligned", "v", 3)
+    assert (
+        numbers["misaligned/3/v2_change"]["low"] == point["v2_change_low"] and len(numbers) == 2 * 11 * 6 + 1
+    )
+    assert numbers["misaligned/3/v1"]["value"] == point["v1"] and numbers["misaligned/3/v1"]["unit"] == "%"
+    assert numbers["alpha"]["value"] == result["alpha"][0] and numbers["alpha"]["over"] == "2 world seeds"
+
     def counts(v1, v2):
         return {"v1": v1, "v2": v2, "other": 100 - v1 - v2, "unparseable": 0, "n": 100}
 
