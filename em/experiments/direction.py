@@ -1,6 +1,6 @@
 """A direction in a GPT-2's hidden states: found between two models, added while one of them generates.
 
-Paper 2, B.6. D = h_mis − h_al (N, d) are paired hidden states at `<asst>`; v is D's top right singular
+Paper B.6. D = h_mis − h_al (N, d) are paired hidden states at `<asst>`; v is D's top right singular
 vector, with the sign that makes α*, the mean projection of D on v, positive.
 """
 
