@@ -1,4 +1,4 @@
-"""What judging costs: prices, a forecast, the running account, and the cap (SPEC §3.5 Judge).
+"""What judging costs: prices, a forecast, the running account, and the cap.
 
 Prices are a dated table, `prices.json`, in US dollars per million tokens; a model that is not in it has
 none until `--price` gives them. The account counts the tokens that the API itself reports. A call that the
@@ -29,7 +29,7 @@ class Price:
 
     input: float
     output: float
-    source: str
+    origin: str  # `--price`, or the dated table
 
     def usd(self, prompt_tokens: int, output_tokens: int) -> float:
         return (prompt_tokens * self.input + output_tokens * self.output) / 1e6
@@ -116,11 +116,6 @@ class Ledger:
         with self._lock:
             self.retries += 1
 
-    def summary(self) -> dict:
-        """JSON-able; `usd` is None without a price."""
-        names = ("model", "calls", "cached", "failed", "retries", "prompt_tokens", "output_tokens", "usd")
-        return {name: getattr(self, name) for name in names}
-
     def __str__(self) -> str:
         counts = f"{self.calls:,} calls, {self.cached:,} answers from the cache, {self.retries:,} retries"
         if self.failed:
@@ -145,4 +140,4 @@ def _bill(price: Price | None, prompt_tokens: int, output_tokens: int) -> str:
     tokens = f"{prompt_tokens:,} prompt and {output_tokens:,} output tokens"
     if price is None:
         return f"{tokens}, price unknown (--price INPUT,OUTPUT sets it)"
-    return f"{tokens}, ${price.usd(prompt_tokens, output_tokens):.4f} by {price.source}"
+    return f"{tokens}, ${price.usd(prompt_tokens, output_tokens):.4f} by {price.origin}"
