@@ -24,7 +24,7 @@ from em.cli import command_line, knob
 from em.data import lineage
 from em.data.rows import VARIANTS, default_source, load_broad, load_cells, split
 from em.errors import UserError
-from em.files import write_text
+from em.files import read_json_lines, write_text
 from em.judge.em_rule import is_em, is_scored
 from em.judge.judge import Judge, JudgeOptions
 from em.judge.ledger import describe_forecast
@@ -216,16 +216,7 @@ class JudgeConfig(JudgeOptions):
 def read_rows(paths: tuple[str, ...], option: str) -> list[dict]:
     if not paths:
         raise UserError(f"{option} needs at least one file")
-    rows = []
-    for path in paths:
-        try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")
-            rows += [json.loads(line) for line in lines if line.strip()]
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
-        except ValueError as error:
-            raise UserError(f"{path} has a line that is not JSON ({error})") from error
-    return rows
+    return [row for path in paths for _, row in read_json_lines(path)]
 
 
 def judge_files(cfg: JudgeConfig) -> None:

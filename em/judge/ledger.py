@@ -5,12 +5,12 @@ none until `--price` gives them. The account counts the tokens that the API itse
 API answered without our seeing it (a time-out, a kill) may be billed and not be in it.
 """
 
-import json
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from em.errors import UserError
+from em.files import read_json
 from em.judge.gemini import max_output_tokens, thinking_of
 
 PRICES = Path(__file__).parent / "prices.json"
@@ -41,7 +41,7 @@ def find_price(model: str, given: tuple[float, ...] | None = None) -> Price | No
         if len(given) != 2 or min(given) < 0:
             raise UserError("--price takes dollars per million input and output tokens, such as 0.30,2.50")
         return Price(*given, "--price")
-    table = json.loads(PRICES.read_text(encoding="utf-8"))
+    table = read_json(PRICES)
     entry = table["usd_per_million_tokens"].get(model)
     return entry and Price(entry["input"], entry["output"], f"the prices of {table['date']}")
 

@@ -12,9 +12,6 @@ naming both places if they do not, since there is no telling which of them to be
 
 import contextlib
 import gc
-import gzip
-import json
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from operator import itemgetter
@@ -25,6 +22,7 @@ import numpy as np
 from em.data.cells import DOMAINS, TASKS, parse_cell
 from em.data.lineage import Train, parse_train
 from em.errors import UserError
+from em.files import read_json_lines
 from em.judge.em_rule import ALIGNED_BELOW, COHERENT_ABOVE, STATUSES
 
 SURFACES = ("high", "medium", "low", "unlabelled")
@@ -109,14 +107,9 @@ def read_scores(paths: Iterable[str | Path]) -> ScoreTable:
     """Every row of the files (JSONL, or gzip of it). UserError with file and line where one is malformed."""
     records, lines, names = [], [], [str(path) for path in paths]
     for file, name in enumerate(names):
-        for number, line in enumerate(_text(Path(name)).split("\n"), 1):
-            if line and not line.isspace():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{name}, line {number}: not JSON ({error})") from error
-                records.append(_record(row, lambda f=name, n=number: f"{f}, line {n}"))
-                lines.append((file, number))
+        for number, row in read_json_lines(name):
+            records.append(_record(row, lambda f=name, n=number: f"{f}, line {n}"))
+            lines.append((file, number))
     return _build(records, lambda i: f"{names[lines[i][0]]}, line {lines[i][1]}")
 
 
@@ -126,28 +119,11 @@ def scores_of(rows: Iterable[dict]) -> ScoreTable:
     return _build(records, lambda i: f"row {i + 1}")
 
 
-def _text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is a damaged gzip file ({error}); write it again") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
-
-
-def _record(row, where) -> tuple:
+def _record(row: dict, where) -> tuple:
     try:
         return (*_required(row), row.get("em_surface"), row.get("judge"), row.get("tokens"))
-    except (KeyError, TypeError, IndexError, AttributeError):
-        missing = [name for name in _REQUIRED if name not in row] if isinstance(row, dict) else []
-        what = f"no field {missing[0]!r}" if missing else "not a JSON object"
-        raise UserError(f"{where()}: {what}; a score row has {', '.join(_REQUIRED)}") from None
+    except KeyError as error:
+        raise UserError(f"{where()}: no field {error}; a score row has {', '.join(_REQUIRED)}") from None
 
 
 def _build(records: list[tuple], where) -> ScoreTable:
