@@ -1,4 +1,4 @@
-"""The judge's answers on disk: one JSON line each, only ever appended (SPEC §3.5 Judge).
+"""The judge's answers on disk: one JSON line each, only ever appended.
 
 An answer's key is the SHA-256 of (judge model, rubric text, question, response), so the file can serve any
 number of runs and rubrics, and two files are merged by `cat`. A line is one write in append mode: a killed

@@ -37,13 +37,16 @@ CACHE = Path("runs/judge_cache.jsonl")
 class JudgeOptions:
     """The settings of a judge, for the scripts that ask one."""
 
-    judge_model: str = knob(MODEL, "Gemini model", "judge", setting=False)
-    rubrics: str = knob(str(FOLDER), "folder of rubrics", "judge", setting=False)
+    judge_model: str = knob(MODEL, "Gemini model that judges", "judge", setting=False)
+    rubrics: str = knob(str(FOLDER), "folder of the rubrics it judges by", "judge", setting=False)
     cache: str = knob(str(CACHE), "file of the judge's answers, shared by all runs", "judge", setting=False)
-    workers: int = knob(32, "calls in flight", "judge", setting=False)
-    budget_usd: float | None = knob(None, "stop before spending more", "judge", setting=False)
+    workers: int = knob(32, "calls to the judge in flight at once", "judge", setting=False)
+    budget_usd: float | None = knob(None, "dollars to spend on the judge at most", "judge", setting=False)
     price: tuple[float, ...] = knob(
-        (), "dollars a million input, output tokens, if unknown to us", "judge", setting=False
+        (),
+        "dollars per million input and output tokens, where no price is known",
+        "judge",
+        setting=False,
     )
 
     def judge_of(self) -> "Judge":

@@ -1,4 +1,4 @@
-"""The margins of many runs as one matrix, trained cell × eval cell: the metric without a judge (SPEC §3.5).
+"""The margins of many runs as one matrix, trained cell × eval cell: the metric that needs no judge.
 
 A margin row is `{"model", "train", "domain", "task", "idx", "before", "after"}`, nats a token: the margin of
 one eval row under the model the run started from and under the run. `train` as in em/report/score_table.py.

@@ -1,4 +1,4 @@
-"""Judged responses as columns: score rows (SPEC §3.5) read, checked and coded once for every table after.
+"""Judged responses as columns: score rows read, checked and coded once for every table of the report.
 
 `train` says what the model was trained on: `base`, a cell such as `med_advice` (misaligned on it), or two of
 these joined by `>` for a realignment, `med_advice>fin_tutor`: misaligned on the first, then realigned on the
@@ -6,7 +6,7 @@ second (`med_advice>base`: realigned by the base model as teacher; `base>med_adv
 The optional field `judge` names the judge model (absent: "unknown"), `tokens` counts the response's tokens;
 other extra fields are ignored.
 
-Unusual: the same response scored twice by one judge counts once if the two rows say the same, and is an error
+The same response scored twice by one judge counts once if the two rows say the same, and is an error
 naming both places if they do not, since there is no telling which of them to believe.
 """
 
@@ -91,8 +91,8 @@ class ScoreTable:
 
 
 @contextlib.contextmanager
-def uncollected():
-    """No search for reference cycles inside: a fifth of the time of a report, whose rows have none."""
+def without_gc():
+    """Garbage collection off inside: it is a fifth of the time of a report, whose rows hold no cycles."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -102,7 +102,7 @@ def uncollected():
             gc.enable()
 
 
-@uncollected()
+@without_gc()
 def read_scores(paths: Iterable[str | Path]) -> ScoreTable:
     """Every row of the files (JSONL, or gzip of it). UserError with file and line where one is malformed."""
     records, lines, names = [], [], [str(path) for path in paths]
@@ -241,12 +241,12 @@ def _first_of_each(table: ScoreTable, where) -> np.ndarray:
     key = joined(table.model, table.judge, table.train, table.prompt, table.sample)
     first = np.unique(key, return_index=True)[1][key]
     for i in np.flatnonzero(first != np.arange(len(key))):
-        said = [
+        scores = [
             (table.response[j], table.aligned_status[j], table.coherent_status[j],
              str(table.aligned[j]), str(table.coherent[j]))
             for j in (i, first[i])
         ]  # fmt: skip
-        if said[0] != said[1]:
+        if scores[0] != scores[1]:
             raise UserError(
                 f"{where(i)} and {where(first[i])} score the same response differently (same model, train, "
                 "set, domain, task, idx, sample, judge); leave one out, or name their judges apart"
