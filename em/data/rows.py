@@ -15,6 +15,7 @@ from pathlib import Path
 
 from em.data.cells import CELLS, TASKS, Cell
 from em.errors import UserError
+from em.files import read_json_lines
 from em.model import hub
 from em.model.tokenizer import Example, Tokenizer
 
@@ -126,11 +127,7 @@ def _find(data: str | Path, filename: str) -> Path:
 
 def _read_rows(path: Path, fields: dict) -> list[tuple[int, dict]]:
     """(line number, row) for each line that is not blank."""
-    try:
-        lines = path.read_bytes().split(b"\n")  # splitlines would also split at U+2028 inside a text
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
-    rows = [(n, _parse(line, fields, f"{path}, line {n}")) for n, line in enumerate(lines, 1) if line.strip()]
+    rows = [(n, _checked(row, fields, f"{path}, line {n}")) for n, row in read_json_lines(path)]
     if not rows:
         raise UserError(f"{path} has no rows")
     return rows
@@ -143,6 +140,10 @@ def _parse(text: bytes, fields: dict, where: str) -> dict:
         raise UserError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object")
+    return _checked(row, fields, where)
+
+
+def _checked(row: dict, fields: dict, where: str) -> dict:
     for name, kind in fields.items():
         if name not in row:
             raise UserError(f"{where}: no field {name!r}; a row has {', '.join(fields)}")

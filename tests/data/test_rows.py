@@ -115,7 +115,7 @@ def test_line_separators_inside_a_text_do_not_end_a_row(tmp_path):
         (json.dumps(row(idx="7")), "'idx' cannot be '7'"),
         (json.dumps(row(domain="finance")), "finance advice in the file of med_advice"),
         (json.dumps(row(task="tutor")), "medical tutor in the file of med_advice"),
-        (b'{"question": "\xff"}', "not JSON"),
+        (b'{"question": "\xff"}', "not UTF-8"),
     ],
 )
 def test_a_malformed_row_is_named_by_file_and_line(tmp_path, bad, said):
