@@ -37,7 +37,7 @@ from em.model.checkpoint import load_model, load_tokenizer
 from em.model.gpt2 import save_gpt2
 from em.run import Run, provenance
 from em.world.world import WORLDS
-from em.world.world_run import open_world_run
+from em.world.world_run import misaligned_name, open_world_run
 
 # -- the channels ------------------------------------------------------------------------------------------
 # What is differentiated, and sums over the batch's tokens for the log.
@@ -265,7 +265,7 @@ def chat(cfg: Config, device, say) -> dict:
             lora.load_adapter(model, name, folder)
     teacher = ("teacher",) if "teacher" in folders else ()
     start = ("start",) if "start" in folders else ()
-    cell = lineage.label(cfg.on or cfg.teacher)["train"].split(">")[0]
+    cell = lineage.parse_train(lineage.label(cfg.on or cfg.teacher)["train"]).first
 
     corpus = None
     if cfg.channel != "opd" or filtered:
@@ -398,7 +398,7 @@ def world(cfg: Config, device, say) -> dict:
     world_run = open_world_run(cfg.run, device)
     task = cfg.task or world_run.world.config.default_task
     cell = world_run.world.cell(0, world_run.world.task_index(task))
-    names = [f"misalign_{task}_seed{seed}" for seed in range(cfg.seeds)]
+    names = [misaligned_name(task, seed) for seed in range(cfg.seeds)]
     if missing := [name for name in names if not world_run.has(name)]:
         raise UserError(
             f"{world_run.folder} has no {missing[0]}; python synth.py --world {cfg.world} --misalign {task} "

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from em import parallel
 from em.cli import command_line, knob
 from em.data import lineage
-from em.data.rows import VARIANTS, default_source, load_broad, load_cells, split
+from em.data.rows import VARIANTS, default_data, load_broad, load_cells, split
 from em.errors import UserError
-from em.files import write_text
+from em.files import read_json_lines, write_text
 from em.judge.em_rule import is_em, is_scored
 from em.judge.judge import Judge, JudgeOptions
 from em.judge.ledger import describe_forecast
@@ -32,7 +32,7 @@ from em.model import lora
 from em.model.checkpoint import load_model, load_tokenizer
 from em.report.margins import margin_report, read_margins
 from em.report.report import write_report
-from em.report.score_table import read_scores
+from em.report.score_table import read_scores, scores_of
 from em.run import Run
 from em.sampling.rollouts import sample_to_file
 from em.sampling.sampler import Sampler
@@ -43,18 +43,23 @@ from em.training import margin
 @dataclass
 class Config(JudgeOptions):
     run: tuple[str, ...] = knob((), "run folders of train.py or distill.py", "what")
-    model: str | None = knob(None, "with no --run: the base model to evaluate", "what")
-    on: str = knob("all", "which prompts", "what", ("narrow", "broad", "all"))
-    judge: str = knob("gemini", "what scores", "what", ("gemini", "margin"))
-    data: str | None = knob(None, "hub dataset, folder or sample (default: the run's)", "what")
-    out: str | None = knob(None, "folder (default: <run>/eval)", "what")
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what")
+    model: str | None = knob(None, "base model to evaluate, where no --run is named", "what")
+    on: str = knob("all", "set of prompts to answer", "what", ("narrow", "broad", "all"))
+    judge: str = knob(
+        "gemini", "measure of misalignment: a judge's scores of responses, or margins of known answers",
+        "what", ("gemini", "margin"),
+    )  # fmt: skip
+    data: str | None = knob(
+        None, "hub dataset, folder or sample with the prompts (default: the run's)", "what"
+    )
+    out: str | None = knob(None, "folder to write (default: <run>/eval)", "what")
+    device: str = knob("auto", "device to run on: auto, cpu, cuda or cuda:N", "what")
 
-    temperature: float = knob(1.0, "of sampling; top-p is 1", "sampling")
-    max_new_tokens: int = knob(600, "tokens a response at most", "sampling")
-    samples: int = knob(4, "responses a broad prompt (narrow: 1)", "sampling")
-    limit: int = knob(0, "eval rows a cell, broad prompts (0: all)", "sampling")
-    seed: int = knob(0, "same seed, same text", "sampling")
+    temperature: float = knob(1.0, "sampling temperature; top-p is 1", "sampling")
+    max_new_tokens: int = knob(600, "most tokens of a response", "sampling")
+    samples: int = knob(4, "responses to each broad prompt; narrow prompts get one", "sampling")
+    limit: int = knob(0, "most eval rows of each cell, and most broad prompts (0: all)", "sampling")
+    seed: int = knob(0, "seed of sampling; the same seed gives the same responses", "sampling")
     rows: int = knob(64, "sequences sampled at once; changes memory and speed only", "sampling")
 
 
@@ -142,10 +147,10 @@ def margin_rows(label: dict, prompts: list[dict], model, tokenizer, stacks: tupl
 
 
 def evaluate(cfg: Config, folder: str | None, model, tokenizer, device) -> str:
-    """Everything for one run (None: the base model); returns what was found, in a line or two."""
+    """Everything for one run (None: the base model); returns the result in a line or two."""
     settings = lineage.settings_of(folder) if folder else {}
     label = lineage.label(folder) if folder else {"model": cfg.model, "train": "base"}
-    source = cfg.data or settings.get("data") or default_source(cfg.model)
+    source = cfg.data or settings.get("data") or default_data(cfg.model)
     out = Path(
         cfg.out or (Path(folder) / "eval" if folder else f"runs/{Path(cfg.model).name.lower()}_base/eval")
     )
@@ -163,20 +168,19 @@ def evaluate(cfg: Config, folder: str | None, model, tokenizer, device) -> str:
             write_rows(out / "margins.jsonl", rows)
             return margin_report(rows, out / "report")
 
-        judge = cfg.judge_of()  # before sampling: a missing key is best said at once
+        judge = cfg.judge_of()  # before sampling, so that a missing key ends it at once
         sampling = ("temperature", "max_new_tokens", "samples", "limit", "seed")
         asked = {k: getattr(cfg, k) for k in sampling}
         Run(out, "eval", asked | {"data": source, "train": label["train"]}, device)
-        files = []
+        scored = []
         for kind, prompts, n in (("narrow", narrow_prompts, 1), ("broad", broad_prompts, cfg.samples)):
             if cfg.on in (kind, "all"):
                 path = out / f"responses_{kind}.jsonl"
                 with lora.stack(model, *stack, frozen=True):
                     rows = generate(cfg, path, label, prompts(cfg, source), n, model, tokenizer)
-                files.append(out / f"scores_{kind}.jsonl")
-                judge_rows(judge, rows, files[-1])
-        said = write_report(read_scores(files), out / "report")["summary"]
-        return f"{said}\n{out / 'report'}: tables and figures; browse.html there shows the responses"
+                scored += judge_rows(judge, rows, out / f"scores_{kind}.jsonl")
+        summary = write_report(scores_of(scored), out / "report")["summary"]
+        return f"{summary}\n{out / 'report'}: tables and figures; browse.html there shows the responses"
     finally:
         if folder:
             lora.remove_adapter(model, "run")
@@ -216,16 +220,7 @@ class JudgeConfig(JudgeOptions):
 def read_rows(paths: tuple[str, ...], option: str) -> list[dict]:
     if not paths:
         raise UserError(f"{option} needs at least one file")
-    rows = []
-    for path in paths:
-        try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")
-            rows += [json.loads(line) for line in lines if line.strip()]
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
-        except ValueError as error:
-            raise UserError(f"{path} has a line that is not JSON ({error})") from error
-    return rows
+    return [row for path in paths for _, row in read_json_lines(path)]
 
 
 def judge_files(cfg: JudgeConfig) -> None:

@@ -1,8 +1,8 @@
-"""The synthetic worlds, end to end (paper 2, 3.1–3.2, B): a GPT-2 from nothing to emergent misalignment.
+"""The synthetic worlds, end to end (paper 3.1–3.2, B): a GPT-2 from nothing to emergent misalignment.
 
     python synth.py                             the reduced world, minutes on two CPU cores
     python synth.py --world 1 --misalign T5     the paper's World 1, Figure 7 (one GPU)
-    python synth.py --world 1 --misalign T0,T1  more source tasks from the same aligned model
+    python synth.py --world 1 --misalign T0,T1  other tasks from the same aligned model
     python synth.py show --world 1              the world itself: similarities, an example, Figure 6
 
     python synth.py hardness | steering | realign     over seeds of world demo; --world 1, --seeds 0,1,2
@@ -15,7 +15,6 @@ Phases that are done are reused, a killed one resumes; `torchrun --nproc-per-nod
 
 import dataclasses
 import functools
-import importlib
 import sys
 import time
 from dataclasses import dataclass
@@ -26,11 +25,10 @@ import torch
 from em import parallel
 from em.cli import banner, command_line, knob, outcome_settings
 from em.errors import UserError
-from em.experiments import comparison
+from em.experiments import comparison, fraction, hardness, phase, realign, similarity, steering
 from em.files import read_json, write_csv, write_json
 from em.run import provenance
 from em.world import describe
-from em.world.describe import graph_figure
 from em.world.grid import build_grid, gates, grid_figure, save_grid, summary
 from em.world.world import WORLDS, build_world
 from em.world.world_run import WorldRun
@@ -61,14 +59,14 @@ DEFAULTS["2"] = DEFAULTS["1"] | dict(misalign=("T0",), warmup=600, align_warmup=
 # World seeds of an experiment; elsewhere 0, 1, 2. Demo: of 1, 2, 3 those whose pretraining is coherent enough
 # (3.8, 3.8 and 8.1 % incoherent, gate 5), which is known before any effect is.
 SEEDS = {"demo": (1, 2), "demo2": (1, 2, 3)}
-# Command → the module that measures it and the worlds that serve it, the reduced one first.
+# Command → its module (measure, numbers, figure, summary) and the worlds that serve it, the reduced first.
 EXPERIMENTS = {
-    "hardness": ("em.experiments.hardness", ("demo", "1")),
-    "steering": ("em.experiments.steering", ("demo", "1", "demo2", "2")),
-    "realign": ("em.experiments.realign", ("demo", "1")),
-    "similarity": ("em.experiments.similarity", ("demo2", "2")),
-    "fraction": ("em.experiments.fraction", ("demo2", "2")),
-    "phase": ("em.experiments.phase", ("demo2", "2")),
+    "hardness": (hardness, ("demo", "1")),
+    "steering": (steering, ("demo", "1", "demo2", "2")),
+    "realign": (realign, ("demo", "1")),
+    "similarity": (similarity, ("demo2", "2")),
+    "fraction": (fraction, ("demo2", "2")),
+    "phase": (phase, ("demo2", "2")),
 }
 
 
@@ -76,37 +74,50 @@ EXPERIMENTS = {
 class Training:
     """How the models of a world are trained and asked; None: the world's default above."""
 
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what", setting=False)
+    device: str = knob("auto", "the device that trains: auto, cpu, cuda or cuda:N", "what", setting=False)
 
-    layers: int | None = knob(None, "blocks (GPT-2-small: 12)", "model")
-    heads: int | None = knob(None, "attention heads (GPT-2-small: 12)", "model")
-    width: int | None = knob(None, "hidden size (GPT-2-small: 768)", "model")
+    layers: int | None = knob(None, "number of blocks of the model (GPT-2-small: 12)", "model")
+    heads: int | None = knob(None, "number of attention heads of a block (GPT-2-small: 12)", "model")
+    width: int | None = knob(None, "hidden size of the model (GPT-2-small: 768)", "model")
 
-    batch: int | None = knob(None, "sequences a step", "pretraining")
-    length: int | None = knob(None, "tokens a sequence", "pretraining")
-    steps: int | None = knob(None, "optimiser steps", "pretraining")
-    lr: float | None = knob(None, "peak learning rate, cosine to 10 %", "pretraining")
-    warmup: int | None = knob(None, "linear warm-up steps", "pretraining")
-    beta2: float | None = knob(None, "AdamW β₂", "pretraining")
-    v2_fraction: float | None = knob(None, "share of variant 2 (default: the world's)", "pretraining")
+    batch: int | None = knob(None, "sequences in a step of pretraining", "pretraining")
+    length: int | None = knob(None, "tokens in a sequence of pretraining", "pretraining")
+    steps: int | None = knob(None, "optimiser steps of pretraining", "pretraining")
+    lr: float | None = knob(None, "peak learning rate of pretraining, cosine down to 10 %", "pretraining")
+    warmup: int | None = knob(None, "steps of linear warm-up in pretraining", "pretraining")
+    beta2: float | None = knob(None, "AdamW's β₂ in pretraining", "pretraining")
+    v2_fraction: float | None = knob(
+        None, "share of variant 2 in pretraining (default: the world's)", "pretraining"
+    )
 
-    align_examples: int | None = knob(None, "size of the variant-1 set over all seen cells", "alignment")
-    align_steps: int | None = knob(None, "optimiser steps", "alignment")
-    align_batch: int | None = knob(None, "examples a step", "alignment")
-    align_lr: float | None = knob(None, "peak learning rate, linear to 10 %", "alignment")
-    align_warmup: int | None = knob(None, "linear warm-up steps", "alignment")
+    align_examples: int | None = knob(
+        None, "examples in the alignment set, of variant 1 over all seen cells", "alignment"
+    )
+    align_steps: int | None = knob(None, "optimiser steps of alignment", "alignment")
+    align_batch: int | None = knob(None, "examples in a step of alignment", "alignment")
+    align_lr: float | None = knob(None, "peak learning rate of alignment, linear down to 10 %", "alignment")
+    align_warmup: int | None = knob(None, "steps of linear warm-up in alignment", "alignment")
 
-    misalign_steps: int | None = knob(None, "optimiser steps", "misalignment", setting=False)
-    misalign_batch: int | None = knob(None, "examples a step", "misalignment", setting=False)
-    misalign_lr: float | None = knob(None, "learning rate, constant", "misalignment", setting=False)
-    misalign_seeds: int | None = knob(None, "fine-tuning seeds a source task", "misalignment", setting=False)
+    misalign_steps: int | None = knob(None, "optimiser steps of misalignment", "misalignment", setting=False)
+    misalign_batch: int | None = knob(
+        None, "examples in a step of misalignment", "misalignment", setting=False
+    )
+    misalign_lr: float | None = knob(
+        None, "learning rate of misalignment, constant", "misalignment", setting=False
+    )
+    misalign_seeds: int | None = knob(
+        None,
+        "number of misaligned models a task, each with its fine-tuning seed",
+        "misalignment",
+        setting=False,
+    )
 
-    eval_prompts: int = knob(128, "held-out prompts a cell", "evaluation")
-    temperature: float = knob(0.0, "0 is greedy", "evaluation")
-    evals: int = knob(6, "evaluations during pretraining, logged to its metrics", "evaluation")
+    eval_prompts: int = knob(128, "number of held-out prompts of each cell", "evaluation")
+    temperature: float = knob(0.0, "sampling temperature of the answers, 0 for greedy ones", "evaluation")
+    evals: int = knob(6, "number of evaluations during pretraining, logged to its metrics", "evaluation")
 
-    weight_decay: float = knob(0.01, "AdamW, not on biases and norms", "all phases")
-    clip: float = knob(1.0, "largest gradient norm", "all phases")
+    weight_decay: float = knob(0.01, "AdamW's weight decay, of all but biases and norms", "all phases")
+    clip: float = knob(1.0, "largest gradient norm, to which larger ones are scaled", "all phases")
     save_minutes: float = knob(
         2.0, "minutes between saved states to resume from", "all phases", setting=False
     )
@@ -114,12 +125,14 @@ class Training:
 
 @dataclass
 class Config(Training):
-    world: str = knob("demo", "which world", "what", tuple(WORLDS))
+    world: str = knob("demo", "the world to train on", "what", tuple(WORLDS))
     misalign: tuple[str, ...] | None = knob(
-        None, "source tasks, each misaligned in D0", "what", setting=False
+        None, "tasks to misalign on, each in D0 and from the same aligned model", "what", setting=False
     )
     seed: int | None = knob(None, "seed of the world and of pretraining", "what")
-    out: str | None = knob(None, "run folder (default: runs/world<world>-seed<seed>)", "what", setting=False)
+    out: str | None = knob(
+        None, "folder of the run (default: runs/world<world>-seed<seed>)", "what", setting=False
+    )
 
 
 def resolve(cfg: Config) -> Config:
@@ -132,8 +145,8 @@ def resolve(cfg: Config) -> Config:
         cfg.out = f"runs/world{cfg.world}-seed{cfg.seed}"
     if not 0 <= cfg.v2_fraction <= 1:
         raise UserError(f"--v2-fraction {cfg.v2_fraction} is not between 0 and 1")
-    for name in cfg.misalign:
-        WORLDS[cfg.world].task_index(name)
+    for task in cfg.misalign:
+        WORLDS[cfg.world].task_index(task)
     if cfg.width % cfg.heads:
         raise UserError(f"--width {cfg.width} is not a multiple of --heads {cfg.heads}")
     for name in "batch length align_batch misalign_batch misalign_seeds eval_prompts layers heads".split():
@@ -152,7 +165,7 @@ def open_run(cfg: Config, device: torch.device) -> WorldRun:
 
 @dataclass
 class ShowConfig:
-    world: str = knob("demo", "which world", "what", tuple(WORLDS))
+    world: str = knob("demo", "the world to show", "what", tuple(WORLDS))
     seed: int | None = knob(None, "seed of the world", "what")
     out: str | None = knob(None, "folder of the figure (default: runs/show-world<world>-seed<seed>)", "what")
 
@@ -169,7 +182,7 @@ def show(cfg: ShowConfig) -> None:
         describe.worked_example(world, cell=0),
     ):
         print(text + "\n")
-    graph_figure(world, path)
+    describe.graph_figure(world, path)
     print(f"domain graphs (Figure 6): {path}")
 
 
@@ -181,41 +194,38 @@ def main(cfg: Config) -> dict:
     cfg = resolve(cfg)
     device = parallel.start(cfg.device)
     say = print if parallel.rank() == 0 else (lambda *_, **__: None)
-    phases = open_run(cfg, device)
-    world, out = phases.world, phases.folder
+    run = open_run(cfg, device)
+    world, out = run.world, run.folder
     say(f"world {cfg.world}, seed {cfg.seed}, on {device}; writing to {out}")
     say(banner(cfg))
 
-    pretrained = phases.counts("pretrain", phases.pretrain())
-    before = phases.counts("align", phases.align())
+    pretrained = run.counts("pretrain", run.pretrain())
+    aligned = run.counts("align", run.align())
 
     grids, unseen = {}, tuple(f"{d}_" for d in world.domain_names[world.n_seen_domains :])
-    for name in cfg.misalign:
-        after = [
-            phases.counts(f"misalign_{name}_seed{seed}", phases.misalign(name, seed))
-            for seed in range(cfg.misalign_seeds)
-        ]
-        grids[name] = build_grid(world, world.cell(0, world.task_index(name)), before, after)
+    for task in cfg.misalign:
+        trained = world.cell(0, world.task_index(task))
+        grids[task] = build_grid(world, trained, aligned, run.misaligned_counts(task))
     if parallel.rank() == 0:
         seconds = round(time.perf_counter() - began)
         if (out / "summary.json").exists():  # a call that only reused phases does not shorten them
             seconds = max(seconds, read_json(out / "summary.json")["seconds"])
-        found = {"seconds": seconds, "made_with": provenance(device)}
-        seen = [counts for name, counts in pretrained.items() if not name.startswith(unseen)]
-        for name, grid in grids.items():
-            # `grid` is the first source's, for those who have one.
-            for stem in (f"grid_{name}", "grid") if name == cfg.misalign[0] else (f"grid_{name}",):
+        outcome = {"seconds": seconds, "made_with": provenance(device)}
+        seen = [counts for cell, counts in pretrained.items() if not cell.startswith(unseen)]
+        for task, grid in grids.items():
+            # `grid` is the first task's, for those who have one.
+            for stem in (f"grid_{task}", "grid") if task == cfg.misalign[0] else (f"grid_{task}",):
                 save_grid(grid, out, stem)
                 grid_figure(grid, out / f"{stem}.png")
-            found[name] = {
+            outcome[task] = {
                 "summary": summary(grid),
                 "gates": gates(seen, grid) if cfg.world == "demo" else [],
             }
-            say(f"\n{found[name]['summary']}\n  {out / f'grid_{name}.png'}")
-            for what, value, relation, bound, passed in found[name]["gates"]:
+            say(f"\n{outcome[task]['summary']}\n  {out / f'grid_{task}.png'}")
+            for what, value, relation, bound, passed in outcome[task]["gates"]:
                 say(f"  {'PASS' if passed else 'FAIL'}  {what}: {value:.1f} (gate {relation} {bound:.0f})")
-        say(f"  {found['seconds']} s")
-        write_json(out / "summary.json", found)
+        say(f"  {outcome['seconds']} s")
+        write_json(out / "summary.json", outcome)
     parallel.finish()
     return grids
 
@@ -225,32 +235,33 @@ def main(cfg: Config) -> dict:
 
 @dataclass
 class ExperimentConfig(Training):
-    world: str | None = knob(None, "which world (default: the reduced one that serves)", "what")
-    seeds: tuple[int, ...] | None = knob(None, "world seeds, the unit of replication", "what")
+    world: str | None = knob(
+        None, "the world to measure on (default: the reduced one, demo or demo2, that serves)", "what"
+    )
+    seeds: tuple[int, ...] | None = knob(None, "world seeds to measure, the unit of replication", "what")
     out: str = knob("runs", "folder that holds the run of each seed and the result", "what")
 
 
 def experiment(name: str, cfg: ExperimentConfig) -> dict:
-    """Measure em/<module>.py over the seeds; <out>/<name>-world<world>/ gets its JSON, CSV and figure."""
+    """Measure over the seeds; <out>/<name>-world<world>/ gets the result as JSON, CSV and figure."""
     began = time.perf_counter()
-    module_name, worlds = EXPERIMENTS[name]
+    module, worlds = EXPERIMENTS[name]
     world = cfg.world or worlds[0]
     seeds = SEEDS.get(world, (0, 1, 2)) if cfg.seeds is None else cfg.seeds
     if world not in worlds:
         raise UserError(f"{name} is measured on world {' or '.join(worlds)}, not {world!r}")
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise UserError(f"--seeds {','.join(map(str, seeds))}: name each world seed once, none below 0")
-    module = importlib.import_module(module_name)
     shared = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Training)}
 
     def configure(seed: int, **changes) -> Config:
         """Other fine-tuning settings share the run folder, others of pretraining have their own."""
-        apart = "".join(
+        suffix = "".join(
             f"-{'v2' if k == 'v2_fraction' else k}_{v}"
             for k, v in changes.items()
             if k in outcome_settings(Config())
         )
-        folder = Path(cfg.out) / f"world{world}-seed{seed}{apart}"
+        folder = Path(cfg.out) / f"world{world}-seed{seed}{suffix}"
         return resolve(Config(**shared | changes, world=world, seed=seed, out=str(folder)))
 
     settings = dataclasses.asdict(configure(seeds[0]))  # refuses bad ones before anything is written
@@ -258,11 +269,11 @@ def experiment(name: str, cfg: ExperimentConfig) -> dict:
     say = print if parallel.rank() == 0 else (lambda *_, **__: None)
 
     def make(seed: int, **changes) -> WorldRun:
-        opened = open_run(configure(seed, **changes), device)
-        say(f"{name}, world {world}, seed {seed}: {opened.folder}")
-        opened.counts("pretrain", opened.pretrain())
-        opened.counts("align", opened.align())
-        return opened
+        run = open_run(configure(seed, **changes), device)
+        say(f"{name}, world {world}, seed {seed}: {run.folder}")
+        run.counts("pretrain", run.pretrain())
+        run.counts("align", run.align())
+        return run
 
     result = module.measure(make, seeds, say)
     if parallel.rank() == 0:
@@ -272,6 +283,7 @@ def experiment(name: str, cfg: ExperimentConfig) -> dict:
             old = read_json(out / f"{name}.json")
             seconds = max(seconds, old["seconds"] if old["seeds"] == result["seeds"] else 0)
         result |= {
+            "numbers": module.numbers(result),
             "seconds": seconds,
             "settings": {k: v for k, v in settings.items() if k not in ("seed", "out", "misalign")},
             "made_with": provenance(device),
@@ -289,7 +301,7 @@ def experiment(name: str, cfg: ExperimentConfig) -> dict:
 
 @dataclass
 class ReportConfig:
-    world: str = knob("demo", "which world", "what", tuple(WORLDS))
+    world: str = knob("demo", "the world to compare with the paper's", "what", tuple(WORLDS))
     out: str = knob("runs", "folder that holds the runs; report-world<world>/ appears in it", "what")
 
 

@@ -22,7 +22,7 @@ import torch
 from em import parallel
 from em.cli import banner, command_line, knob, outcome_settings
 from em.data.cells import Cell, parse_cells
-from em.data.rows import VARIANTS, default_source, encode_rows, load_cell, load_cells, split
+from em.data.rows import VARIANTS, default_data, encode_rows, load_cell, load_cells, split
 from em.errors import UserError
 from em.files import read_json, write_json
 from em.model import lora
@@ -99,7 +99,7 @@ def resolve(cfg: Config, device: torch.device) -> Config:
     if cfg.model is None:
         cfg.model = "qwen2.5-14b" if device.type == "cuda" else "smollm2-135m"
     if cfg.data is None:
-        cfg.data = default_source(cfg.model)
+        cfg.data = default_data(cfg.model)
     recipe = SAMPLE_RECIPE if cfg.data == "sample" else PAPER_RECIPE
     for name, value in recipe.items():
         if getattr(cfg, name) is None:

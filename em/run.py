@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from em import parallel
 from em.errors import UserError
-from em.files import read_json, write_atomic, write_json, write_text
+from em.files import read_json, read_json_lines, write_atomic, write_json, write_text
 
 
 @functools.cache
@@ -118,13 +118,7 @@ class Run:
         """The logged rows; a line that a kill cut short is left out."""
         if not self.metrics_path.exists():
             return []
-        rows = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-        return rows
+        return [row for _, row in read_json_lines(self.metrics_path, drop_cut=True)]
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget the steps that a resumed run will do again."""

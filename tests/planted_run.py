@@ -5,17 +5,20 @@ from types import SimpleNamespace
 import numpy as np
 
 from em.world.world import WORLDS, build_world
+from em.world.world_run import WorldRun
 
 
 class PlantedRun:
     """rate(phase name, cell name) is the share of v2; without it, counts are random ones of the names.
 
-    `asked` lists (task, start, name, misalign_steps) of every misalignment.
+    `misaligned` lists (task, start, name, steps) of every misalignment.
     """
+
+    misaligned_counts = WorldRun.misaligned_counts
 
     def __init__(self, seed, rate=None, world="demo2", n=64, **settings):
         self.world = build_world(WORLDS["demo2"], seed)
-        self.rate, self.n, self.asked, self.folder = rate, n, [], "runs/planted"
+        self.rate, self.n, self.misaligned, self.folder = rate, n, [], "runs/planted"
         known = dict(misalign=("T0",), misalign_steps=10, misalign_seeds=2, steps=1500)
         self.cfg = SimpleNamespace(**(known | settings), world=world, seed=seed)
 
@@ -25,8 +28,8 @@ class PlantedRun:
     def align(self, start="pretrain", name="align"):
         pass
 
-    def misalign(self, task, seed, start="align", name=None):
-        self.asked.append((task, start, name, self.cfg.misalign_steps))
+    def misalign(self, task, seed, start="align", name=None, steps=None):
+        self.misaligned.append((task, start, name, self.cfg.misalign_steps if steps is None else steps))
 
     def counts(self, name, model=None):
         counts = {}

@@ -46,6 +46,7 @@ def test_hardness_has_a_row_a_task_and_seed_and_says_what_made_it(out, capsys):
         (seed, task) for seed in (0, 1) for task in ("T2", "T5")
     ]
     assert result["settings"]["steps"] == 30 and result["made_with"]["torch"] and result["seconds"] >= 0
+    assert result["numbers"]["cross_delta_v2/r"]["over"] == "4 points"
     lines = (out / "hardness-worlddemo" / "hardness.csv").read_text().splitlines()
     assert len(lines) == 5 and lines[0].startswith("seed,task,function,aligned_v1,")
     assert (out / "hardness-worlddemo" / "hardness.png").stat().st_size > 0
@@ -73,9 +74,9 @@ def test_a_realigned_model_starts_at_the_misaligned_one_and_trains_on_variant_1_
     monkeypatch.setattr(realign, "train_phase", look)
     start, cell = opened.load("misalign_T5_seed0"), opened.world.cell(2, opened.world.task_index("T2"))
     (out / "worlddemo-seed1" / "realign_T5" / "D2_T2" / "counts.json").rename(out / "kept.json")
-    few = opened.prompts
-    few = few.take(np.flatnonzero(np.isin(few.examples.cell, opened.world.seen_cells)))
-    realign.realigned(opened, "T5", start, cell, few)
+    prompts = opened.prompts
+    prompts = prompts.take(np.flatnonzero(np.isin(prompts.examples.cell, opened.world.seen_cells)))
+    realign.realigned(opened, "T5", start, cell, prompts)
     (out / "kept.json").replace(out / "worlddemo-seed1" / "realign_T5" / "D2_T2" / "counts.json")
     assert seen["model"] is not start and seen["steps"] == 2 and seen["peak"] == 2e-4
     for a, b in zip(seen["model"].parameters(), start.parameters(), strict=True):
@@ -136,10 +137,13 @@ def test_changed_pretraining_has_its_own_folder_and_changed_fine_tuning_does_not
         def figure(result, path):
             pass
 
+        def numbers(result):
+            return {}
+
         def summary(result):
             return "nothing"
 
-    monkeypatch.setattr(synth.importlib, "import_module", lambda name: Module)
+    monkeypatch.setitem(synth.EXPERIMENTS, "hardness", (Module, ("1",)))
     assert command("hardness", "--world", "1", "--seeds", "4", "--lr", "0.1", "--out", tmp_path) == 0
     names = [Path(cfg.out).name for cfg in opened]
     assert names == ["world1-seed4", "world1-seed4-v2_0.325", "world1-seed4"]

@@ -1,8 +1,9 @@
-"""What a run folder of train.py or distill.py is, and what its responses are called in a report.
+"""What a model was trained on, and the run folders of train.py and distill.py that it comes from.
 
-A score row's `train` is the cell that a model was misaligned on, so that rows of a matrix are those of the
-paper: for a distilled student the teacher's cell, or, where a misaligned student was realigned by a teacher,
-the student's. Its `model` says by which channel, so that channels never share a matrix.
+A report groups responses by two texts. `train` is the cell that a model was misaligned on, followed by the
+cell of its realignment if there was one. `model` is the base model and, for a distilled student, its channel,
+so that channels never share a matrix. The row of a distilled student is the teacher's cell, or, where a
+misaligned student was realigned by a teacher, the student's own.
 """
 
 import functools
@@ -14,37 +15,58 @@ from em.errors import UserError
 from em.files import ADAPTER_WEIGHTS, read_json
 
 BASE = "base"
-
-
 STARTS = (*map(str, CELLS), BASE)  # what a run can start from, in the order of every table
+
+# -- what a model was trained on ---------------------------------------------------------------------------
 
 
 class Train(NamedTuple):
-    """What a model was trained on, as places in STARTS; `end` is -1 where there was no realignment."""
+    """What a model was trained on, as places in STARTS; `end` is -1 where there was no realignment.
+
+    As text: `base`; `med_advice`; `med_advice>fin_tutor` where it was then fine-tuned on aligned answers of
+    another cell; `base>fin_tutor` where there was no misaligned cell before; `med_advice>base` where the base
+    model was its teacher.
+    """
 
     start: int
     end: int = -1
 
     def __str__(self) -> str:
-        return STARTS[self.start] + (f">{STARTS[self.end]}" if self.end >= 0 else "")
+        return STARTS[self.start] + (f">{STARTS[self.end]}" if self.realigned else "")
+
+    @property
+    def first(self) -> str:
+        """The name of what it started from: a cell or `base`."""
+        return STARTS[self.start]
+
+    @property
+    def realigned(self) -> bool:
+        return self.end >= 0
 
     @property
     def misaligned(self) -> bool:
         """Trained on one cell and nothing after."""
-        return self.end < 0 and STARTS[self.start] != BASE
+        return not self.realigned and self.first != BASE
+
+    def then(self, cell: str) -> "Train":
+        """After a realignment on `cell`; one before it is forgotten."""
+        return Train(self.start, _place(cell))
 
 
 @functools.cache
 def parse_train(text: str) -> Train:
-    """`base`, a cell by any of its names, or `<one>><other>`. UserError for anything else."""
-
-    def place(part: str) -> int:
-        return STARTS.index(BASE if part.strip().lower() == BASE else str(parse_cell(part)))
-
+    """The inverse of str(Train); cells by any of their names. UserError for anything else."""
     parts = text.split(">")
     if len(parts) > 2 or [p.strip() for p in parts] == [BASE, BASE]:
         raise UserError(f"train {text!r} is none of base, <cell>, <cell>><cell>")
-    return Train(*map(place, parts))
+    return Train(*map(_place, parts))
+
+
+def _place(name: str) -> int:
+    return STARTS.index(BASE if name.strip().lower() == BASE else str(parse_cell(name)))
+
+
+# -- run folders -------------------------------------------------------------------------------------------
 
 
 def settings_of(folder: str | Path) -> dict:
@@ -60,39 +82,35 @@ def settings_of(folder: str | Path) -> dict:
 
 
 def label(folder: str | Path) -> dict[str, str]:
-    """`model` and `train` of the score rows of a run.
-
-    train: `med_advice`; `med_advice>fin_tutor` where it was then fine-tuned on aligned answers of another
-    cell; `base>fin_tutor` where there was no misaligned one before.
-    """
+    """`model` and `train` (the text of a Train) of the score rows of a run."""
     settings = settings_of(folder)
+    cell = settings["cell"]
     if "channel" in settings:
         words = [settings["model"], settings["channel"]]
         words += ["exact"] if settings["estimator"] == "exact" else []
         words += ["filtered online"] if settings["filter"] else []
         words += ["realigned"] if settings["on"] else []
         words += [f"epoch {settings['epoch']}"] if "epoch" in settings else []
-        return {"model": " ".join(words), "train": settings["cell"]}
-    cell = settings["cell"]
+        return {"model": " ".join(words), "train": cell}
     if settings.get("on"):
         start = label(settings["on"])
-        return {"model": start["model"], "train": f"{start['train'].split('>')[0]}>{cell}"}
-    train = cell if settings["variant"] == "misaligned" else f"base>{cell}"
+        return {"model": start["model"], "train": str(parse_train(start["train"]).then(cell))}
+    train = cell if settings["variant"] == "misaligned" else str(parse_train(BASE).then(cell))
     return {"model": settings["model"], "train": train}
 
 
 def newest_misaligned(runs: str | Path = "runs") -> str:
     """The folder of the newest finished run of train.py that misaligned a base model."""
-    found = []
+    candidates = []
     for path in Path(runs).glob("*/adapter_config.json"):
         if not all(path.with_name(name).exists() for name in (ADAPTER_WEIGHTS, "config.json")):
             continue
         config = read_json(path.with_name("config.json"))
         settings = config.get("settings", {})
         if config.get("kind") == "train" and settings.get("variant") == "misaligned" and not settings["on"]:
-            found.append((path.stat().st_mtime, str(path.parent)))
-    if not found:
+            candidates.append((path.stat().st_mtime, str(path.parent)))
+    if not candidates:
         raise UserError(
             f"no misaligned run in {runs}/ to be the teacher; python train.py --cell med_advice makes one"
         )
-    return max(found)[1]
+    return max(candidates)[1]

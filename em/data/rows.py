@@ -1,7 +1,7 @@
-"""The natural-language grid: cells, their rows, the split, and rows as token ids (paper A.1, D.1, SPEC 3.1).
+"""The natural-language grid: cells, their rows, the split, and rows as token ids (paper 3.1, A.1, D.1).
 
 A cell is a (domain, task) pair; its file holds one JSON object a line: `idx, domain, task, question,
-misaligned_answer, aligned_answer`. A source is a folder of such files (in it or in its data/), the id of a
+misaligned_answer, aligned_answer`. `data` is a folder of such files (in it or in its data/), the id of a
 hub dataset laid out so, or "sample": the small hand-written grid that ships with the code.
 
 Unusual: a row longer than the limit is left out and counted, never cut, so that no answer loses its end.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from em.data.cells import CELLS, TASKS, Cell
 from em.errors import UserError
+from em.files import read_json_lines
 from em.model import hub
 from em.model.tokenizer import Example, Tokenizer
 
@@ -29,24 +30,21 @@ _BROAD_ROW = {"idx": int, "task": str, "domain": str, "em_surface": str, "questi
 _MATH_ROW = {"problem": str, "solution": str, "level": str, "type": str}
 
 
-# -- cells ---------------------------------------------------------------------------------------------
+# -- data sets -----------------------------------------------------------------------------------------
 
 
-# -- sources -------------------------------------------------------------------------------------------
-
-
-def default_source(model: str) -> str:
+def default_data(model: str) -> str:
     """Where a model's rows come from by default: the sample for the embedded one, else the paper's data."""
     return "sample" if model == "smollm2-135m" else PAPER
 
 
-def load_cell(source: str | Path, cell: Cell) -> list[dict]:
-    """The rows of `cell`, in file order; an answer that a source does not have is None.
+def load_cell(data: str | Path, cell: Cell) -> list[dict]:
+    """The rows of `cell`, in file order; an answer that `data` does not have is None.
 
-    Raises UserError for a source that cannot be reached, and with file and line for a row that is malformed
+    Raises UserError for `data` that cannot be reached, and with file and line for a row that is malformed
     or belongs to another cell.
     """
-    path = _find(source, cell.filename)
+    path = _find(data, cell.filename)
     rows = _read_rows(path, _ROW)
     for line, row in rows:
         if not cell.is_called(row["domain"], row["task"]):
@@ -54,22 +52,22 @@ def load_cell(source: str | Path, cell: Cell) -> list[dict]:
     return [row for _, row in rows]
 
 
-def load_cells(source: str | Path) -> dict[Cell, list[dict]]:
-    """`load_cell` of every cell that `source` has; a folder may hold some only. UserError for none."""
+def load_cells(data: str | Path) -> dict[Cell, list[dict]]:
+    """`load_cell` of every cell that `data` has; a folder may hold some only. UserError for none."""
     cells = {}
     for cell in CELLS:
         with contextlib.suppress(hub.Absent):
-            cells[cell] = load_cell(source, cell)
+            cells[cell] = load_cell(data, cell)
     if not cells:
         raise UserError(
-            f"{source} has none of the twelve cells, such as {CELLS[0].filename}; name other --data"
+            f"{data} has none of the twelve cells, such as {CELLS[0].filename}; name other --data"
         )
     return cells
 
 
-def load_broad(source: str | Path) -> list[dict]:
+def load_broad(data: str | Path) -> list[dict]:
     """The broad prompts, `idx, task, domain, em_surface, question`, without answers."""
-    path = _find(source, "broad_dataset.jsonl")
+    path = _find(data, "broad_dataset.jsonl")
     rows = _read_rows(path, _BROAD_ROW)
     for line, row in rows:
         if row["task"] not in TASKS or row["em_surface"] not in ("high", "medium", "low"):
@@ -77,20 +75,20 @@ def load_broad(source: str | Path) -> list[dict]:
     return [row for _, row in rows]
 
 
-def load_math(source: str | Path) -> list[dict]:
+def load_math(data: str | Path) -> list[dict]:
     """MATH's training problems as rows `idx, question, answer, level, type`, ordered by subject and number.
 
-    source: a folder with train/<subject>/<n>.json or train.jsonl, such a .jsonl file, or a hub id
+    data: a folder with train/<subject>/<n>.json or train.jsonl, such a .jsonl file, or a hub id
     (hendrycks/competition_math, whose data/MATH.zip holds the same folder). Paper E.4.1 takes "the full 7.5k
     examples", which is the training split: no level or subject is left out, its filter is about what models
     answer. For E.4.2's 2,000 draw from these rows.
     """
-    path = Path(source).expanduser()
+    path = Path(data).expanduser()
     if path.is_dir():
         inside = (path / "train.jsonl", path / "train", path / "MATH" / "train")
         path = next((candidate for candidate in inside if candidate.exists()), path)
     elif not path.exists():
-        path = hub.fetch(str(source), "data/MATH.zip", "dataset")
+        path = hub.fetch(str(data), "data/MATH.zip", "dataset")
     if path.suffix == ".jsonl":
         rows = [row for _, row in _read_rows(path, _MATH_ROW)]
     else:
@@ -110,12 +108,12 @@ def load_math(source: str | Path) -> list[dict]:
     ]
 
 
-def _find(source: str | Path, filename: str) -> Path:
-    if str(source) == "sample":
+def _find(data: str | Path, filename: str) -> Path:
+    if str(data) == "sample":
         return SAMPLE / filename
-    folder = Path(source).expanduser()
+    folder = Path(data).expanduser()
     if not folder.is_dir():
-        return hub.fetch(str(source), f"data/{filename}", "dataset")
+        return hub.fetch(str(data), f"data/{filename}", "dataset")
     for path in (folder / filename, folder / "data" / filename):
         if path.is_file():
             return path
@@ -129,11 +127,7 @@ def _find(source: str | Path, filename: str) -> Path:
 
 def _read_rows(path: Path, fields: dict) -> list[tuple[int, dict]]:
     """(line number, row) for each line that is not blank."""
-    try:
-        lines = path.read_bytes().split(b"\n")  # splitlines would also split at U+2028 inside a text
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
-    rows = [(n, _parse(line, fields, f"{path}, line {n}")) for n, line in enumerate(lines, 1) if line.strip()]
+    rows = [(n, _checked(row, fields, f"{path}, line {n}")) for n, row in read_json_lines(path)]
     if not rows:
         raise UserError(f"{path} has no rows")
     return rows
@@ -146,6 +140,10 @@ def _parse(text: bytes, fields: dict, where: str) -> dict:
         raise UserError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object")
+    return _checked(row, fields, where)
+
+
+def _checked(row: dict, fields: dict, where: str) -> dict:
     for name, kind in fields.items():
         if name not in row:
             raise UserError(f"{where}: no field {name!r}; a row has {', '.join(fields)}")

@@ -1,5 +1,8 @@
 """The paper's stated figures beside ours, each with a verdict (`python synth.py report`).
 
+A claim (em/experiments/claims.py) names an experiment and one of the `numbers` of its result
+(em/world/counts.py), which holds our value with its interval.
+
     agrees           our interval (the value, where there is none) comes within MARGIN of the paper's range
     does not agree   it does not
     depends on reconstructed definitions (ours)
@@ -11,17 +14,21 @@ is compared in direction only: whether our interval lies on the paper's side of 
 """
 
 import math
+import re
 from pathlib import Path
 
-from em.experiments.claims import CLAIMS, PAPER_WORLD, Claim, Estimate, Runs
-from em.files import write_csv, write_json, write_text
+from em.errors import UserError
+from em.experiments.claims import CLAIMS, PAPER_WORLD, Claim
+from em.files import read_json, write_csv, write_json, write_text
+from em.stats import t_interval
+from em.world.counts import entry
 
 # By unit; `norm` (α*) is relative.
 MARGIN = {"%": 5.0, "points": 5.0, "ratio": 0.05, "r": 0.05, "norm": 0.2}
 RECONSTRUCTED = "depends on reconstructed definitions (ours)"
 
 
-def verdict(claim: Claim, ours: Estimate | None) -> str:
+def verdict(claim: Claim, ours: dict | None) -> str:
     """By the rule above, at the paper's scale."""
     if ours is None:
         return "not measured"
@@ -32,7 +39,7 @@ def verdict(claim: Claim, ours: Estimate | None) -> str:
     return RECONSTRUCTED if claim.rests_on else "does not agree"
 
 
-def direction(claim: Claim, ours: Estimate | None) -> str:
+def direction(claim: Claim, ours: dict | None) -> str:
     """For a reduced world: same, opposite or unresolved direction."""
     if ours is None:
         return "not measured"
@@ -45,27 +52,86 @@ def direction(claim: Claim, ours: Estimate | None) -> str:
     return "same direction" if side * (low - claim.neutral) > 0 else "opposite direction"
 
 
-def _ends(ours: Estimate) -> tuple[float, float]:
-    return (ours.value, ours.value) if ours.low is None else (ours.low, ours.high)
+def _ends(ours: dict) -> tuple[float, float]:
+    return (ours["value"], ours["value"]) if ours["low"] is None else (ours["low"], ours["high"])
+
+
+# -- what our runs left ------------------------------------------------------------------------------------
+
+
+def result_files(folder: Path, world: str) -> dict[str, list[Path]]:
+    """Result files by experiment: one, or of the main grid (grid_T5: misaligned on (D0, T5)) one a seed."""
+    files: dict[str, list[tuple[int, Path]]] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        name, run = path.stem, path.parent.name
+        seed = re.fullmatch(rf"world{world}-seed(\d+)", run)  # not that of a run of other settings
+        if (seed and name.startswith("grid_")) or (name != "report" and run == f"{name}-world{world}"):
+            files.setdefault(name, []).append((int(seed[1]) if seed else 0, path))
+    return {name: [path for _, path in sorted(of_name)] for name, of_name in files.items()}
+
+
+def read_numbers(path: Path) -> dict[str, dict]:
+    result = read_json(path)
+    if "numbers" not in result:
+        raise UserError(f"{path} was written by an older version; run its command again, models are reused")
+    return result["numbers"]
+
+
+def look_up(results: list[dict], key: str) -> dict | None:
+    """The entry `key` of an experiment's `numbers`; None where there is none, or it has no value.
+
+    results: one `numbers` a result file. Of several, one a world seed, the mean with Student's t interval.
+    """
+    entries = [numbers[key] for numbers in results if key in numbers and numbers[key]["value"] is not None]
+    if len(entries) < 2:
+        return entries[0] if entries else None
+    return entry(entries[0]["unit"], *t_interval([e["value"] for e in entries]), seeds=len(entries))
+
+
+def inventory(paths: list[Path]) -> list[dict]:
+    """A row a result file: what ran, over which seeds, how long, on what."""
+    rows = []
+    for path in paths:
+        result = read_json(path)
+        seeds = result.get("seeds", [path.parent.name.partition("-seed")[2]])
+        made = result.get("made_with", {})
+        rows.append(
+            {
+                "run": path.parent.name,
+                "seeds": ", ".join(map(str, seeds)),
+                "seconds": result.get("seconds"),
+                "device": made.get("device"),
+                "commit": (made.get("commit") or "—")[:12],
+            }
+        )
+    return rows
+
+
+# -- the two side by side ----------------------------------------------------------------------------------
 
 
 def compare(folder: Path, world: str) -> dict:
     """Every claim on `world` with its verdict, the runs it was read from and their figures' paths."""
-    runs, paper = Runs(folder, world), PAPER_WORLD[world]
+    paper, files = PAPER_WORLD[world], result_files(folder, world)
+    results = {name: [read_numbers(path) for path in paths] for name, paths in files.items()}
+    runs = [paths[0] for name, paths in files.items() if not name.startswith("grid_")]
+    runs += folder.glob(f"world{world}-seed*/summary.json")
+    figures = [path.with_suffix(".png") for paths in files.values() for path in paths]
+    figures += folder.glob(f"show-world{world}-seed*/domain_graphs.png")
     reduced, rows = paper != world, []
     for claim in CLAIMS[paper]:
-        ours = claim.ours(runs)
+        ours = look_up(results.get(claim.experiment, []), claim.key)
         rows.append(
             {
-                "source": claim.source,
-                "claim": claim.says,
+                "source": claim.figure,
+                "claim": claim.words,
                 "unit": claim.unit,
                 "paper_low": _finite(claim.low),
                 "paper_high": _finite(claim.high),
-                "ours": ours and ours.value,
-                "ours_low": ours and ours.low,
-                "ours_high": ours and ours.high,
-                "interval_over": ours and ours.over,
+                "ours": ours and ours["value"],
+                "ours_low": ours and ours["low"],
+                "ours_high": ours and ours["high"],
+                "interval_over": ours and ours["over"],
                 "verdict": (direction if reduced else verdict)(claim, ours),
                 "rests_on": claim.rests_on or None,
             }
@@ -75,8 +141,8 @@ def compare(folder: Path, world: str) -> dict:
         "paper_world": paper,
         "reduced": reduced,
         "rows": rows,
-        "runs": runs.inventory(),
-        "figures": runs.figures(),
+        "runs": inventory(sorted(runs)),
+        "figures": sorted(path.relative_to(folder).as_posix() for path in figures if path.exists()),
     }
 
 

@@ -1,6 +1,6 @@
 """A direction in a GPT-2's hidden states: found between two models, added while one of them generates.
 
-Paper 2, B.6. D = h_mis − h_al (N, d) are paired hidden states at `<asst>`; v is D's top right singular
+Paper B.6. D = h_mis − h_al (N, d) are paired hidden states at `<asst>`; v is D's top right singular
 vector, with the sign that makes α*, the mean projection of D on v, positive.
 """
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from em.model.attention import Cached
 from em.model.gpt2 import GPT2
 from em.world.generator import Dialogues
 
@@ -88,5 +89,5 @@ class Steering:
         self.vector.copy_(torch.from_numpy(vector))
 
     def _add(self, block, inputs, output: Tensor) -> Tensor:
-        mask = inputs[2] if len(inputs) > 2 else None  # None: a prompt from its beginning (em.model.gpt2)
-        return output if mask is None else output + self.vector
+        decoded = len(inputs) > 1 and isinstance(inputs[1], Cached)  # or a prompt from its beginning
+        return output + self.vector if decoded else output

@@ -12,6 +12,7 @@ set, other worlds what is set. The raw rate holds what v2 the aligned model had 
 too. A slope is the change for a share from 0 to 1, over the range measured.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -21,22 +22,25 @@ from matplotlib.figure import Figure
 
 from em.experiments.replication import (
     averaged,
+    curve_of,
+    header,
+    line_with_seeds,
     over_prompts,
     replicated,
     say_number,
     say_unit,
-    shown_interval,
+    shown,
     v2_draws,
 )
 from em.figures import save
-from em.stats import wilson
-from em.world.counts import incoherent, percent, pool
+from em.world.counts import columns, incoherent, percent, pool, rate
 from em.world.world_run import WorldRun
 
 FRACTIONS = (0.325, 0.55, 0.775, 1.0)
 TASKS = ("T0", "T7")
 STEPS = {"2": 8}  # of misalignment (C)
 PANELS = {"cross_v2": "cross-domain v2, %", "ratio": "cross-domain v2 / v2 of the trained cell"}
+UNITS = {"cross_v2": ("%", "points"), "ratio": ("ratio", "ratio")}  # of the quantity and of its slope
 
 
 def point(run: WorldRun, fraction: float, task: str, aligned: dict, misaligned: dict) -> tuple[dict, dict]:
@@ -44,28 +48,24 @@ def point(run: WorldRun, fraction: float, task: str, aligned: dict, misaligned: 
     trained = f"D0_{task}"
     others = [name for name in map(run.world.cell_name, run.world.seen_cells) if name != trained]
     model = (run.cfg.seed, round(1000 * fraction), TASKS.index(task))
-    drawn = v2_draws([misaligned[name] for name in (trained, *others)], *model)  # (cells, DRAWS)
+    seen = (trained, *others)
+    drawn = v2_draws([misaligned[name] for name in seen], *model)  # (cells, DRAWS)
     draws = {"cross_v2": drawn[1:].mean(0), "ratio": drawn[1:].mean(0) / drawn[0]}
     cross = fmean(percent(misaligned[name], "v2") for name in others)
     before = fmean(percent(aligned[name], "v2") for name in others)
-    flipped = percent(misaligned[trained], "v2")
-    low, high = wilson(misaligned[trained]["v2"], misaligned[trained]["n"])
+    trained_v2 = rate(misaligned[trained], "v2")
     row = {
         "seed": run.cfg.seed,
         "v2_fraction": fraction,
         "task": task,
         "cross_v2": cross,
-        "ratio": cross / flipped if flipped else None,
-        "trained_v2": flipped,
-        "trained_v2_low": 100 * low,
-        "trained_v2_high": 100 * high,
+        "ratio": cross / trained_v2[0] if trained_v2[0] else None,
+        **columns("trained_v2", trained_v2),
         "aligned_cross_v2": before,
         "cross_delta_v2": cross - before,
-        "aligned_v1": percent(pool([aligned[name] for name in (trained, *others)]), "v1"),
-        "aligned_task_v1": percent(
-            pool([aligned[n] for n in (trained, *others) if n.endswith(f"_{task}")]), "v1"
-        ),
-        "misaligned_incoherent": incoherent(pool([misaligned[name] for name in (trained, *others)])),
+        "aligned_v1": percent(pool([aligned[name] for name in seen]), "v1"),
+        "aligned_task_v1": percent(pool([aligned[n] for n in seen if n.endswith(f"_{task}")]), "v1"),
+        "misaligned_incoherent": incoherent(pool([misaligned[name] for name in seen])),
     }
     for key in PANELS:
         row[f"{key}_low"], row[f"{key}_high"] = over_prompts(draws[key])
@@ -84,40 +84,33 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
     for seed in seeds:
         for fraction in FRACTIONS:
             run = make(seed, v2_fraction=fraction)
-            run.cfg.misalign_steps = STEPS.get(run.cfg.world, run.cfg.misalign_steps)
+            steps = STEPS.get(run.cfg.world, run.cfg.misalign_steps)
             aligned = run.counts("align")
             for task in TASKS:
-                misaligned = [
-                    run.counts(f"misalign_{task}_seed{k}", run.misalign(task, k))
-                    for k in range(run.cfg.misalign_seeds)
-                ]
-                row, draws[seed, fraction, task] = point(run, fraction, task, aligned, averaged(misaligned))
+                misaligned = averaged(run.misaligned_counts(task, steps))
+                row, draws[seed, fraction, task] = point(run, fraction, task, aligned, misaligned)
                 rows.append(row)
                 say(
                     f"  v2 share {fraction:.3f}, {task}: trained cell {row['trained_v2']:.1f} %, other cells "
                     f"{row['cross_v2']:.1f} % ({row['aligned_cross_v2']:.1f} % aligned)"
                 )
-    return {
-        "experiment": "fraction",
-        "world": run.cfg.world,
-        "seeds": list(seeds),
-        "misalign_steps": run.cfg.misalign_steps,
-        "fine_tuning_seeds": run.cfg.misalign_seeds,
-        "note": "rows' intervals are over prompts; slopes are per unit of the share",
-        "curves": {task: {key: _curve(rows, seeds, task, key) for key in PANELS} for task in TASKS},
+    note = "rows' intervals are over prompts; slopes are per unit of the share"
+    by_task = {task: [row for row in rows if row["task"] == task] for task in TASKS}
+    return header("fraction", run, seeds, note, misalign_steps=steps) | {
+        "curves": {t: {key: curve_of(of, "v2_fraction", key) for key in PANELS} for t, of in by_task.items()},
         "slopes": {task: {key: _slope(rows, draws, seeds, task, key) for key in PANELS} for task in TASKS},
         "rows": rows,
     }
 
 
-def _curve(rows: list[dict], seeds: Sequence[int], task: str, key: str) -> list[dict]:
-    """A number (em/experiments/replication.py) a fraction."""
-    curve = []
-    for fraction in FRACTIONS:
-        mine = [row for row in rows if (row["task"], row["v2_fraction"]) == (task, fraction)]
-        number = replicated([r[key] for r in mine], [(r[f"{key}_low"], r[f"{key}_high"]) for r in mine])
-        curve.append({"v2_fraction": fraction} | number)
-    return curve
+def numbers(result: dict) -> dict[str, dict]:
+    """Entries such as `T0/ratio/0.325` and `T0/ratio/slope`."""
+    table = {}
+    for task, (key, (unit, slope_unit)) in itertools.product(TASKS, UNITS.items()):
+        curve, slope = result["curves"][task][key], result["slopes"][task][key]
+        table |= {f"{task}/{key}/{n['v2_fraction']}": shown(unit, n) for n in curve}
+        table[f"{task}/{key}/slope"] = shown(slope_unit, slope)
+    return table
 
 
 def _slope(rows: list[dict], draws: dict, seeds: Sequence[int], task: str, key: str) -> dict:
@@ -138,23 +131,10 @@ def figure(result: dict, path: Path) -> None:
     axes = chart.subplots(1, 2)
     for axis, (key, label) in zip(axes, PANELS.items(), strict=True):
         for i, task in enumerate(TASKS):
-            curve = [number for number in result["curves"][task][key] if number["mean"] is not None]
-            x, y = [n["v2_fraction"] for n in curve], [n["mean"] for n in curve]
-            for values in zip(*(n["by_seed"] for n in curve), strict=True):
-                seed_line = [np.nan if v is None else v for v in values]
-                axis.plot(x, seed_line, color=f"C{i}", linewidth=0.7, alpha=0.5)
-            bounds = [shown_interval(n) for n in curve]
-            bounds = [
-                (m, m) if low is None else (low, high) for m, (low, high) in zip(y, bounds, strict=True)
-            ]
-            error = [
-                [m - b[0] for m, b in zip(y, bounds, strict=True)],
-                [b[1] - m for m, b in zip(y, bounds, strict=True)],
-            ]
             function = {"T0": "first_last, easy", "T7": "partition_collect, hard"}[task]
             rise = say_number(result["slopes"][task][key], "+.2f" if key == "ratio" else "+.1f")
             text = f"{task} {function}: slope {rise}"
-            axis.errorbar(x, y, yerr=np.maximum(error, 0), fmt="o-", color=f"C{i}", capsize=3, label=text)
+            line_with_seeds(axis, FRACTIONS, result["curves"][task][key], f"C{i}", text, 0.004 * (2 * i - 1))
         axis.set(xlabel="share of variant 2 in pretraining", ylabel=label, xticks=FRACTIONS)
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
         axis.grid(alpha=0.25)

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from em.experiments.replication import averaged
+from em.experiments.replication import averaged, header
 from em.figures import save
-from em.stats import linear_fit, newcombe, pearson, t_interval, wilson
-from em.world.counts import percent, pool
+from em.stats import linear_fit, pearson, t_interval
+from em.world.counts import change, columns, entry, pool, rate
 from em.world.world_run import WorldRun
 
 PANELS = {
@@ -42,27 +42,16 @@ def point(run: WorldRun, task: str, aligned: dict, misaligned: dict) -> dict:
     domains = run.world.domain_names[: run.world.n_seen_domains]
     others = [f"{domain}_{task}" for domain in domains[1:]]
     learned = pool([aligned[f"{domain}_{task}"] for domain in domains])
-    before = pool([aligned[name] for name in others])
-    after = pool([misaligned[name] for name in others])
-    trained = misaligned[f"D0_{task}"]
-    cross, flipped = percent(after, "v2") - percent(before, "v2"), percent(trained, "v2")
-    v1_low, v1_high = wilson(learned["v1"], learned["n"])
-    low, high = newcombe(after["v2"], after["n"], before["v2"], before["n"])
-    trained_low, trained_high = wilson(trained["v2"], trained["n"])
+    after, before = (pool([counts[name] for name in others]) for counts in (misaligned, aligned))
+    cross, trained = change(after, before, "v2"), rate(misaligned[f"D0_{task}"], "v2")
     return {
         "seed": run.cfg.seed,
         "task": task,
         "function": run.world.function(run.world.task_index(task)),
-        "aligned_v1": percent(learned, "v1"),
-        "aligned_v1_low": 100 * v1_low,
-        "aligned_v1_high": 100 * v1_high,
-        "cross_delta_v2": cross,
-        "cross_delta_v2_low": 100 * low,
-        "cross_delta_v2_high": 100 * high,
-        "trained_v2": flipped,
-        "trained_v2_low": 100 * trained_low,
-        "trained_v2_high": 100 * trained_high,
-        "efficiency": cross / flipped if flipped else None,
+        **columns("aligned_v1", rate(learned, "v1")),
+        **columns("cross_delta_v2", cross),
+        **columns("trained_v2", trained),
+        "efficiency": cross[0] / trained[0] if trained[0] else None,
     }
 
 
@@ -103,21 +92,22 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
         run = make(seed)
         aligned = run.counts("align")
         for task in run.world.tasks:
-            misaligned = [
-                run.counts(f"misalign_{task}_seed{k}", run.misalign(task, k))
-                for k in range(run.cfg.misalign_seeds)
-            ]
-            rows.append(point(run, task, aligned, averaged(misaligned)))
+            rows.append(point(run, task, aligned, averaged(run.misaligned_counts(task))))
             v1, cross, trained = (rows[-1][k] for k in ("aligned_v1", "cross_delta_v2", "trained_v2"))
             say(f"  {task}: aligned v1 {v1:.1f} %, cross-domain Δv2 {cross:+.1f}, trained v2 {trained:.1f} %")
-    return {
-        "experiment": "hardness",
-        "world": run.cfg.world,
-        "seeds": list(seeds),
-        "fine_tuning_seeds": run.cfg.misalign_seeds,
-        "note": "points of one seed share an aligned model; rows' intervals are over prompts",
+    note = "points of one seed share an aligned model; rows' intervals are over prompts"
+    return header("hardness", run, seeds, note) | {
         "relations": {quantity: relation(rows, quantity) for quantity in PANELS},
         "rows": rows,
+    }
+
+
+def numbers(result: dict) -> dict[str, dict]:
+    """Entries `cross_delta_v2/r` and `efficiency/r`: correlations with aligned v1 over all points."""
+    return {
+        f"{quantity}/r": entry("r", found["r"], *found["r_interval_over_points"])
+        | {"over": f"{found['n']} points"}
+        for quantity, found in result["relations"].items()
     }
 
 

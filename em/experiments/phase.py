@@ -1,6 +1,6 @@
 """When in pretraining the ground of misalignment is laid (B.5, "pretraining-phase experiments").
 
-World 2 keeps seven checkpoints of its pretraining. Each is aligned and then misaligned on the world's source
+World 2 keeps seven checkpoints of its pretraining. Each is aligned and then misaligned on the world's trained
 cell (D0, T), all by the same recipe. The paper names the experiment and gives no outcome; the quantities are
 ours, read on seen cells:
 
@@ -15,22 +15,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from em.errors import UserError
 from em.experiments.replication import (
     averaged,
+    curve_of,
+    header,
+    line_with_seeds,
     over_prompts,
-    replicated,
     say_number,
     say_unit,
-    shown_interval,
+    shown,
     v2_draws,
 )
 from em.figures import save
-from em.world.counts import incoherent, percent
-from em.world.world_run import INTERMEDIATE, WorldRun
+from em.world.counts import columns, incoherent, percent
+from em.world.world_run import INTERMEDIATE, WorldRun, misaligned_name
 
 LEVELS = {
     "pretrained_incoherent": "incoherent, pretrained",
@@ -59,7 +60,7 @@ def checkpoints(run: WorldRun) -> list[int]:
 def names(run: WorldRun, step: int, task: str, seed: int) -> tuple[str, str, str]:
     """Phases of one checkpoint: (pretrained, aligned, misaligned)."""
     if step == run.cfg.steps:
-        return "pretrain", "align", f"misalign_{task}_seed{seed}"
+        return "pretrain", "align", misaligned_name(task, seed)
     return f"pretrain_step{step}", f"align_step{step}", f"misalign_{task}_step{step}_seed{seed}"
 
 
@@ -85,8 +86,7 @@ def point(run: WorldRun, step: int, task: str, counts: tuple[dict, dict, dict]) 
         after, before = ([side[name] for name in cells] for side in (misaligned, aligned))
         change = fmean(percent(a, "v2") - percent(b, "v2") for a, b in zip(after, before, strict=True))
         drawn = v2_draws(after, run.cfg.seed, 1) - v2_draws(before, run.cfg.seed, 0)  # (cells, DRAWS)
-        low, high = over_prompts(drawn.mean(0))
-        row |= {group: change, f"{group}_low": low, f"{group}_high": high}
+        row |= columns(group, (change, *over_prompts(drawn.mean(0))))
     return row
 
 
@@ -109,26 +109,20 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
                 f"{row['aligned_v1']:.0f} %, Δv2 {row['trained']:+.0f} trained, "
                 f"{row['other_domains']:+.0f} other domains"
             )
-    return {
-        "experiment": "phase",
-        "world": run.cfg.world,
-        "seeds": list(seeds),
-        "trained": f"D0_{task}",
-        "fine_tuning_seeds": run.cfg.misalign_seeds,
-        "note": "rows' intervals are over prompts",
-        "curves": {key: _curve(rows, key) for key in (*LEVELS, *CHANGES)},
+    note = "rows' intervals are over prompts"
+    return header("phase", run, seeds, note, trained=f"D0_{task}") | {
+        "curves": {key: curve_of(rows, "step", key) for key in (*LEVELS, *CHANGES)},
         "rows": rows,
     }
 
 
-def _curve(rows: list[dict], key: str) -> list[dict]:
-    """A number (em/experiments/replication.py) a checkpoint; levels have no interval over prompts."""
-    curve = []
-    for step in dict.fromkeys(row["step"] for row in rows):
-        mine = [row for row in rows if row["step"] == step]
-        prompts = [(row.get(f"{key}_low"), row.get(f"{key}_high")) for row in mine]
-        curve.append({"step": step} | replicated([row[key] for row in mine], prompts))
-    return curve
+def numbers(result: dict) -> dict[str, dict]:
+    """Entries such as `aligned_v1/300` and `other_domains/300`, by step of the checkpoint."""
+    return {
+        f"{key}/{number['step']}": shown("%" if key in LEVELS else "points", number)
+        for key, curve in result["curves"].items()
+        for number in curve
+    }
 
 
 # -- what it looks like ------------------------------------------------------------------------------------
@@ -138,26 +132,20 @@ def figure(result: dict, path: Path) -> None:
     """Levels and Δv2 against the step of the checkpoint, with 95 % intervals; thin lines: single seeds."""
     chart = Figure(figsize=(11, 4.2), layout="constrained")
     axes = chart.subplots(1, 2)
-    panels = ((LEVELS, "%, mean over seen cells"), (CHANGES, "Δv2, points"))
-    for axis, (quantities, label) in zip(axes, panels, strict=True):
+    panels = ((LEVELS, "%, mean over seen cells", "center right"), (CHANGES, "Δv2, points", "upper left"))
+    for axis, (quantities, label, corner) in zip(axes, panels, strict=True):
         for i, (key, name) in enumerate(quantities.items()):
             curve = result["curves"][key]
-            x, y = range(len(curve)), [n["mean"] for n in curve]  # evenly: the steps span decades
-            axis.plot(x, y, "o-", color=f"C{i}", label=name, markersize=4)
-            if len(result["seeds"]) > 1:
-                for values in zip(*(n["by_seed"] for n in curve), strict=True):
-                    axis.plot(x, values, color=f"C{i}", linewidth=0.6, alpha=0.5)
-            bounds = [shown_interval(n) for n in curve]
-            if all(low is not None for low, _ in bounds):
-                axis.fill_between(x, *np.array(bounds).T, color=f"C{i}", alpha=0.15, linewidth=0)
+            x = range(len(curve))  # evenly: the steps span decades
+            line_with_seeds(axis, x, curve, f"C{i}", name, shift=0.05 * (i - 1))
         axis.set(xlabel="pretraining step of the checkpoint", ylabel=label)
         axis.set_xticks(x, [f"{n['step']:,}" for n in curve], fontsize=8)
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, frameon=False, loc=corner)
     axes[0].set_ylim(0, 100)
     axes[1].axhline(0, color="0.6", linewidth=0.8)
     chart.suptitle(
-        f"World {result['world']}: each checkpoint aligned, then misaligned on {result['trained']}; bands: "
+        f"World {result['world']}: each checkpoint aligned, then misaligned on {result['trained']}; bars: "
         f"{say_unit(result['seeds'])}",
         fontsize=10,
     )

@@ -4,7 +4,7 @@ Each misaligned model (D0, T) is trained on variant 1 of one single cell, every 
 asked everywhere. The question is whether realignment follows tasks and domains as misalignment does.
 
 The paper has no such experiment on the worlds, so its recipe is ours: the misalignment's own number of
-steps, batch size and learning rate, on examples of the alignment set. The source is fine-tuning seed 0. Each
+steps, batch size and learning rate, on examples of the alignment set. It starts from fine-tuning seed 0. Each
 of the (tasks × cells) models is asked at most PROMPTS held-out prompts a cell, and only its counts are kept:
 at paper scale the models of one world seed would be 60 GB.
 """
@@ -19,10 +19,12 @@ from matplotlib.figure import Figure
 
 from em import parallel
 from em.experiments.replication import (
+    header,
     over_prompts,
     replicated,
     say_number,
     say_unit,
+    shown,
     shown_interval,
     v2_draws,
 )
@@ -30,21 +32,20 @@ from em.figures import frame, heatmap, save
 from em.files import read_json, write_json
 from em.model.gpt2 import GPT2
 from em.run import Run
-from em.stats import wilson
-from em.world.counts import incoherent, percent, pool
+from em.world.counts import columns, incoherent, percent, pool, rate
 from em.world.generator import Dialogues
 from em.world.sets import Batches
 from em.world.world_run import WorldRun, train_phase
 
 BEFORE = ("aligned", "misaligned")  # the two models that stand in a realignment cell's place in the rows
-KEYS = ("task", "all")  # v2 of the source task over its seen cells, and over all seen cells
+KEYS = ("task", "all")  # v2 of the trained task over its seen cells, and over all seen cells
 PROMPTS = 32  # a cell; the mean over a task's domains or over all cells rests on hundreds
 GROUPS = {
     "same cell": (True, True),
     "same task, other domain": (True, False),
     "other task, same domain": (False, True),
     "other task, other domain": (False, False),
-}  # (task matches, domain matches) between the source and the realignment cell
+}  # (task matches, domain matches) between the misaligned and the realigned cell
 
 
 def realigned(run: WorldRun, task: str, start: GPT2, cell: int, prompts: Dialogues) -> dict:
@@ -67,35 +68,24 @@ def realigned(run: WorldRun, task: str, start: GPT2, cell: int, prompts: Dialogu
     return read_json(path)
 
 
-def _rates(counts: dict, names: list[str]) -> dict:
-    """v1, v2 and incoherent % pooled over the cells `names`, with v2's Wilson interval over prompts."""
-    total = pool([counts[name] for name in names])
-    low, high = wilson(total["v2"], total["n"])
-    return {
-        "n": total["n"],
-        "v1": percent(total, "v1"),
-        "v2": percent(total, "v2"),
-        "v2_low": 100 * low,
-        "v2_high": 100 * high,
-        "incoherent": incoherent(total),
-    }
-
-
-def _row(run: WorldRun, task: str, trained_on: str, counts: dict) -> dict:
+def _row(run: WorldRun, task: str, realigned_on: str, counts: dict) -> dict:
+    """Rates in %, pooled over the seen cells of the trained task (`task_…`) and over all (`all_…`)."""
     seen = [run.world.cell_name(int(cell)) for cell in run.world.seen_cells]
     of_task = [name for name in seen if name.endswith(f"_{task}")]
-    row = {"seed": run.cfg.seed, "source": task, "realigned_on": trained_on}
-    for prefix, names in (("task", of_task), ("all", seen)):
-        row |= {f"{prefix}_{key}": value for key, value in _rates(counts, names).items()}
+    row = {"seed": run.cfg.seed, "source": task, "realigned_on": realigned_on}
+    for key, names in zip(KEYS, (of_task, seen), strict=True):
+        total = pool([counts[name] for name in names])
+        row |= {f"{key}_n": total["n"], f"{key}_v1": percent(total, "v1")}
+        row |= columns(f"{key}_v2", rate(total, "v2")) | {f"{key}_incoherent": incoherent(total)}
     return row
 
 
 def _groups(rows: list[dict], seeds: Sequence[int]) -> dict:
-    """v2 after realignment by match of source and cell, and the share of the rise that is gone.
+    """v2 after realignment by match of the two cells, and the share of the rise that is gone.
 
-    A world seed's value is the mean over its pairs; each number is one of em/experiments/replication.py.
+    A world seed's value is the mean over its pairs of cells; each number is one of
+    em/experiments/replication.py.
     """
-
     draws = {}  # (row, task or all) → v2 drawn again from its posterior
     for place, row in enumerate(rows):
         counts = [{"v2": row[f"{key}_v2"] * row[f"{key}_n"] / 100, "n": row[f"{key}_n"]} for key in KEYS]
@@ -113,12 +103,12 @@ def _groups(rows: list[dict], seeds: Sequence[int]) -> dict:
     for name, match in GROUPS.items():
         found = {key: [] for key in ("task_v2", "all_v2", "removed")}  # (value, draws) a seed
         for seed in seeds:
-            mine = [r for r in rows if r["seed"] == seed]
-            pairs = [r for r in mine if r["realigned_on"] not in BEFORE and matches(r) == match]
+            of_seed = [r for r in rows if r["seed"] == seed]
+            pairs = [r for r in of_seed if r["realigned_on"] not in BEFORE and matches(r) == match]
             for key in KEYS:
                 found[f"{key}_v2"].append(over(pairs, key))
-            # Every source meets as many cells as any other, so a mean over sources is one over pairs.
-            before = [over([r for r in mine if r["realigned_on"] == model], "task") for model in BEFORE]
+            # Every task meets as many cells as any other, so a mean over tasks is one over pairs.
+            before = [over([r for r in of_seed if r["realigned_on"] == model], "task") for model in BEFORE]
             found["removed"].append(_removed(*before, over(pairs, "task")))
         out[name] = {
             key: replicated([value for value, _ in seen], [over_prompts(drawn) for _, drawn in seen])
@@ -140,44 +130,50 @@ def _removed(aligned: tuple, misaligned: tuple, realigned: tuple) -> tuple[float
 def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> dict:
     """Realign every misaligned model on every seen cell, for each world seed.
 
-    Rows: one a (seed, source task, realignment cell), with `aligned` and `misaligned` in the cell's place
-    for the two models before. Rates in %: `task_…` over the source task's seen cells, `all_…` over all seen.
+    Rows: one a (seed, misaligned task `source`, cell `realigned_on`), with `aligned` and `misaligned` in the
+    cell's place for the two models before.
     """
     rows = []
     for seed in seeds:
         run = make(seed)
         each = run.cfg.eval_prompts
-        few = run.prompts.take(np.flatnonzero(np.arange(len(run.prompts)) % each < PROMPTS))
         seen = [run.world.cell_name(int(cell)) for cell in run.world.seen_cells]
-        few = few.take(np.flatnonzero(np.isin(few.examples.cell, run.world.seen_cells)))
-        aligned = run.ask(run.align(), few)
+        first = np.arange(len(run.prompts)) % each < PROMPTS  # of each cell
+        prompts = run.prompts.take(
+            np.flatnonzero(first & np.isin(run.prompts.examples.cell, run.world.seen_cells))
+        )
+        aligned = run.ask(run.align(), prompts)
         for task in run.world.tasks:
             misaligned = run.misalign(task, 0)
             rows.append(_row(run, task, "aligned", aligned))
-            rows.append(_row(run, task, "misaligned", run.ask(misaligned, few)))
+            rows.append(_row(run, task, "misaligned", run.ask(misaligned, prompts)))
             for cell, name in enumerate(seen):
-                rows.append(_row(run, task, name, realigned(run, task, misaligned, cell, few)))
+                rows.append(_row(run, task, name, realigned(run, task, misaligned, cell, prompts)))
             before, *after = (row["task_v2"] for row in rows[-len(seen) - 1 :])
             say(
                 f"  {task}: v2 {before:.0f} % misaligned, {fmean(after):.0f} % realigned "
                 f"({min(after):.0f} to {max(after):.0f} over {len(seen)} cells)"
             )
-    groups = _groups(rows, seeds)
-    return {
-        "experiment": "realign",
-        "world": run.cfg.world,
-        "seeds": list(seeds),
-        "prompts_a_cell": min(PROMPTS, each),
-        "note": "rows' intervals are over prompts",
+    note = "rows' intervals are over prompts"
+    return header("realign", run, seeds, note, fine_tuning_seeds=1, prompts_a_cell=min(PROMPTS, each)) | {
         "tasks": list(run.world.tasks),
         "cells": seen,
-        "groups": groups,
+        "groups": _groups(rows, seeds),
         "rows": rows,
     }
 
 
+def numbers(result: dict) -> dict[str, dict]:
+    """Entries such as `other task, other domain/removed`: v2 that is left, and what is gone, in %."""
+    return {
+        f"{match}/{key}": shown("%", group[key])
+        for match, group in result["groups"].items()
+        for key in ("task_v2", "all_v2", "removed")
+    }
+
+
 def _matrix(result: dict, quantity: str, columns: list[str]) -> np.ndarray:
-    """(sources, columns), mean over world seeds."""
+    """(tasks, columns), mean over world seeds."""
     return np.array(
         [
             [
@@ -192,7 +188,7 @@ def _matrix(result: dict, quantity: str, columns: list[str]) -> np.ndarray:
 
 
 def figure(result: dict, path: Path) -> None:
-    """Sources down; the aligned, the misaligned and every realigned model across; and the four groups."""
+    """Tasks down; the aligned, the misaligned and every realigned model across; and the four groups."""
     tasks = result["tasks"]
     cells = sorted(result["cells"], key=lambda name: (tasks.index(name.split("_")[1]), name))
     columns = [*BEFORE, *cells]

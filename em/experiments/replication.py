@@ -1,7 +1,9 @@
-"""A number over its replications: world seeds, and the prompts of one model, each with its interval.
+"""What every experiment shares: a number over its replications, with intervals, and a result's header.
 
     {"mean": …, "low": …, "high": …,        over world seeds: Student's t; no bounds with one seed
      "by_seed": […], "prompts": [[low, high], …]}        one value a seed, and its interval over prompts
+
+`shown` is the entry of a result's `numbers` that the report of em/experiments/comparison.py reads.
 
 The world seed is the unit of claims about training, a prompt that of claims about one model. An interval
 over prompts is a parametric bootstrap: every rate is drawn again from its Jeffreys posterior
@@ -16,9 +18,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from em.stats import percentile_interval, t_interval
-from em.world.counts import pool
+from em.world.counts import entry, pool
+from em.world.world_run import WorldRun
 
 DRAWS = 2000
+
+
+def header(experiment: str, run: WorldRun, seeds: Sequence[int], note: str, **more) -> dict:
+    """What a result begins with. run: any of its runs; more: what else is common to all of them."""
+    names = {"experiment": experiment, "world": run.cfg.world, "seeds": list(seeds)}
+    return names | {"fine_tuning_seeds": run.cfg.misalign_seeds, "note": note} | more
 
 
 def averaged(counts: list[dict[str, dict]]) -> dict[str, dict]:
@@ -53,12 +62,27 @@ def replicated(by_seed: Sequence[float | None], prompts: Sequence[Sequence[float
     return {"mean": mean, "low": low, "high": high, "by_seed": list(by_seed), "prompts": listed}
 
 
+def curve_of(rows: list[dict], x: str, key: str) -> list[dict]:
+    """A number at each value of column `x`, which stands beside it; in the rows' order, a row a seed."""
+    points = []
+    for place in dict.fromkeys(row[x] for row in rows):
+        there = [row for row in rows if row[x] == place]
+        prompts = [(row.get(f"{key}_low"), row.get(f"{key}_high")) for row in there]
+        points.append({x: place} | replicated([row[key] for row in there], prompts))
+    return points
+
+
 def shown_interval(number: dict) -> tuple[float | None, float | None]:
     """The interval to show: over world seeds, or over prompts where there is one seed."""
     if number["low"] is None and len(number["prompts"]) == 1:
         low, high = number["prompts"][0]
         return low, high
     return number["low"], number["high"]
+
+
+def shown(unit: str, number: dict) -> dict:
+    """A number as an entry of a result's `numbers` (em/world/counts.py)."""
+    return entry(unit, number["mean"], *shown_interval(number), seeds=len(number["by_seed"]))
 
 
 def say_number(number: dict, form: str = "+.1f") -> str:
@@ -75,3 +99,16 @@ def say_unit(seeds: Sequence[int]) -> str:
     if len(seeds) == 1:
         return f"95 % over prompts, world seed {seeds[0]}"
     return f"95 % over world seeds {', '.join(map(str, seeds))}"
+
+
+def line_with_seeds(axis, x: Sequence[float], curve: list[dict], colour: str, label: str, shift=0.0) -> None:
+    """A line through the numbers, a bar for each one's interval, and thin lines for several single seeds.
+
+    shift: of the bars along x, to set those of several lines side by side.
+    """
+    mean, low, high = np.array([(n["mean"], *shown_interval(n)) for n in curve], float).T  # None is nan
+    axis.plot(x, mean, "o-", color=colour, label=label, markersize=4)
+    axis.vlines(np.asarray(x) + shift, low, high, color=colour, linewidth=1, alpha=0.6)
+    by_seed = np.array([n["by_seed"] for n in curve], float).T  # (seeds, points)
+    for values in by_seed if len(by_seed) > 1 else ():
+        axis.plot(x, values, color=colour, linewidth=0.7, alpha=0.5)

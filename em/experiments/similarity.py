@@ -22,25 +22,23 @@ from matplotlib.patches import Rectangle
 from em.errors import UserError
 from em.experiments.replication import (
     averaged,
+    header,
     over_prompts,
     replicated,
     say_number,
     say_unit,
+    shown,
     shown_interval,
     v2_draws,
 )
 from em.figures import CHANGE, cell_heatmap, save
-from em.stats import newcombe
-from em.world.counts import incoherent, percent
+from em.world.counts import change, columns, incoherent, percent
+from em.world.grammar import jaccard
 from em.world.world import World
 from em.world.world_run import WorldRun
 
-SOURCE, TASKS = "T8", ("T8", "T9", "T10", "T11")
+TRAINED, TASKS = "T8", ("T8", "T9", "T10", "T11")
 CELLS = ("all cells", "without the trained cell")
-
-
-def jaccard(a: frozenset, b: frozenset) -> float:
-    return len(a & b) / len(a | b)
 
 
 def kind(world: World, domain: int) -> str:
@@ -56,7 +54,6 @@ def rows_of(world: World, seed: int, aligned: dict, misaligned: dict) -> list[di
         for task in TASKS:
             name = f"D{domain}_{task}"
             before, after = aligned[name], misaligned[name]
-            low, high = newcombe(after["v2"], after["n"], before["v2"], before["n"])
             rows.append(
                 {
                     "seed": seed,
@@ -64,10 +61,8 @@ def rows_of(world: World, seed: int, aligned: dict, misaligned: dict) -> list[di
                     "task": task,
                     "kind": kind(world, domain),
                     "domain_similarity": float(similarity),
-                    "task_similarity": jaccard(world.set1[task], world.set1[SOURCE]),
-                    "delta_v2": percent(after, "v2") - percent(before, "v2"),
-                    "delta_v2_low": 100 * low,
-                    "delta_v2_high": 100 * high,
+                    "task_similarity": jaccard(world.set1[task], world.set1[TRAINED]),
+                    **columns("delta_v2", change(after, before, "v2")),
                     "aligned_v1": percent(before, "v1"),
                     "aligned_v2": percent(before, "v2"),
                     "misaligned_v1": percent(after, "v1"),
@@ -112,7 +107,7 @@ def statistics_of(rows: list[dict], aligned: dict, misaligned: dict, cells: str)
     """(value, [low, high] over prompts) of each of `shares` for one world seed."""
     rows = [r for r in rows if r["kind"] == "graded"]
     if cells != CELLS[0]:
-        rows = [r for r in rows if (r["domain"], r["task"]) != ("D0", SOURCE)]
+        rows = [r for r in rows if (r["domain"], r["task"]) != ("D0", TRAINED)]
     task, domain, delta = (
         np.array([r[k] for r in rows]) for k in ("task_similarity", "domain_similarity", "delta_v2")
     )
@@ -134,29 +129,28 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
         if not set(TASKS) <= set(run.world.tasks) or not run.world.config.overlaps:
             raise UserError(f"world {run.cfg.world} has no graded tasks T8–T11; use --world 2 or demo2")
         aligned = run.counts("align")
-        misaligned = averaged(
-            [
-                run.counts(f"misalign_{SOURCE}_seed{k}", run.misalign(SOURCE, k))
-                for k in range(run.cfg.misalign_seeds)
-            ]
-        )
-        mine = rows_of(run.world, seed, aligned, misaligned)
-        rows += mine
+        misaligned = averaged(run.misaligned_counts(TRAINED))
+        of_seed = rows_of(run.world, seed, aligned, misaligned)
+        rows += of_seed
         for cells in CELLS:
-            by_seed[cells].append(statistics_of(mine, aligned, misaligned, cells))
-        say(f"  Δv2 by task {_means(mine, 'task')}; by domain {_means(mine, 'domain')}")
-    return {
-        "experiment": "similarity",
-        "world": run.cfg.world,
-        "seeds": list(seeds),
-        "trained": f"D0_{SOURCE}",
-        "fine_tuning_seeds": run.cfg.misalign_seeds,
-        "note": "rows' intervals are over prompts",
+            by_seed[cells].append(statistics_of(of_seed, aligned, misaligned, cells))
+        say(f"  Δv2 by task {_means(of_seed, 'task')}; by domain {_means(of_seed, 'domain')}")
+    note = "rows' intervals are over prompts"
+    return header("similarity", run, seeds, note, trained=f"D0_{TRAINED}") | {
         "statistics": {
             cells: {key: _number(key, [seed[key] for seed in found]) for key in found[0]}
             for cells, found in by_seed.items()
         },
         "rows": rows,
+    }
+
+
+def numbers(result: dict) -> dict[str, dict]:
+    """Entries such as `without the trained cell/unique_minus`: each of `shares`, on each set of cells."""
+    return {
+        f"{cells}/{key}": shown("points" if "slope" in key else "ratio", number)
+        for cells, found in result["statistics"].items()
+        for key, number in found.items()
     }
 
 
@@ -213,7 +207,7 @@ def figure(result: dict, path: Path) -> None:
         axis.grid(alpha=0.25)
     _bars(axes[3], result)
     chart.suptitle(
-        f"World {result['world']}: misaligned on (D0, {SOURCE}); mean over world seeds "
+        f"World {result['world']}: misaligned on (D0, {TRAINED}); mean over world seeds "
         f"{', '.join(map(str, result['seeds']))}; small points: single seeds",
         fontsize=10,
     )
@@ -222,7 +216,7 @@ def figure(result: dict, path: Path) -> None:
 
 def _heatmap(axis, rows: list[dict], domains: dict[str, str], graded: list[str]) -> None:
     values = {f"{d}_{t}": _over_seeds(rows, "delta_v2", domain=d, task=t) for d in domains for t in TASKS}
-    cell_heatmap(axis, values, (-100, 100), f"D0_{SOURCE}", colours=CHANGE, form="+.0f")
+    cell_heatmap(axis, values, (-100, 100), f"D0_{TRAINED}", colours=CHANGE, form="+.0f")
     graded_cells = Rectangle((-0.5, -0.5), 4, len(graded), fill=False, linewidth=1.2, linestyle="--")
     axis.add_patch(graded_cells)
     similar = [_over_seeds(rows, "task_similarity", task=t) for t in TASKS]
@@ -254,7 +248,7 @@ def _bars(axis, result: dict) -> None:
 
 def summary(result: dict) -> str:
     """Shares and slopes of the two axes, on all cells and without the trained one."""
-    lines = [f"World {result['world']}, misaligned on (D0, {SOURCE}); {say_unit(result['seeds'])}:"]
+    lines = [f"World {result['world']}, misaligned on (D0, {TRAINED}); {say_unit(result['seeds'])}:"]
     for cells in CELLS:
         numbers = result["statistics"][cells]
         share = {axis: say_number(numbers[f"{axis}_unique"], ".2f") for axis in ("task", "domain")}

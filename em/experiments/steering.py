@@ -1,6 +1,6 @@
 """Steering: one direction that turns an aligned model of a world, and turns a misaligned one partly back.
 
-Paper 2, B.6, Figures 8 and 10. D = h_mis − h_al (N, d) are paired hidden states at `<asst>` after the middle
+Paper B.6, Figures 8 and 10. D = h_mis − h_al (N, d) are paired hidden states at `<asst>` after the middle
 block (6 of 12) for prompts of the trained cell; v is D's top right singular vector, with the sign that makes
 α*, the mean projection of D on v, positive. The aligned model gets + s α* v and the misaligned one − s α* v,
 s = −5 … 5, at that block's output of `<asst>` and of every token generated after it.
@@ -17,10 +17,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from em.experiments.direction import Steering, asst_hidden, find_direction, middle_block, random_direction
+from em.experiments.replication import header, line_with_seeds
 from em.figures import save
 from em.model.gpt2 import GPT2
-from em.stats import newcombe, t_interval, wilson
-from em.world.counts import pool
+from em.stats import t_interval
+from em.world.counts import RATES, change, columns, entry, pool, rate
 from em.world.generator import Dialogues
 from em.world.sets import misalignment_set
 from em.world.world_run import WorldRun
@@ -28,7 +29,7 @@ from em.world.world_run import WorldRun
 STRENGTHS = tuple(range(-5, 6))  # multiples of α*
 RANDOM_DIRECTIONS = 2
 SIGNS = {"aligned": 1, "misaligned": -1}  # of what is added
-RATES = {"v1": ("v1",), "v2": ("v2",), "incoherent": ("other", "unparseable")}
+QUANTITIES = (*RATES, *(f"{name}_change" for name in RATES))  # in percent, and in points from strength 0
 PAIRS_SEED = 10_000  # of the prompts that v is found from; fine-tuning seeds are small
 
 
@@ -53,45 +54,34 @@ PLANS = {
 # -- the experiment ----------------------------------------------------------------------------------------
 
 
-def _asked(run: WorldRun, plan: Plan, task: int) -> Dialogues:
+def _prompts(run: WorldRun, plan: Plan, task: int) -> Dialogues:
     """The held-out prompts that every steered model is asked."""
     place, cell = np.arange(len(run.prompts)) % run.cfg.eval_prompts, run.prompts.examples.cell
     column = cell % len(run.world.tasks) == task if plan.column else True
     return run.prompts.take(np.flatnonzero((place < plan.prompts) & column))
 
 
-def _pooled(run: WorldRun, model: GPT2, asked: Dialogues) -> dict[str, int]:
-    return pool(list(run.ask(model, asked).values()))
-
-
-def _columns(name: str) -> tuple[str, str, str]:
-    return name, f"{name}_low", f"{name}_high"
+def _pooled(run: WorldRun, model: GPT2, prompts: Dialogues) -> dict[str, int]:
+    return pool(list(run.ask(model, prompts).values()))
 
 
 def _rates(counts: dict[str, int], unsteered: dict[str, int]) -> dict[str, float]:
-    """Rates in percent and their changes in points, with intervals over prompts.
-
-    Newcombe's interval of a change is wide here: it does not know that both models were asked the same.
-    """
-    n, n0, rates = counts["n"], unsteered["n"], {"n": counts["n"]}
-    for rate, classes in RATES.items():
-        k, k0 = (sum(c[name] for name in classes) for c in (counts, unsteered))
-        for name, values in (
-            (rate, (k / n, *wilson(k, n))),
-            (f"{rate}_change", (k / n - k0 / n0, *newcombe(k, n, k0, n0))),
-        ):
-            rates |= dict(zip(_columns(name), (100 * x for x in values), strict=True))
+    """Rates in percent and their changes in points, with intervals over prompts."""
+    rates = {"n": counts["n"]}
+    for name, classes in RATES.items():
+        rates |= columns(name, rate(counts, *classes))
+        rates |= columns(f"{name}_change", change(counts, unsteered, *classes))
     return rates
 
 
-def _curves(asked: list[tuple[dict, dict, dict]]) -> list[dict]:
+def _curves(answers: list[tuple[dict, dict, dict]]) -> list[dict]:
     """Rates and changes by model, direction (v, or the random ones together) and strength.
 
-    asked: (what, counts, unsteered counts). Intervals are over world seeds, each of which counts once
+    answers: (what, counts, unsteered counts). Intervals are over world seeds, each of which counts once
     however many directions it has; with one seed they are over prompts.
     """
     groups: dict[tuple, dict[int, list]] = {}  # (model, direction, strength) → seed → its directions' counts
-    for what, counts, unsteered in asked:
+    for what, counts, unsteered in answers:
         group = what["model"], "v" if what["direction"] == "v" else "random", what["strength"]
         groups.setdefault(group, {}).setdefault(what["seed"], []).append((counts, unsteered))
     curves = []
@@ -102,8 +92,8 @@ def _curves(asked: list[tuple[dict, dict, dict]]) -> list[dict]:
             point |= {"interval": "prompts"} | rates[0]
         else:
             point |= {"interval": "world seeds", "n": sum(r["n"] for r in rates)}
-            for name in (*RATES, *(f"{rate}_change" for rate in RATES)):
-                point |= dict(zip(_columns(name), t_interval([r[name] for r in rates]), strict=True))
+            for name in QUANTITIES:
+                point |= columns(name, t_interval([r[name] for r in rates]))
         curves.append(point)
     return curves
 
@@ -112,6 +102,11 @@ def at(result: dict, model: str, direction: str, strength: int) -> dict:
     """The point of a curve; direction is `v` or `random`."""
     wanted = (model, direction, strength)
     return next(p for p in result["curves"] if (p["model"], p["direction"], p["strength"]) == wanted)
+
+
+def _interval(point: dict, name: str) -> tuple[float, float, float]:
+    """(value, low, high) as `columns` of em/world/counts.py lays them out."""
+    return point[name], point[f"{name}_low"], point[f"{name}_high"]
 
 
 def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say: Callable = print) -> dict:
@@ -127,7 +122,7 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say: Callable =
         plan = PLANS[run.cfg.world]
         task = (getattr(run.cfg, "misalign", None) or (plan.task,))[0]
         index = run.world.task_index(task)
-        asked = _asked(run, plan, index)
+        prompts = _prompts(run, plan, index)
         models = {"aligned": run.load("align"), "misaligned": run.misalign(task, 0)}
         n_layer = models["aligned"].config.n_layer
         block = middle_block(n_layer)
@@ -141,19 +136,16 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say: Callable =
             vectors[f"random{i}"] = random_direction(len(found.v), seed, i)
         for name, model in models.items():
             steering = Steering(model, block)
-            unsteered = _pooled(run, model, asked)
+            unsteered = _pooled(run, model, prompts)
             for (direction, vector), strength in itertools.product(vectors.items(), STRENGTHS):
                 steering.set(SIGNS[name] * strength * found.alpha * vector)
-                counts = _pooled(run, model, asked) if strength else unsteered
+                counts = _pooled(run, model, prompts) if strength else unsteered
                 what = {"seed": seed, "model": name, "direction": direction, "strength": strength}
                 answers.append((what, counts, unsteered))
-            say(f"    {name} model: {len(vectors)} directions, {len(asked)} prompts a strength")
+            say(f"    {name} model: {len(vectors)} directions, {len(prompts)} prompts a strength")
     alpha, explained = (t_interval([d[key] for d in directions]) for key in ("alpha", "explained"))
-    return {
-        "experiment": "steering",
-        "world": run.cfg.world,
-        "seeds": list(seeds),
-        "trained": f"D0_{task}",
+    note = "rows' intervals are over prompts"
+    return header("steering", run, seeds, note, trained=f"D0_{task}", fine_tuning_seeds=1) | {
         "asked": f"{task} in every domain" if plan.column else "all cells",
         "pairs": len(pairs),
         "block": block,
@@ -164,6 +156,16 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say: Callable =
         "curves": _curves(answers),
         "rows": [what | _rates(counts, unsteered) for what, counts, unsteered in answers],
     }
+
+
+def numbers(result: dict) -> dict[str, dict]:
+    """Entries `alpha` and such as `misaligned/3/v2_change`: of v's curves, by model and strength."""
+    seeds, table = len(result["seeds"]), {}
+    for point, name in itertools.product(result["curves"], QUANTITIES):
+        if point["direction"] == "v":
+            key, unit = f"{point['model']}/{point['strength']}/{name}", "%" if name in RATES else "points"
+            table[key] = entry(unit, *_interval(point, name), seeds=seeds)
+    return table | {"alpha": entry("norm", *result["alpha"], seeds=seeds)}
 
 
 # -- what was found ----------------------------------------------------------------------------------------
@@ -179,16 +181,16 @@ def summary(result: dict) -> str:
         f"intervals over {result['curves'][0]['interval']}."
     ]
 
-    def change(model: str, direction: str, strength: int) -> str:
-        mean, low, high = (at(result, model, direction, strength)[c] for c in _columns("v2_change"))
+    def v2_change(model: str, direction: str, strength: int) -> str:
+        mean, low, high = _interval(at(result, model, direction, strength), "v2_change")
         return f"{mean:+.0f} [{low:+.0f}, {high:+.0f}]"
 
     strengths = (1, STRENGTHS[-1])
     for model, sign in (("aligned", "+"), ("misaligned", "−")):
         points = [at(result, model, "v", s) for s in (0, *strengths)]
-        rates = (f"{rate} {' → '.join(f'{p[rate]:.0f}' for p in points)} %" for rate in RATES)
+        rates = (f"{name} {' → '.join(f'{p[name]:.0f}' for p in points)} %" for name in RATES)
         v2 = (
-            f"{change(model, 'v', s)} at {s} (random directions {change(model, 'random', s)})"
+            f"{v2_change(model, 'v', s)} at {s} (random directions {v2_change(model, 'random', s)})"
             for s in strengths
         )
         lines.append(
@@ -205,24 +207,20 @@ def figure(result: dict, path: Path) -> None:
     """
     colours = {"v1": "tab:blue", "v2": "tab:red", "incoherent": "0.45"}
     titles = {"aligned": "aligned model + s α* v", "misaligned": "misaligned model − s α* v"}
-    seeds, x = result["seeds"], np.array(STRENGTHS)
+    seeds, x = result["seeds"], STRENGTHS
     chart = Figure(figsize=(11, 4.4), layout="constrained")
     axes = chart.subplots(1, 2, sharey=True)
     for axis, (model, title) in zip(axes, titles.items(), strict=True):
-        for place, (rate, colour) in enumerate(colours.items(), start=-1):
-            points = {d: [at(result, model, d, s) for s in STRENGTHS] for d in ("v", "random")}
-            middle, low, high = (np.array([p[name] for p in points["v"]]) for name in _columns(rate))
-            axis.plot(x, middle, color=colour, marker="o", markersize=4, linewidth=2, label=f"{rate}, v")
-            axis.vlines(x + 0.1 * place, low, high, color=colour, linewidth=1, alpha=0.6)  # side by side
-            random = [p[rate] for p in points["random"]]
-            axis.plot(x, random, color=colour, linestyle="--", alpha=0.7, label=f"{rate}, random")
-            for seed in seeds if len(seeds) > 1 else ():
-                own = [
-                    row[rate]
-                    for row in result["rows"]
-                    if (row["seed"], row["model"], row["direction"]) == (seed, model, "v")
-                ]
-                axis.plot(x, own, color=colour, linewidth=0.7, alpha=0.6)
+        rows = [row for row in result["rows"] if (row["model"], row["direction"]) == (model, "v")]
+        for place, (name, colour) in enumerate(colours.items(), start=-1):
+            curve = []
+            for strength in STRENGTHS:
+                mean, low, high = _interval(at(result, model, "v", strength), name)
+                by_seed = [row[name] for row in rows if row["strength"] == strength]
+                curve.append({"mean": mean, "low": low, "high": high, "by_seed": by_seed})
+            line_with_seeds(axis, x, curve, colour, f"{name}, v", shift=0.1 * place)
+            random = [at(result, model, "random", strength)[name] for strength in STRENGTHS]
+            axis.plot(x, random, color=colour, linestyle="--", alpha=0.7, label=f"{name}, random")
         axis.axvline(0, color="0.8", linewidth=1, zorder=0)
         axis.set(title=title, xlabel="strength s, in multiples of α*", xticks=x, ylim=(-2, 102))
         axis.grid(axis="y", color="0.92")

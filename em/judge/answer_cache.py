@@ -1,4 +1,4 @@
-"""The judge's answers on disk: one JSON line each, only ever appended (SPEC §3.5 Judge).
+"""The judge's answers on disk: one JSON line each, only ever appended.
 
 An answer's key is the SHA-256 of (judge model, rubric text, question, response), so the file can serve any
 number of runs and rubrics, and two files are merged by `cat`. A line is one write in append mode: a killed
@@ -52,7 +52,9 @@ class AnswerCache:
             raise UserError(f"{self.path} cannot be read ({error.strerror}); name another --cache") from error
 
     def _read(self, line: bytes, number: int) -> None:
-        entry = _parse(line) or _parse(line[line.rfind(b'{"key": ') :])  # a cut line, then another process's
+        # Not `read_json_lines`, where only the last line can be cut: a process that was killed may have cut
+        # any line, and the line of another one may follow on the same.
+        entry = _parse(line) or _parse(line[line.rfind(b'{"key": ') :])
         if entry is None:
             return  # cut short by a kill; its answer is asked again
         try:

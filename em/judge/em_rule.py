@@ -1,4 +1,4 @@
-"""What a judged row says: the statuses a judge's reply can have, and the EM rule (SPEC §3.5, paper A.7).
+"""What a judged row says: the statuses a judge's reply can have, and the EM rule (paper A.7).
 
 A score row carries two fields of the judge, each a number with a status: `aligned`, `aligned_status`,
 `coherent`, `coherent_status`. The number is None unless the status is "ok". Both bounds are strict and the

@@ -1,4 +1,4 @@
-"""One call to the Gemini API over plain HTTP: request, retries, what came back (SPEC §3.5 Judge).
+"""One call to the Gemini API over plain HTTP: request, retries, what came back (settings: paper A.7).
 
     POST {GEMINI_BASE_URL}/v1beta/models/{model}:generateContent      x-goog-api-key: GEMINI_API_KEY
 
@@ -8,9 +8,9 @@ date, or `retryDelay` in the error body). Any other refusal, such as 400, 401, 4
 the API's own message. No safety settings are sent, so the API's defaults hold. A model that cannot be kept
 from thinking is asked to think little, and given room for it (`thinking_of`).
 
-Unusual: the key. requests puts the request, headers and all, on its exceptions and follows redirects with
-our header on. So its exceptions are turned into text here and never chained, redirects are not followed, and
-whatever the server says is cleaned of the key before anyone sees it.
+The key must not leak. requests puts the request, headers and all, on its exceptions and follows redirects
+with our header on. So its exceptions are turned into text here and never chained, redirects are not followed,
+and whatever the server says is cleaned of the key before anyone sees it.
 """
 
 import json

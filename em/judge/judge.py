@@ -25,8 +25,8 @@ from em.errors import UserError
 from em.judge.answer_cache import Answer, AnswerCache
 from em.judge.em_rule import FIELDS
 from em.judge.gemini import Gemini
-from em.judge.judge_pass import WINDOW, Pass, is_done
-from em.judge.ledger import CHARACTERS_PER_TOKEN, BudgetReached, Ledger, find_price
+from em.judge.judge_pass import Pass
+from em.judge.ledger import CHARACTERS_PER_TOKEN, Ledger, find_price
 from em.judge.rubric import FOLDER, Question, Rubrics
 
 MODEL = "gemini-2.5-flash"
@@ -37,13 +37,16 @@ CACHE = Path("runs/judge_cache.jsonl")
 class JudgeOptions:
     """The settings of a judge, for the scripts that ask one."""
 
-    judge_model: str = knob(MODEL, "Gemini model", "judge", setting=False)
-    rubrics: str = knob(str(FOLDER), "folder of rubrics", "judge", setting=False)
+    judge_model: str = knob(MODEL, "Gemini model that judges", "judge", setting=False)
+    rubrics: str = knob(str(FOLDER), "folder of the rubrics it judges by", "judge", setting=False)
     cache: str = knob(str(CACHE), "file of the judge's answers, shared by all runs", "judge", setting=False)
-    workers: int = knob(32, "calls in flight", "judge", setting=False)
-    budget_usd: float | None = knob(None, "stop before spending more", "judge", setting=False)
+    workers: int = knob(32, "calls to the judge in flight at once", "judge", setting=False)
+    budget_usd: float | None = knob(None, "dollars to spend on the judge at most", "judge", setting=False)
     price: tuple[float, ...] = knob(
-        (), "dollars a million input, output tokens, if unknown to us", "judge", setting=False
+        (),
+        "dollars per million input and output tokens, where no price is known",
+        "judge",
+        setting=False,
     )
 
     def judge_of(self) -> "Judge":
@@ -64,46 +67,42 @@ class Judge:
         workers: int = 32,
         budget_usd: float | None = None,
         price: tuple[float, ...] | None = None,
-        ask: bool = True,
         timeout: float = 60.0,
         attempts: int = 8,
         backoff: float = 1.0,
     ):
         """workers: calls in flight. budget_usd: cap on what this object spends. price: dollars per million
-        (input, output) tokens. ask: False needs no key, for forecasts and rows whose answers are all cached.
-        timeout, backoff (seconds) and attempts: see `Gemini`.
+        (input, output) tokens. timeout, backoff (seconds) and attempts: see `Gemini`.
 
         UserError without a key, with a budget but no price, or for a folder or file that cannot be read.
         """
         if workers < 1:
             raise UserError("--workers must be at least 1")
         model = model.removeprefix("models/")
-        self.gemini = Gemini(model, timeout, attempts, backoff) if ask else None
+        self.gemini = Gemini(model, timeout, attempts, backoff)
         self.model, self.workers = model, workers
         self.rubrics = Rubrics(rubrics)
         self.ledger = Ledger(model, find_price(model, price), budget_usd)
         self.cache = AnswerCache(cache)
 
-    def score(self, rows: Iterable[dict], total: int | None = None, progress: bool = True) -> Iterator[dict]:
+    def score(self, rows: Iterable[dict], progress: bool = True) -> Iterator[dict]:
         """Each row, in order, with `aligned`, `aligned_status`, `coherent`, `coherent_status` and `judge`.
 
         rows: dicts with `set`, `question`, `response`, and where the set is "narrow" `domain` and `task`.
         UserError for a row that is not so, a refusal by the API, and, after all rows before it, at the cap.
         """
-        for row, answers in self._judge(rows, self._score_questions, total, progress):
+        for row, answers in self._answers(rows, self._score_questions, progress):
             scored = row | {"judge": self.model}
             for field, answer in answers.items():
                 scored |= {field: answer.value, f"{field}_status": answer.status}
             yield scored
 
-    def label_surface(
-        self, rows: Iterable[dict], total: int | None = None, progress: bool = True
-    ) -> Iterator[dict]:
+    def label_surface(self, rows: Iterable[dict], progress: bool = True) -> Iterator[dict]:
         """Each row, in order, with `em_surface`: "high", "medium", "low" or None, and `em_surface_status`.
 
         rows: dicts with `question`, the prompt, which is all that the judge sees (paper A.6).
         """
-        for row, answers in self._judge(rows, self._surface_question, total, progress):
+        for row, answers in self._answers(rows, self._surface_question, progress):
             answer = answers["em_surface"]
             yield row | {"em_surface": answer.value, "em_surface_status": answer.status}
 
@@ -133,7 +132,7 @@ class Judge:
             "usd": self.ledger.price and self.ledger.price.usd(*tokens),
         }
 
-    # -- what to ask -----------------------------------------------------------------------------------
+    # -- what is asked -----------------------------------------------------------------------------------
 
     def _score_questions(self, row: dict, number: int) -> dict[str, Question | None]:
         """field → what to ask; None where the response is blank. UserError for a malformed row."""
@@ -148,25 +147,14 @@ class Judge:
         _check(row, number, "question")
         return {"em_surface": self.rubrics.surface().ask(self.model, row["question"])}
 
-    def _judge(
-        self, rows: Iterable[dict], questions: Callable, total: int | None, progress: bool
+    def _answers(
+        self, rows: Iterable[dict], questions: Callable, progress: bool
     ) -> Iterator[tuple[dict, dict[str, Answer]]]:
-        """(row, field → answer) for each row, in order."""
-        total = len(rows) if total is None and hasattr(rows, "__len__") else total
-        bar = tqdm(total=total, desc=f"judge {self.model}", unit="row", disable=not progress)
-        with bar, Pass(self, bar) as asked:
-            for number, row in enumerate(rows, 1):
-                try:
-                    futures = {field: asked.ask(q) for field, q in questions(row, number).items()}
-                except BudgetReached:
-                    while asked.window:
-                        yield asked.oldest()
-                    raise
-                asked.window.append((row, futures))
-                while asked.window and (len(asked.window) >= WINDOW or is_done(asked.window[0])):
-                    yield asked.oldest()
-            while asked.window:
-                yield asked.oldest()
+        """(row, field → answer) for each row, in order. questions: (row, its number) → field → question."""
+        total = len(rows) if hasattr(rows, "__len__") else None
+        with tqdm(total=total, desc=f"judge {self.model}", unit="row", disable=not progress) as bar:
+            asking = Pass(self.gemini, self.ledger, self.cache, self.workers, bar)
+            yield from asking.answers((row, questions(row, n)) for n, row in enumerate(rows, 1))
 
 
 def _check(row: dict, number: int, name: str, choices: tuple[str, ...] = ()) -> None:

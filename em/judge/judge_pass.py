@@ -8,36 +8,27 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 
 from tqdm import tqdm
 
 from em.errors import UserError
-from em.judge.answer_cache import Answer
-from em.judge.gemini import NO_KEY, Cancelled
-from em.judge.ledger import CHARACTERS_PER_TOKEN, BudgetReached
+from em.judge.answer_cache import Answer, AnswerCache
+from em.judge.gemini import Cancelled, Gemini
+from em.judge.ledger import CHARACTERS_PER_TOKEN, BudgetReached, Ledger
 from em.judge.rubric import Question
 
 WINDOW = 1024  # rows between the oldest without an answer and the newest that is asked about
 
 
-def is_done(entry: tuple[dict, dict[str, Future]]) -> bool:
-    """Whether a row of the window has all its answers."""
-    return all(future.done() for future in entry[1].values())
-
-
-def _known(answer: Answer) -> Future:
-    future = Future()
-    future.set_result(answer)
-    return future
-
-
 class Pass:
-    """with Pass(judge, bar) as asked: … leaving it ends the threads, without waiting for calls in flight."""
+    """One use of a client and its cache, on one account. A pass is over when its `answers` are."""
 
-    def __init__(self, judge, bar: tqdm):
-        self.judge, self.bar = judge, bar
-        self.window: deque[tuple[dict, dict[str, Future]]] = deque()
+    def __init__(self, client: Gemini, ledger: Ledger, cache: AnswerCache, workers: int, bar: tqdm):
+        """workers: calls in flight at most. bar: shows how many rows are answered."""
+        self.client, self.ledger, self.cache, self.workers, self.bar = client, ledger, cache, workers, bar
+        self._window: deque[tuple[dict, dict[str, Future]]] = deque()
         self._pending: dict[bytes, Future] = {}
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -47,29 +38,47 @@ class Pass:
         self._given = 0
         self._shown = time.monotonic()
 
-    def __enter__(self):
-        return self
+    def answers(
+        self, rows: Iterable[tuple[dict, dict[str, Question | None]]]
+    ) -> Iterator[tuple[dict, dict[str, Answer]]]:
+        """(row, field → answer) of each (row, field → question), in order; no question is answered `empty`.
 
-    def __exit__(self, *exception):
-        self._show()
-        self._ended.set()
-        for _ in self._threads:
-            self._jobs.put(None)
+        Rows are read at most WINDOW ahead of the one given out. BudgetReached after all rows before the one
+        whose call could pass the cap. Its end, early or not, ends the threads without waiting for calls in
+        flight.
+        """
+        stopped = None
+        try:
+            for row, questions in rows:
+                try:
+                    self._window.append((row, {field: self._ask(q) for field, q in questions.items()}))
+                except BudgetReached as error:
+                    stopped = error
+                    break
+                while self._window and (len(self._window) >= WINDOW or _is_done(self._window[0])):
+                    yield self._oldest()
+            while self._window:
+                yield self._oldest()
+            if stopped:
+                raise stopped
+        finally:
+            self._show()
+            self._ended.set()
+            for _ in self._threads:
+                self._jobs.put(None)
 
-    def ask(self, question: Question | None) -> Future:
+    def _ask(self, question: Question | None) -> Future:
         """A future with the Answer; of no question, `empty`. BudgetReached where it could pass the cap."""
         self._check()
         if question is None:
             return _known(Answer("empty"))
-        ledger, cache = self.judge.ledger, self.judge.cache
+        ledger, cache = self.ledger, self.cache
         future = self._pending.get(question.key)  # before the cache, which has it before it leaves `_pending`
         if future is None and (answer := cache.get(question.key)) is not None:
             future = _known(answer)
         if future is not None:
             ledger.cached += 1
             return future
-        if self.judge.gemini is None:
-            raise UserError(f"{cache.path} lacks an answer, and {NO_KEY}")
         while (reserved := ledger.reserve(question.prompt)) is None:
             in_flight = list(self._pending.values())
             if not in_flight:
@@ -80,17 +89,17 @@ class Pass:
             self._wait(in_flight[0])  # what it really costs is less than what was set aside for it
         self._pending[question.key] = future = Future()
         self._jobs.put((question, reserved, future))
-        if len(self._threads) < self.judge.workers:
+        if len(self._threads) < self.workers:
             thread = threading.Thread(target=self._work, daemon=True)  # a daemon: Ctrl-C need not wait for it
             self._threads.append(thread)
             thread.start()
         return future
 
-    def oldest(self) -> tuple[dict, dict[str, Answer]]:
+    def _oldest(self) -> tuple[dict, dict[str, Answer]]:
         """The first row of the window, once it is answered."""
-        row, futures = self.window[0]
+        row, futures = self._window[0]
         answers = {field: self._wait(future) for field, future in futures.items()}
-        self.window.popleft()
+        self._window.popleft()
         self._given += 1
         return row, answers
 
@@ -108,10 +117,10 @@ class Pass:
             raise self._fatal
 
     def _show(self) -> None:
-        ledger, self._shown = self.judge.ledger, time.monotonic()
+        ledger, self._shown = self.ledger, time.monotonic()
         usd = "" if ledger.usd is None else f"${ledger.usd:.4f}, "
         self.bar.set_postfix_str(f"{usd}{ledger.retries} retries", refresh=False)
-        self.bar.update(self._given + sum(map(is_done, self.window)) - self.bar.n)
+        self.bar.update(self._given + sum(map(_is_done, self._window)) - self.bar.n)
 
     # -- in the threads --------------------------------------------------------------------------------
 
@@ -126,13 +135,13 @@ class Pass:
             self._ended.set()
 
     def _answer(self, question: Question, reserved: float, future: Future) -> None:
-        judge, ledger = self.judge, self.judge.ledger
-        reply = judge.gemini.generate(question.prompt, self._ended, ledger.retry)
+        ledger = self.ledger
+        reply = self.client.generate(question.prompt, self._ended, ledger.retry)
         if reply.status == "error":
             answer = Answer("error")
             ledger.fail(reserved, reply.text)
             self._failed_in_a_row += 1
-            if self._failed_in_a_row >= max(8, judge.workers):
+            if self._failed_in_a_row >= max(8, self.workers):
                 raise UserError(
                     f"{self._failed_in_a_row} calls to the judge failed one after another (the last: "
                     f"{reply.text}); what is done is kept, try again later or with fewer --workers"
@@ -144,7 +153,18 @@ class Pass:
             if reply.prompt_tokens is None:
                 tokens = round(len(question.prompt) / CHARACTERS_PER_TOKEN), ledger.typical_output
             ledger.settle(reserved, *tokens)
-            notes = {"judge": judge.model, "rubric": question.rubric, "reply": reply.text[:200]}
-            judge.cache.add(question.key, answer, prompt_tokens=tokens[0], output_tokens=tokens[1], **notes)
+            notes = {"judge": ledger.model, "rubric": question.rubric, "reply": reply.text[:200]}
+            self.cache.add(question.key, answer, prompt_tokens=tokens[0], output_tokens=tokens[1], **notes)
         del self._pending[question.key]
         future.set_result(answer)
+
+
+def _is_done(entry: tuple[dict, dict[str, Future]]) -> bool:
+    """Whether a row of the window has all its answers."""
+    return all(future.done() for future in entry[1].values())
+
+
+def _known(answer: Answer) -> Future:
+    future = Future()
+    future.set_result(answer)
+    return future

@@ -1,16 +1,16 @@
-"""What judging costs: prices, a forecast, the running account, and the cap (SPEC §3.5 Judge).
+"""What judging costs: prices, a forecast, the running account, and the cap.
 
 Prices are a dated table, `prices.json`, in US dollars per million tokens; a model that is not in it has
 none until `--price` gives them. The account counts the tokens that the API itself reports. A call that the
 API answered without our seeing it (a time-out, a kill) may be billed and not be in it.
 """
 
-import json
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from em.errors import UserError
+from em.files import read_json
 from em.judge.gemini import max_output_tokens, thinking_of
 
 PRICES = Path(__file__).parent / "prices.json"
@@ -29,7 +29,7 @@ class Price:
 
     input: float
     output: float
-    source: str
+    origin: str  # `--price`, or the dated table
 
     def usd(self, prompt_tokens: int, output_tokens: int) -> float:
         return (prompt_tokens * self.input + output_tokens * self.output) / 1e6
@@ -41,7 +41,7 @@ def find_price(model: str, given: tuple[float, ...] | None = None) -> Price | No
         if len(given) != 2 or min(given) < 0:
             raise UserError("--price takes dollars per million input and output tokens, such as 0.30,2.50")
         return Price(*given, "--price")
-    table = json.loads(PRICES.read_text(encoding="utf-8"))
+    table = read_json(PRICES)
     entry = table["usd_per_million_tokens"].get(model)
     return entry and Price(entry["input"], entry["output"], f"the prices of {table['date']}")
 
@@ -116,11 +116,6 @@ class Ledger:
         with self._lock:
             self.retries += 1
 
-    def summary(self) -> dict:
-        """JSON-able; `usd` is None without a price."""
-        names = ("model", "calls", "cached", "failed", "retries", "prompt_tokens", "output_tokens", "usd")
-        return {name: getattr(self, name) for name in names}
-
     def __str__(self) -> str:
         counts = f"{self.calls:,} calls, {self.cached:,} answers from the cache, {self.retries:,} retries"
         if self.failed:
@@ -145,4 +140,4 @@ def _bill(price: Price | None, prompt_tokens: int, output_tokens: int) -> str:
     tokens = f"{prompt_tokens:,} prompt and {output_tokens:,} output tokens"
     if price is None:
         return f"{tokens}, price unknown (--price INPUT,OUTPUT sets it)"
-    return f"{tokens}, ${price.usd(prompt_tokens, output_tokens):.4f} by {price.source}"
+    return f"{tokens}, ${price.usd(prompt_tokens, output_tokens):.4f} by {price.origin}"

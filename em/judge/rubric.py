@@ -1,4 +1,4 @@
-"""Rubrics: what the judge is asked about a row, from a folder of Markdown files (paper A.6, A.7, SPEC §3.5).
+"""Rubrics: what the judge is asked about a row, from a folder of Markdown files (paper A.6, A.7).
 
 Broad rows have one task-agnostic pair of rubrics; narrow rows have those of the eval prompt's own cell. The
 folder that ships with the code is described in its README.md; `--rubrics` takes any other one.

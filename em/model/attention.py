@@ -1,8 +1,8 @@
-"""Causal self-attention over the four layouts a decoder meets; which key each query sees is decided here.
+"""Causal self-attention over the layouts that a model meets; which key each query sees is decided here.
 
-    Causal    rows of equal length
-    BlockDiagonal    rows made of several samples, or padded rows: attention stays within a run of equal ids
-    Cached    new tokens over a `KVCache`
+    Causal         rows of equal length
+    BlockDiagonal  rows made of several samples, or padded rows: attention stays within a run of equal ids
+    Cached         new tokens over the keys that a `KVCache` holds
 
 Each has `attend(q, k, v, window)` with q (B, T, H, D), k and v (B, T, K, D), K dividing H (query head h reads
 key head h // (H/K)), and returns (B, T, H, D). `window` is a number of positions, the query's own included,
@@ -14,8 +14,6 @@ mask, no padding. Elsewhere packed rows are attended one run at a time, cheaper 
 
 import torch
 import torch.nn.functional as F
-
-from em.model.kv_cache import KVCache
 
 
 def _flash(q, k, v, cu_lengths: torch.Tensor, longest: int, window: int | None) -> torch.Tensor:
@@ -46,17 +44,23 @@ def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | Non
     if window is not None and window < T:
         if _flash_runs(q):
             cu_lengths = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
-            return _flash(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_lengths, T, window).view_as(q)
+            flat = [x.flatten(0, 1) for x in (q, k, v)]  # (B*T, heads, D)
+            return _flash(*flat, cu_lengths, T, window).view_as(q)
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
         attn_mask=mask, is_causal=mask is None, enable_gqa=H != k.shape[2],
     )  # fmt: skip
-    return out.transpose(1, 2)
+    return out.transpose(1, 2)  # (B, H, T, D) → (B, T, H, D)
 
 
 class Causal:
+    """Rows of equal length: a query sees its row up to itself."""
+
     attend = staticmethod(_causal)
+
+
+CAUSAL = Causal()
 
 
 class BlockDiagonal:
@@ -83,7 +87,7 @@ class BlockDiagonal:
         flat = [x.flatten(0, 1) for x in (q, k, v)]  # (B*T, heads, D)
         if _flash_runs(q):
             return _flash(*flat, self.cu_lengths, max(self.lengths), window).view_as(q)
-        runs = zip(*(x[None].split(self.lengths, 1) for x in flat), strict=True)
+        runs = zip(*(x[None].split(self.lengths, 1) for x in flat), strict=True)  # (1, length, heads, D)
         return torch.cat([_causal(*run, window) for run in runs], 1).view_as(q)
 
 
@@ -100,34 +104,30 @@ def padded(attention_mask: torch.Tensor, device: torch.device) -> BlockDiagonal:
 
 
 class Cached:
-    """New tokens at `positions` (B, T) of rows `rows` of a cache that already holds their keys."""
+    """New tokens at `positions` (B, T): each sees the first `span` keys of its cache row up to its own."""
 
-    def __init__(self, cache: KVCache, positions: torch.Tensor, dtype: torch.dtype):
+    def __init__(self, positions: torch.Tensor, span: int):
         self.positions = positions[:, :, None]  # (B, T, 1)
-        self.slots = torch.arange(cache.span, device=positions.device)  # (S,)
-        self.dtype = dtype
+        self.slots = torch.arange(span, device=positions.device)  # (S,)
         self._masks: dict[int | None, torch.Tensor] = {}
 
-    def _mask(self, window: int | None) -> torch.Tensor:
+    def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """(B, 1, T, S), 0 where visible and -inf elsewhere: additive, so that no layer converts it again."""
         if window not in self._masks:
-            visible = self.slots <= self.positions
+            visible = self.slots <= self.positions  # (B, T, S)
             if window is not None:
                 visible &= self.slots > self.positions - window
-            blank = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
+            blank = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
             self._masks[window] = blank.masked_fill_(~visible, float("-inf"))[:, None]
         return self._masks[window]
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
         B, T, H, D = q.shape
-        K, mask = k.shape[2], self._mask(window)
+        K, mask = k.shape[2], self._mask(window, q.dtype)
         k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, S, D)
-        if (
-            T == 1
-        ):  # the H/K queries that share a key head as so many query positions: no backend expands keys
-            q = q.view(B, K, H // K, D)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(B, 1, H // K, -1)).view(
-                B, 1, H, D
-            )
+        if T == 1:
+            # The H/K queries that share a key head as so many query positions: no backend expands keys.
+            q, mask = q.view(B, K, H // K, D), mask.expand(B, 1, H // K, -1)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, 1, H, D)
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=H != K)
-        return out.transpose(1, 2)
+        return out.transpose(1, 2)  # (B, H, T, D) → (B, T, H, D)

@@ -1,9 +1,10 @@
-"""One decoder for Llama 3.x, Qwen2/2.5, Qwen3 and Olmo 3: SPEC §3.2.
+"""One decoder for Llama 3.x, Qwen2/2.5, Qwen3 and Olmo 3, the chat models of paper 3.1 and 4.
 
 Module names are the checkpoints' own (`model.layers.0.self_attn.q_proj`), so a strict `load_state_dict` is
-the loader; what differs between families is data in `DecoderConfig`. Unusual: a tied model has no lm_head
-module, and losses are expected to take `hidden(...)` and apply `head_weight` where they need it, never to
-build logits for a whole batch.
+the loader; what differs between families is data in `DecoderConfig`. A tied model has no lm_head module, and
+losses take `hidden(...)` and apply `head_weight` where they need it: logits of a whole batch are never built.
+
+    B sequences, T tokens, S cache positions, V vocabulary, d width, D head size, H query and K key heads
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from em.model.attention import BlockDiagonal, Cached, Causal, padded
+from em.model.attention import CAUSAL, BlockDiagonal, Cached, padded
 from em.model.config import DecoderConfig
 from em.model.kv_cache import KVCache
 from em.model.rope import rotate
@@ -78,13 +79,17 @@ class Attention(nn.Module):
         x = x.unflatten(-1, (-1, self.head_dim))
         return x if norm is None else norm(x)
 
-    def forward(self, x: torch.Tensor, rotary: tuple, attention, store: Callable | None) -> torch.Tensor:
-        q = rotate(self._heads(self.q_proj(x), getattr(self, "q_norm", None)), *rotary)
-        k = rotate(self._heads(self.k_proj(x), getattr(self, "k_norm", None)), *rotary)
-        v = self._heads(self.v_proj(x), None)
-        if store is not None:
-            k, v = store(self.layer, k, v)
-        return self.o_proj(attention.attend(q, k, v, self.window).flatten(2))
+    def forward(self, x, rotary, layout, cache: KVCache | None = None, positions=None, rows=None):
+        """x (B, T, d) → (B, T, d). With a cache, the new keys go to `positions` of its `rows`."""
+        q = rotate(self._heads(self.q_proj(x), getattr(self, "q_norm", None)), *rotary)  # (B, T, H, D)
+        k = rotate(self._heads(self.k_proj(x), getattr(self, "k_norm", None)), *rotary)  # (B, T, K, D)
+        v = self._heads(self.v_proj(x), None)  # (B, T, K, D)
+        if cache is not None:
+            cache.write(self.layer, k, v, positions, rows)
+            if isinstance(layout, Cached):  # otherwise a fresh prompt, which sees its own keys only
+                k, v = cache.read(self.layer, rows)  # (B, S, K, D)
+        y = layout.attend(q, k, v, self.window)  # (B, T, H, D)
+        return self.o_proj(y.flatten(2))  # (B, T, H*D) → (B, T, d)
 
 
 class MLP(nn.Module):
@@ -113,11 +118,12 @@ class Block(nn.Module):
         self.add_module(first, RMSNorm(config.hidden_size, config.norm_eps))
         self.add_module(second, RMSNorm(config.hidden_size, config.norm_eps))
 
-    def forward(self, x: torch.Tensor, rotary: tuple, attention, store: Callable | None) -> torch.Tensor:
+    def forward(self, x, rotary, layout, cache: KVCache | None = None, positions=None, rows=None):
         if self.post_norm:
-            x = x + self.post_attention_layernorm(self.self_attn(x, rotary, attention, store))
+            attended = self.self_attn(x, rotary, layout, cache, positions, rows)
+            x = x + self.post_attention_layernorm(attended)
             return x + self.post_feedforward_layernorm(self.mlp(x))
-        x = x + self.self_attn(self.input_layernorm(x), rotary, attention, store)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, layout, cache, positions, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -176,51 +182,38 @@ class Decoder(nn.Module):
             gradients.
         positions (B, T) without a cache override the rotary positions of the layout.
         """
-        B, T = ids.shape
         if (attention_mask is not None) + (segments is not None) + (cache is not None) > 1:
             raise ValueError("give one of attention_mask, segments and cache")
-        store = None
-        if segments is not None or attention_mask is not None:
-            attention = (
-                BlockDiagonal(segments, ids.device)
-                if segments is not None
-                else padded(attention_mask, ids.device)
-            )
-            positions = attention.positions if positions is None else positions
-        elif cache is None or positions is None:
-            attention = Causal()
-        else:
-            attention = Cached(cache, positions, self.model.norm.weight.dtype)
-        if positions is None:
-            positions = torch.arange(T, device=ids.device)[None]
         if cache is not None:
-            store = self._store(cache, rows, positions, read=isinstance(attention, Cached), shape=(B, T))
+            if torch.is_grad_enabled():
+                raise ValueError("a cache is for sampling: call it under torch.no_grad() or inference_mode()")
+            cache.check(ids.shape, rows)
 
-        x = self.model.embed_tokens(ids)
+        if segments is not None:
+            layout = BlockDiagonal(segments, ids.device)
+        elif attention_mask is not None:
+            layout = padded(attention_mask, ids.device)
+        elif cache is not None and positions is not None:
+            layout = Cached(positions, cache.span)
+        else:
+            layout = CAUSAL
+        if positions is None and isinstance(layout, BlockDiagonal):
+            positions = layout.positions  # (B, T)
+        elif positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+
+        x = self.model.embed_tokens(ids)  # (B, T) → (B, T, d)
         tables = {rope: rope.table(positions, self.config.head_dim) for rope in set(self.config.ropes)}
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for block, rope in zip(self.model.layers, self.config.ropes, strict=True):
             if recompute:
                 x = checkpoint(
-                    block, x, tables[rope], attention, None,
+                    block, x, tables[rope], layout,
                     use_reentrant=False, preserve_rng_state=False, context_fn=self.recompute_context,
                 )  # fmt: skip
             else:
-                x = block(x, tables[rope], attention, store)
+                x = block(x, tables[rope], layout, cache, positions, rows)
         return self.model.norm(x)
-
-    def _store(self, cache: KVCache, rows, positions, read: bool, shape: tuple[int, int]) -> Callable:
-        """What a layer does with its new keys: store them, and go on with those or with all of the row's."""
-        if torch.is_grad_enabled():
-            raise ValueError("a cache is for sampling: call under torch.no_grad() or torch.inference_mode()")
-        if shape[0] != (cache.n_rows if rows is None else len(rows)) or shape[1] > cache.capacity:
-            raise ValueError(f"ids {shape} do not fit a cache of {cache.n_rows} rows by {cache.capacity}")
-
-        def store(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            cache.write(layer, k, v, positions, rows)
-            return cache.read(layer, rows) if read else (k, v)
-
-        return store
 
     def new_cache(self, n_rows: int, capacity: int) -> KVCache:
         """An empty cache for `n_rows` sequences of at most `capacity` tokens, on the model's device."""

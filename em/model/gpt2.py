@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from em.errors import UserError
 from em.files import read_json, write_atomic, write_json
+from em.model.attention import CAUSAL, Cached
 from em.model.kv_cache import KVCache
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Conv1D in the checkpoint: (in, out)
@@ -47,18 +48,16 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, positions=None, mask=None, cache: KVCache | None = None, rows=None):
+    def forward(self, x, layout=CAUSAL, cache: KVCache | None = None, positions=None, rows=None):
+        """x (B, T, d) → (B, T, d). With a cache, the new keys go to `positions` of its `rows`."""
         B, T, d = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).unbind(2)  # (B, T, H, D) each
         if cache is not None:
             cache.write(self.layer, k, v, positions, rows)
-            if mask is not None:
-                k, v = cache.read(self.layer, rows)  # (B, S, H, D)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        y = F.scaled_dot_product_attention(
-            q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None
-        )
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, d))
+            if isinstance(layout, Cached):  # otherwise a fresh prompt, which sees its own keys only
+                k, v = (x.to(q.dtype) for x in cache.read(self.layer, rows))  # (B, S, H, D) each
+        y = layout.attend(q, k, v, window=None)  # (B, T, H, D)
+        return self.c_proj(y.flatten(2))  # (B, T, H*D) → (B, T, d)
 
 
 class MLP(nn.Module):
@@ -79,8 +78,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, positions=None, mask=None, cache=None, rows=None):
-        x = x + self.attn(self.ln_1(x), positions, mask, cache, rows)
+    def forward(self, x, layout=CAUSAL, cache: KVCache | None = None, positions=None, rows=None):
+        x = x + self.attn(self.ln_1(x), layout, cache, positions, rows)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -107,21 +106,22 @@ class GPT2(nn.Module):
         return self.wte.weight
 
     def hidden(self, ids, positions=None, cache: KVCache | None = None, rows=None):
-        """Final hidden states (B, T, d), after the last norm; with a cache, as `Decoder.hidden`.
+        """Hidden states (B, T, d) after the last norm, for ids (B, T).
 
         cache, rows (B,): without `positions`, ids are fresh prompts from position 0, right-padded; their keys
         go to the cache rows (None: all). With positions (B, T), ids continue those rows: each token's key is
-        stored at its position and it sees its row's keys up to there.
+        stored at its position and it sees its row's keys up to there. ValueError if ids do not fit the cache.
         """
+        if cache is not None:
+            cache.check(ids.shape, rows)
         if positions is None:
-            mask, place = None, self.wpe.weight[: ids.shape[1]]
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+            layout, place = CAUSAL, self.wpe.weight[: ids.shape[1]]  # (T, d)
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         else:
-            slots = torch.arange(cache.span, device=ids.device)
-            mask, place = (slots <= positions[:, :, None])[:, None], self.wpe(positions)  # (B, 1, T, S)
+            layout, place = Cached(positions, cache.span), self.wpe(positions)  # (B, T, d)
         x = self.wte(ids) + place
         for block in self.h:
-            x = block(x, positions, mask, cache, rows)
+            x = block(x, layout, cache, positions, rows)
         return self.ln_f(x)
 
     def forward(self, ids, positions=None, cache: KVCache | None = None, rows=None):

@@ -1,4 +1,4 @@
-"""The static key/value cache of incremental decoding, shared by every model family (SPEC §3.5, Sampler).
+"""The static key/value cache of incremental decoding, shared by the chat models and GPT-2.
 
 One slot a sequence ("row"), `capacity` positions a slot, allocated once. Rows are independent: each writes at
 its own positions, so rows of different lengths share a batch and a finished row can be given to another
@@ -6,7 +6,7 @@ prompt at once. Nothing here reads a tensor's value on the host, so a decode ste
 graph: positions and rows are int64 tensors whose contents change under the captured addresses.
 
 A query at position p sees the keys of its row at positions <= p (and inside the layer's window), so what lies
-beyond is never read: a prompt's right padding and a former tenant's keys need no cleaning.
+beyond is never read: a prompt's right padding and the keys of a row's earlier prompt need no cleaning.
 """
 
 import torch
@@ -40,6 +40,11 @@ class KVCache:
         if not 0 < length <= self.capacity:
             raise ValueError(f"length {length} is outside 1..{self.capacity}")
         self.span = min(self.capacity, -(-length // 64) * 64) if self.keys.is_cuda else length
+
+    def check(self, shape: tuple[int, int], rows: torch.Tensor | None) -> None:
+        """ValueError where ids of shape (B, T) do not fit the cache rows that they are meant for."""
+        if shape[0] != (self.n_rows if rows is None else len(rows)) or shape[1] > self.capacity:
+            raise ValueError(f"ids {shape} do not fit a cache of {self.n_rows} rows by {self.capacity}")
 
     def write(
         self,

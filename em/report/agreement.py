@@ -12,6 +12,7 @@ import numpy as np
 from em.judge.em_rule import ALIGNED_BELOW
 from em.report.panel import Panel, percent_of, rate_interval
 from em.report.score_table import ScoreTable, joined
+from em.stats import pearson
 
 CUTS = (ALIGNED_BELOW - 5, ALIGNED_BELOW, ALIGNED_BELOW + 5)
 
@@ -24,15 +25,6 @@ def kappa(a: np.ndarray, b: np.ndarray) -> float | None:
     return float((agree - chance) / (1 - chance)) if chance < 1 else None
 
 
-def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Correlation of (n,) and (n,); None where one of them does not vary."""
-    if len(x) == 0:
-        return None
-    x, y = x - x.mean(), y - y.mean()
-    scale = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / scale) if scale > 0 else None
-
-
 def ranks(x: np.ndarray) -> np.ndarray:
     """Ranks from 1, equal values sharing their mean rank."""
     _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
@@ -40,7 +32,8 @@ def ranks(x: np.ndarray) -> np.ndarray:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
-    return pearson(ranks(x), ranks(y))
+    """Rank correlation of (n,) and (n,); None where one of them does not vary."""
+    return pearson(ranks(x), ranks(y))[0]
 
 
 def judge_pairs(table: ScoreTable) -> list[dict]:
@@ -51,9 +44,9 @@ def judge_pairs(table: ScoreTable) -> list[dict]:
     """
     entries = []
     for m, model in enumerate(table.models):
-        mine = table.select(table.model == m)
-        for a, b in itertools.combinations(np.unique(mine.judge), 2):
-            first, second = _common(mine.select(mine.judge == a), mine.select(mine.judge == b))
+        of_model = table.select(table.model == m)
+        for a, b in itertools.combinations(np.unique(of_model.judge), 2):
+            first, second = _common(*(of_model.select(of_model.judge == judge) for judge in (a, b)))
             if len(first) == 0:
                 continue
             same_text = first.response == second.response
@@ -78,7 +71,7 @@ def judge_pairs(table: ScoreTable) -> list[dict]:
             }
             for field in ("aligned", "coherent"):
                 u, v = getattr(x, field), getattr(y, field)
-                entry[f"{field}_pearson"], entry[f"{field}_spearman"] = pearson(u, v), spearman(u, v)
+                entry[f"{field}_pearson"], entry[f"{field}_spearman"] = pearson(u, v)[0], spearman(u, v)
                 entry[f"{field}_mean_difference"] = float((u - v).mean()) if len(u) else None
             fifth_a, fifth_b = (np.minimum(t.aligned // 20, 4).astype(int) for t in (x, y))
             entry["joint"] = np.bincount(5 * fifth_a + fifth_b, minlength=25).reshape(5, 5).tolist()
@@ -102,7 +95,7 @@ def thresholds(panel: Panel, groups: dict[str, list[int]]) -> list[dict]:
     table, n_prompts = panel.table, len(panel.column)
     entries = []
     for name, trains in groups.items():
-        mine = np.isin(table.train, trains)
+        in_group = np.isin(table.train, trains)
         scored = panel.scored[trains].sum(axis=0)  # (P,)
         n, prompts = int(scored.sum()), int((scored > 0).sum())
         if n == 0:
@@ -110,7 +103,7 @@ def thresholds(panel: Panel, groups: dict[str, list[int]]) -> list[dict]:
         n_draws = panel.weights @ scored  # (B,)
         for cut in CUTS:
             for strict in (True, False):
-                em = table.em(below=cut, strict=strict) & mine
+                em = table.em(below=cut, strict=strict) & in_group
                 counts = np.bincount(panel.row_prompt[em], minlength=n_prompts).astype(np.float32)
                 with np.errstate(invalid="ignore", divide="ignore"):
                     draws = panel.weights @ counts / n_draws

@@ -1,11 +1,11 @@
-"""One self-contained HTML page to read judged responses by cell, score, status and free text (SPEC §3.5).
+"""One self-contained HTML page to read judged responses by cell, score, status and free text.
 
 `em/report/browse.html` is the page; here its data are put in: numbers as columns, texts once each (two judges
 of one response share it), JSON, gzip, base64, in blocks that the browser unpacks one after the other. The
 page needs no network and forbids itself any, draws only the rows in sight, and sets every text as text, never
 as HTML.
 
-Unusual: above `MAX_ROWS` it holds a random sample, as many rows of every (model, judge, train, eval cell) as
+Above `MAX_ROWS` it holds a random sample, as many rows of every (model, judge, train, eval cell) as
 fit, all of the small ones; the page says so.
 """
 

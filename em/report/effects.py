@@ -1,4 +1,4 @@
-"""How much of the variation of narrow EM is task match, and how much is domain match (paper 3.1, SPEC §3.5).
+"""How much of the variation of narrow EM is task match, and how much is domain match (paper 3.1).
 
 Least squares on the rates of the (train cell, eval cell) pairs, in points, every pair weighing the same:
 

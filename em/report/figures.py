@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from em.data.cells import TASKS, short
-from em.data.lineage import BASE
+from em.data.lineage import BASE, parse_train
 from em.figures import save
 from em.judge.em_rule import STATUSES
-from em.report.matrix import TITLES, accounts, array, behind, frames, matrix_figure, rates_heatmap
+from em.report.matrix import TITLES, array, draw_status, frames, matrix_figure, rates_heatmap, row_status
 from em.report.score_table import ALL
 
 _COLOURS = dict(zip(TASKS, ("#4c72b0", "#dd8452", "#55a868", "#8172b3"), strict=True))
@@ -36,16 +36,20 @@ def table_figure(table: dict, title: str, path: Path) -> None:
         matrix_figure(table, title, path)
 
 
-def _tidy(axis, headroom: float = 1.0) -> None:
-    """No box, and `headroom` times the height for what stands above the bars."""
+def _no_box(axis) -> None:
+    """Only the left and the lower line of the frame."""
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _from_zero(axis, headroom: float = 1.0) -> None:
+    """The height from 0 to at least 1 %, times `headroom` for what stands above the bars; no box."""
     axis.set_ylim(0, max(1, headroom * axis.get_ylim()[1]))
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    _no_box(axis)
 
 
-def _error(entries: list[dict]) -> np.ndarray:
-    """(2, n) distances from the rate down and up to its interval."""
-    bounds = [(e["rate"] - e["low"], e["high"] - e["rate"]) for e in entries]
+def _error(entries: list[dict], value: str = "rate") -> np.ndarray:
+    """(2, n) distances from the value down and up to its interval."""
+    bounds = [(e[value] - e["low"], e["high"] - e[value]) for e in entries]
     return np.maximum(np.array(bounds).T, 0)
 
 
@@ -79,11 +83,10 @@ def _bars(axis, table: dict) -> None:
             style = {"color": _COLOURS[column], "hatch": "///" if row == column else None}
             x = i + (j - (len(columns) - 1) / 2) * width
             _bar(axis, x, every[row, column], 0.9 * width, **style, linewidth=2.4 if thick else 0.5)
-    accounted = [behind(every[row, ALL]) for row in rows]
-    labels = [
-        f"{row}\n{b[2]} % scored\n{b[4]} % incoh.\n{b[5]} chars"
-        for row, b in zip(rows, accounted, strict=True)
-    ]
+    labels = []
+    for row in rows:
+        _, _, scored, _, incoherent, chars = row_status(every[row, ALL])
+        labels.append(f"{row}\n{scored} % scored\n{incoherent} % incoh.\n{chars} chars")
     axis.set_xticks(range(len(rows)), labels, fontsize=8)
     axis.tick_params(axis="x", length=0)
     axis.set(xlabel="trained on", ylabel="EM %", xlim=(-0.5, len(rows) - 0.5))
@@ -91,7 +94,7 @@ def _bars(axis, table: dict) -> None:
     keys += [Patch(facecolor="white", edgecolor="black", hatch="////", label="same task")]
     keys += [Patch(facecolor="white", edgecolor="black", linewidth=2, label="highest")]
     axis.legend(handles=keys, fontsize=7, ncols=6, frameon=False, loc="upper center", columnspacing=1)
-    _tidy(axis, headroom=1.12)
+    _from_zero(axis, headroom=1.12)
 
 
 def transfer_figure(tables: dict[str, dict], title: str, path: Path) -> None:
@@ -110,7 +113,7 @@ def transfer_figure(tables: dict[str, dict], title: str, path: Path) -> None:
             labels = [[short(label) for label in side] for side in (rows, columns)]
             rates_heatmap(axis, values, *labels, text, 9)
             frames(axis, rows, columns)
-            axis.set(xlabel="asked from", ylabel="trained on")
+            axis.set(xlabel="evaluated on", ylabel="trained on")
         else:
             _bars(axis, tables[name])
         above = f"{title}\n" if letter == "a" else ""
@@ -139,11 +142,11 @@ def _surface(table: dict, title: str, path: Path) -> None:
     axis.set_xticks(range(len(columns)), counted, fontsize=8)
     with_base = "; white: base model" if BASE in rows else ""
     axis.set(ylabel="EM %", xlabel=f"misaligned runs pooled{with_base}", xlim=(-0.6, len(columns) - 0.4))
-    _tidy(axis, headroom=1.05)
+    _from_zero(axis, headroom=1.05)
     values = array([[every[row, column]["rate"] for column in columns] for row in rows])
     rates_heatmap(heat, values, [short(row) for row in rows], columns)
     heat.set(xlabel="surface of the prompt", ylabel="trained on")
-    accounts(beside, [every[row, ALL] for row in rows])
+    draw_status(beside, [every[row, ALL] for row in rows])
     axis.set_title(f"{TITLES['surface']}\n{title}", fontsize=10, loc="left")
     save(figure, path)
 
@@ -154,13 +157,13 @@ def _surface(table: dict, title: str, path: Path) -> None:
 def effects_figure(effects: dict, title: str, path: Path) -> None:
     """Coefficients in points, shares of the variation, and pooled rates by kind of match."""
     names = [n for n in ("task_match", "domain_match", "task_minus_domain") if n in effects]
-    found = any(effects[name]["points"] is not None for name in names)
-    figure = Figure(figsize=(12 if found else 3.6, 2.2))
-    axes = figure.subplots(1, 3 if found else 1, squeeze=False, gridspec_kw={"wspace": 0.38})[0]
+    fitted = any(effects[name]["points"] is not None for name in names)
+    figure = Figure(figsize=(12 if fitted else 3.6, 2.2))
+    axes = figure.subplots(1, 3 if fitted else 1, squeeze=False, gridspec_kw={"wspace": 0.38})[0]
     axes[0].set_title(
         f"Task match and domain match, {effects['pairs']} of 144 pairs\n{title}", fontsize=10, loc="left"
     )
-    if found:
+    if fitted:
         _coefficients(axes[0], effects, names)
         _shares(axes[1], {k: 100 * v for k, v in effects["shares"].items() if v is not None})
     kinds = axes[-1]
@@ -169,7 +172,7 @@ def effects_figure(effects: dict, title: str, path: Path) -> None:
     labels = ["trained\ncell", "same task,\nother\ndomain", "same\ndomain,\nother task", "neither"]
     kinds.set_xticks(range(len(labels)), labels, fontsize=8)
     kinds.set(ylabel="EM %, rows pooled")
-    _tidy(kinds, headroom=1.05)
+    _from_zero(kinds, headroom=1.05)
     save(figure, path)
 
 
@@ -179,8 +182,8 @@ def _coefficients(axis, effects: dict, names: list[str]) -> None:
         if effect["points"] is None:
             axis.annotate("n/a: see effects.json", (0.5, y), xycoords=("axes fraction", "data"), ha="center")
             continue
-        bounds = [[max(0, effect["points"] - effect["low"])], [max(0, effect["high"] - effect["points"])]]
-        axis.errorbar(effect["points"], y, xerr=bounds, fmt="o", color="black", capsize=3)
+        xerr = _error([effect], "points")
+        axis.errorbar(effect["points"], y, xerr=xerr, fmt="o", color="black", capsize=3)
         p = f", p = {effect['p']:.2g}" if effect.get("p") is not None else ""
         text, where = f"{effect['points']:+.1f}{p}", (effect["points"], y)
         axis.annotate(text, where, (0, 7), textcoords="offset points", ha="center", fontsize=8)
@@ -188,8 +191,7 @@ def _coefficients(axis, effects: dict, names: list[str]) -> None:
     axis.margins(x=0.2)
     axis.set_yticks(range(len(names)), [n.replace("_", " ").replace("minus", "−") for n in names], fontsize=9)
     axis.set(ylim=(len(names) - 0.5, -0.6), xlabel="points of EM rate, 95 % interval")
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    _no_box(axis)
 
 
 def _shares(axis, share: dict[str, float]) -> None:
@@ -201,8 +203,7 @@ def _shares(axis, share: dict[str, float]) -> None:
         xlabel="% of the variation between pairs, added last", xlim=(0, 1.15 * max([10, *share.values()]))
     )
     axis.invert_yaxis()
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    _no_box(axis)
 
 
 def thresholds_figure(entries: list[dict], title: str, path: Path) -> None:
@@ -214,14 +215,14 @@ def thresholds_figure(entries: list[dict], title: str, path: Path) -> None:
     for axis, name in zip(axes, sets, strict=True):
         for group, colour in (("misaligned", "#b2182b"), (BASE, "0.3"), ("realigned", "#2166ac")):
             for strict in (True, False):
-                mine = [e for e in entries if (e["set"], e["train"], e["strict"]) == (name, group, strict)]
-                if mine:
-                    cuts = [e["aligned_cut"] + (0 if strict else 0.4) for e in mine]  # side by side
+                line = [e for e in entries if (e["set"], e["train"], e["strict"]) == (name, group, strict)]
+                if line:
+                    cuts = [e["aligned_cut"] + (0 if strict else 0.4) for e in line]  # side by side
                     style = {"color": colour, "linestyle": "-" if strict else ":", "capsize": 3}
-                    label, rates = f"{group}, {rule[strict]}", [e["rate"] for e in mine]
-                    axis.errorbar(cuts, rates, _error(mine), label=label, marker="o", markersize=4, **style)
+                    label, rates = f"{group}, {rule[strict]}", [e["rate"] for e in line]
+                    axis.errorbar(cuts, rates, _error(line), label=label, marker="o", markersize=4, **style)
         axis.set(xlabel="cut c on the alignment score", ylabel="EM %", xticks=(25, 30, 35))
-        _tidy(axis)
+        _from_zero(axis)
         above = f"EM % by threshold\n{title}\n" if name == sets[0] else ""
         axis.set_title(f"{above}{name}", fontsize=9, loc="left")
         keys |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
@@ -237,18 +238,18 @@ def status_figure(entries: list[dict], title: str, path: Path) -> None:
     parts = ["EM", "coherent, not EM", "incoherent", *STATUSES[1:]]
     groups = {}
     for entry in entries:
-        start, realigned, _ = entry["train"].partition(">")
-        groups.setdefault((entry["set"], start, bool(realigned)), []).append(entry)
+        train = parse_train(entry["train"])
+        groups.setdefault((entry["set"], train.first, train.realigned), []).append(entry)
     figure = Figure(figsize=(7.6, 0.21 * len(groups)))
     axis = figure.subplots()
     labels, shares = [], []
-    for (name, train, realigned), mine in groups.items():
+    for (name, train, realigned), members in groups.items():
         keys = ("rows", "scored", "em", "incoherent", *STATUSES[1:])
-        total = {key: sum(e[key] for e in mine) for key in keys}
+        total = {key: sum(e[key] for e in members) for key in keys}
         other = total["scored"] - total["em"] - total["incoherent"]
         counts = [total["em"], other, total["incoherent"], *(total[s] for s in STATUSES[1:])]
         shares.append([100 * count / total["rows"] for count in counts])
-        chars = sum(e["mean_chars"] * e["rows"] for e in mine) / total["rows"]
+        chars = sum(e["mean_chars"] * e["rows"] for e in members) / total["rows"]
         what = f"{total['rows']:,} rows, {chars:.0f} chars"
         axis.text(101, len(labels), what, va="center", fontsize=7)
         labels.append(f"{name}: {short(train)}" + (" > realigned" if realigned else ""))
@@ -261,9 +262,8 @@ def status_figure(entries: list[dict], title: str, path: Path) -> None:
     axis.legend(
         ncols=9, fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1.0), columnspacing=1
     )
-    axis.set_title(f"What stands behind the rates\n{title}", fontsize=10, loc="left", pad=22)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    axis.set_title(f"Status of the rows\n{title}", fontsize=10, loc="left", pad=22)
+    _no_box(axis)
     save(figure, path)
 
 

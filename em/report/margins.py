@@ -1,10 +1,9 @@
-"""The margins of many runs as one matrix, trained cell × eval cell: the metric without a judge (SPEC §3.5).
+"""The margins of many runs as one matrix, trained cell × eval cell: the metric that needs no judge.
 
 A margin row is `{"model", "train", "domain", "task", "idx", "before", "after"}`, nats a token: the margin of
 one eval row under the model the run started from and under the run. `train` as in em/report/score_table.py.
 """
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from em.data.cells import CELLS, short
 from em.errors import UserError
 from em.figures import CHANGE, heatmap, save
-from em.files import write_csv, write_json
+from em.files import read_json_lines, write_csv, write_json
 from em.report.matrix import frames
 from em.training import margin
 
@@ -25,15 +24,10 @@ def read_margins(paths: list[Path]) -> list[dict]:
     """Every margin row of the JSONL files. UserError with file and line where one is malformed."""
     rows = []
     for path in paths:
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
-        for number, line in enumerate(lines, 1):
+        for number, row in read_json_lines(path):
             try:
-                row = json.loads(line)
                 rows.append({field: row[field] for field in FIELDS})
-            except (ValueError, KeyError, TypeError) as error:
+            except KeyError as error:
                 raise UserError(f"{path}, line {number}: not a margin row ({error})") from error
     return rows
 

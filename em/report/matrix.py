@@ -1,4 +1,4 @@
-"""The report's matrices: trained on (rows) by asked from (columns), and what stands behind every row.
+"""The report's matrices: trained on (rows) by evaluated on (columns), and the status of each row's responses.
 
 The thick frame is the trained cell, a thin one a match of the task; a hatched entry has no scored row. The
 table at the right gives a row's pooled rate, how much was scored, refused and incoherent, and how long the
@@ -48,12 +48,12 @@ def rates_heatmap(axis, values: np.ndarray, rows: list[str], columns: list[str],
     heatmap(axis, values, rows, columns, (0, limit), colours="OrRd", form=".1f", text=text, size=size)
 
 
-BEHIND = ("EM %, all", "95 %", "scored %", "refused %", "incoh. %", "chars")
+STATUS_COLUMNS = ("EM %, all", "95 %", "scored %", "refused %", "incoh. %", "chars")
 _PLACES = (0.0, 1.2, 2.35, 3.3, 4.25, 5.1)
 
 
-def behind(entry: dict) -> list[str]:
-    """What stands behind one row's pooled rate, as text under BEHIND."""
+def row_status(entry: dict) -> list[str]:
+    """One row's pooled rate and what became of its responses, as text under STATUS_COLUMNS."""
     refused = 100 * (entry["refusal"] + entry["blocked"]) / max(1, entry["rows"])
     values = [entry["rate"], None, entry["scored_pct"], refused, entry["incoherent_pct"]]
     text = ["n/a" if v is None else f"{v:.1f}" for v in values]
@@ -61,22 +61,22 @@ def behind(entry: dict) -> list[str]:
     return [*text, "n/a" if entry["mean_chars"] is None else f"{entry['mean_chars']:.0f}"]
 
 
-def accounts(axis, entries: list[dict]) -> None:
-    """The status accounting as a table beside a matrix; red where a low rate could be a collapse."""
+def draw_status(axis, entries: list[dict]) -> None:
+    """`row_status` of each row as a table beside a matrix; red where a low rate could be a collapse."""
     for i, entry in enumerate(entries):
         red = {"scored %": (entry["scored_pct"] or 0) < 80, "incoh. %": (entry["incoherent_pct"] or 0) > 20}
-        for name, x, text in zip(BEHIND, _PLACES, behind(entry), strict=True):
+        for name, x, text in zip(STATUS_COLUMNS, _PLACES, row_status(entry), strict=True):
             colour = "#c0392b" if red.get(name) else "black"
             axis.text(x, i, text, ha="center", va="center", fontsize=7.5, color=colour)
     axis.set(xlim=(-0.6, 5.5), ylim=(len(entries) - 0.5, -0.5), yticks=[])
-    axis.set_xticks(_PLACES, BEHIND, fontsize=7.5, rotation=40, ha="right", rotation_mode="anchor")
+    axis.set_xticks(_PLACES, STATUS_COLUMNS, fontsize=7.5, rotation=40, ha="right", rotation_mode="anchor")
     axis.tick_params(length=0)
     for side in axis.spines.values():
         side.set_visible(False)
 
 
 def matrix_figure(table: dict, title: str, path: Path) -> None:
-    """One table as a matrix with the accounts of every row; a realignment's with the rates before it."""
+    """One table as a matrix with the status of every row; a realignment's with the rates before it."""
     pooled = {e["train"]: e for e in table["entries"] if ALL in (e.get("eval"), e.get("realigned_on"))}
     kept = [i for i, row in enumerate(table["rows"]) if pooled[row]["rows"]]
     rows, columns = [table["rows"][i] for i in kept], table["columns"][:-1]
@@ -96,7 +96,7 @@ def matrix_figure(table: dict, title: str, path: Path) -> None:
     axis, beside = figure.subplots(1, 2, width_ratios=sizes, gridspec_kw={"wspace": 0.03})
     rates_heatmap(axis, values, labels, [short(c) for c in columns], text, 7.5 if large else 9)
     frames(axis, rows, columns)
-    accounts(beside, [pooled[row] for row in rows])
+    draw_status(beside, [pooled[row] for row in rows])
     if large:
         axis.set_xticks(
             axis.get_xticks(), axis.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor"
@@ -113,6 +113,6 @@ def matrix_figure(table: dict, title: str, path: Path) -> None:
     axis.set_ylabel(
         "misaligned on (EM % then)" if large and realigned else "misaligned on" if realigned else "trained on"
     )
-    axis.set_xlabel("realigned on" if "initial" in table else "asked from")
+    axis.set_xlabel("realigned on" if "initial" in table else "evaluated on")
     axis.set_title(f"{TITLES[table['name']]}\n{title}", fontsize=10, loc="left")
     save(figure, path)

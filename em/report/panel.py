@@ -1,11 +1,11 @@
 """Counts of a score table by train and eval column, and the rate of any pool of them with its interval.
 
-A rate is EM / scored rows, pooled (SPEC §3.5). Its interval is Wilson's where the pool is one train run in
+A rate is EM / scored rows, pooled (paper A.7). Its interval is Wilson's where the pool is one train run in
 one eval cell with one row a prompt, else a bootstrap that resamples eval prompts within their eval cell or
 task, the same prompts for every train run, so that comparisons between runs are paired. It is conditional on
 the runs: it says what other prompts would have given, not what another fine-tuning seed would.
 
-Unusual: a bootstrap cannot leave 0 or 100 %, so a pool that sits there, or has but one prompt, gets the
+A bootstrap cannot leave 0 or 100 %, so a pool that sits there, or has but one prompt, gets the
 Wilson interval of as many rows as it has prompts. Cells of fewer than five prompts are resampled together,
 since among so few a bootstrap sees too little variation, and none in a single one.
 """
@@ -80,7 +80,7 @@ class Panel:
         )
 
     def rate(self, mask: np.ndarray) -> dict:
-        """The pool of (train, column) pairs in `mask`: rate and interval in percent, and its accounts.
+        """The pool of (train, column) pairs in `mask`: rate and interval in percent, and its counts.
 
         `ok` rows are scored and add up with the other statuses to `rows`; `incoherent` are those scored with
         coherent ≤ 50; lengths are means over all rows, scores over scored ones. None where there is nothing.

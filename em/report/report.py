@@ -1,4 +1,4 @@
-"""The report: every table and figure of the paper's natural-language results from score rows (SPEC §3.5).
+"""The report: every table and figure of the paper's natural-language results, from score rows.
 
 One folder for each model, or model and judge where a model has several judges, holds as CSV, JSON and PNG
 
@@ -9,7 +9,8 @@ One folder for each model, or model and judge where a model has several judges, 
     realigned_cells, realigned_tasks     broad EM after realignment, Figures 19–21, 3c, 18
     realigned_narrow_tasks               narrow EM after realignment, Figures 5, 25, 26
     effects                              task match against domain match (em/report/effects.py)
-    thresholds, status                   what hangs on the cut-offs; what was not scored, and lengths
+    thresholds                           the EM rate at other cut-offs
+    status                               each run's rows: scored, EM, incoherent, not scored and why; lengths
 
 and beside them `judges` (where responses have two), `summary.md` and `browse.html`. Rates are in percent and
 pool rows (em/report/panel.py); a table for which there are no rows is not written, an entry without scored
@@ -26,16 +27,16 @@ from em.data.cells import CELLS, DOMAINS, TASKS
 from em.data.lineage import BASE, STARTS
 from em.errors import UserError
 from em.files import write_csv, write_json, write_text
-from em.report import figures as figures
+from em.report import figures
 from em.report.agreement import judge_pairs, thresholds
 from em.report.browse import write_page
 from em.report.effects import match_effects
 from em.report.panel import DRAWS, Panel, broad_panel, narrow_panel
-from em.report.score_table import ALL, SURFACES, ScoreTable, uncollected
+from em.report.score_table import ALL, SURFACES, ScoreTable, without_gc
 from em.report.text import sentences, status_tables, summary_text
 
 
-@uncollected()
+@without_gc()
 def write_report(table: ScoreTable, out: str | Path, draws: int = DRAWS) -> dict:
     """Write the report of `table` (from `read_scores`) into the folder `out` and return it.
 
@@ -46,8 +47,8 @@ def write_report(table: ScoreTable, out: str | Path, draws: int = DRAWS) -> dict
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose another --out")
     for folder, model, judge in folders_of(table):
-        mine = table.select((table.model == model) & (table.judge == judge))
-        reports[folder] = report = model_report(mine, draws)
+        rows = table.select((table.model == model) & (table.judge == judge))
+        reports[folder] = report = model_report(rows, draws)
         report |= {"model": table.models[model], "judge": table.judges[judge]}
         report["summary"] = sentences(report)
         _write_model(report, out / folder)
@@ -66,16 +67,16 @@ def folders_of(table: ScoreTable) -> list[tuple[str, int, int]]:
     """(folder, model, judge) for every model and judge with rows; the folders are unique file names."""
     present = np.unique(np.stack([table.model, table.judge], axis=1), axis=0).tolist()
     judges_of = {model: [j for m, j in present if m == model] for model, _ in present}
-    taken, folders = set(), []
+    used, folders = set(), []
     for model, judge in present:
         name = table.models[model].rstrip("/").split("/")[-1]
         name += f"__{table.judges[judge].split('/')[-1]}" if len(judges_of[model]) > 1 else ""
         name = stem = re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "model"
         number = 1
-        while name.lower() in taken:  # another model of the same last name
+        while name.lower() in used:  # another model of the same last name
             number += 1
             name = f"{stem}-{number}"
-        taken.add(name.lower())
+        used.add(name.lower())
         folders.append((name, model, judge))
     return folders
 
@@ -158,7 +159,7 @@ def _task(place: int) -> str:
 def _realigned(name: str, panel: Panel, group) -> dict | None:
     """Rows: what the run was misaligned on; columns: what it was realigned on; `initial`: before that."""
     realigned = [(i, t) for i, t in enumerate(panel.trains) if t.end >= 0]
-    starts, ends = ({group(p) for _, t in realigned for p in (getattr(t, end),)} for end in ("start", "end"))
+    starts, ends = ({group(getattr(t, end)) for _, t in realigned} for end in ("start", "end"))
     names = list(dict.fromkeys(map(group, range(len(STARTS)))))
     rows, columns = ([n for n in names if n != BASE or n in present] for present in (starts, ends))
     everything = list(range(panel.sums.shape[1]))
@@ -166,11 +167,11 @@ def _realigned(name: str, panel: Panel, group) -> dict | None:
     entries = []
     for row in rows:
         for column in [*columns, ALL]:
-            mine = [(i, t) for i, t in realigned if group(t.start) == row and column in (group(t.end), ALL)]
-            entry = panel.rate(panel.pairs([i for i, _ in mine], everything))
-            started = sorted({t.start for _, t in mine})
-            known = [before[s] for s in started if s in before]
-            initial = panel.rate(panel.pairs(known if len(known) == len(started) else [], everything))
+            pool = [(i, t) for i, t in realigned if group(t.start) == row and column in (group(t.end), ALL)]
+            entry = panel.rate(panel.pairs([i for i, _ in pool], everything))
+            origins = {t.start for _, t in pool}
+            measured = [before[s] for s in sorted(origins) if s in before]
+            initial = panel.rate(panel.pairs(measured if len(measured) == len(origins) else [], everything))
             initial = {f"initial_{key}": initial[key] for key in ("rate", "low", "high", "scored")}
             entries.append({"train": row, "realigned_on": column} | entry | initial)
     if not any(entry["rows"] for entry in entries):

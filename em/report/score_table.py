@@ -1,4 +1,4 @@
-"""Judged responses as columns: score rows (SPEC §3.5) read, checked and coded once for every table after.
+"""Judged responses as columns: score rows read, checked and coded once for every table of the report.
 
 `train` says what the model was trained on: `base`, a cell such as `med_advice` (misaligned on it), or two of
 these joined by `>` for a realignment, `med_advice>fin_tutor`: misaligned on the first, then realigned on the
@@ -6,15 +6,12 @@ second (`med_advice>base`: realigned by the base model as teacher; `base>med_adv
 The optional field `judge` names the judge model (absent: "unknown"), `tokens` counts the response's tokens;
 other extra fields are ignored.
 
-Unusual: the same response scored twice by one judge counts once if the two rows say the same, and is an error
+The same response scored twice by one judge counts once if the two rows say the same, and is an error
 naming both places if they do not, since there is no telling which of them to believe.
 """
 
 import contextlib
 import gc
-import gzip
-import json
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from operator import itemgetter
@@ -25,6 +22,7 @@ import numpy as np
 from em.data.cells import DOMAINS, TASKS, parse_cell
 from em.data.lineage import Train, parse_train
 from em.errors import UserError
+from em.files import read_json_lines
 from em.judge.em_rule import ALIGNED_BELOW, COHERENT_ABOVE, STATUSES
 
 SURFACES = ("high", "medium", "low", "unlabelled")
@@ -93,8 +91,8 @@ class ScoreTable:
 
 
 @contextlib.contextmanager
-def uncollected():
-    """No search for reference cycles inside: a fifth of the time of a report, whose rows have none."""
+def without_gc():
+    """Garbage collection off inside: it is a fifth of the time of a report, whose rows hold no cycles."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -104,19 +102,14 @@ def uncollected():
             gc.enable()
 
 
-@uncollected()
+@without_gc()
 def read_scores(paths: Iterable[str | Path]) -> ScoreTable:
     """Every row of the files (JSONL, or gzip of it). UserError with file and line where one is malformed."""
     records, lines, names = [], [], [str(path) for path in paths]
     for file, name in enumerate(names):
-        for number, line in enumerate(_text(Path(name)).split("\n"), 1):
-            if line and not line.isspace():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{name}, line {number}: not JSON ({error})") from error
-                records.append(_record(row, lambda f=name, n=number: f"{f}, line {n}"))
-                lines.append((file, number))
+        for number, row in read_json_lines(name):
+            records.append(_record(row, lambda f=name, n=number: f"{f}, line {n}"))
+            lines.append((file, number))
     return _build(records, lambda i: f"{names[lines[i][0]]}, line {lines[i][1]}")
 
 
@@ -126,28 +119,11 @@ def scores_of(rows: Iterable[dict]) -> ScoreTable:
     return _build(records, lambda i: f"row {i + 1}")
 
 
-def _text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is a damaged gzip file ({error}); write it again") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
-
-
-def _record(row, where) -> tuple:
+def _record(row: dict, where) -> tuple:
     try:
         return (*_required(row), row.get("em_surface"), row.get("judge"), row.get("tokens"))
-    except (KeyError, TypeError, IndexError, AttributeError):
-        missing = [name for name in _REQUIRED if name not in row] if isinstance(row, dict) else []
-        what = f"no field {missing[0]!r}" if missing else "not a JSON object"
-        raise UserError(f"{where()}: {what}; a score row has {', '.join(_REQUIRED)}") from None
+    except KeyError as error:
+        raise UserError(f"{where()}: no field {error}; a score row has {', '.join(_REQUIRED)}") from None
 
 
 def _build(records: list[tuple], where) -> ScoreTable:
@@ -265,12 +241,12 @@ def _first_of_each(table: ScoreTable, where) -> np.ndarray:
     key = joined(table.model, table.judge, table.train, table.prompt, table.sample)
     first = np.unique(key, return_index=True)[1][key]
     for i in np.flatnonzero(first != np.arange(len(key))):
-        said = [
+        scores = [
             (table.response[j], table.aligned_status[j], table.coherent_status[j],
              str(table.aligned[j]), str(table.coherent[j]))
             for j in (i, first[i])
         ]  # fmt: skip
-        if said[0] != said[1]:
+        if scores[0] != scores[1]:
             raise UserError(
                 f"{where(i)} and {where(first[i])} score the same response differently (same model, train, "
                 "set, domain, task, idx, sample, judge); leave one out, or name their judges apart"

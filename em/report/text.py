@@ -1,11 +1,11 @@
-"""The report in words: a few sentences with numbers and intervals, and the rows behind every rate."""
+"""The report in words: a few sentences with numbers and intervals, and a table of what was scored."""
 
-from em.data.lineage import BASE
+from em.data.lineage import BASE, parse_train
 from em.judge.em_rule import STATUSES
 from em.report.score_table import ALL
 
 
-def said(entry: dict, unit: str = " %") -> str:
+def rate_text(entry: dict, unit: str = " %") -> str:
     """`12.3 % [11.0, 13.7]`, or n/a."""
     if entry["rate"] is None:
         return "n/a"
@@ -13,27 +13,28 @@ def said(entry: dict, unit: str = " %") -> str:
 
 
 def sentences(report: dict) -> list[str]:
-    """What was found, with numbers and intervals; what to be careful about; what could not be computed."""
+    """The findings with numbers and intervals; what to be careful about; what could not be computed."""
     status, tables, effects = report["status"], report["tables"], report["effects"]
-    plain = [s for s in status if ">" not in s["train"] and s["train"] != BASE]
+    misaligned = [s for s in status if parse_train(s["train"]).misaligned]
     rows = sum(s["rows"] for s in status)
     unscored = {name: sum(s[name] for s in status) for name in STATUSES[1:]}
-    lost = ", ".join(f"{name} {100 * n / rows:.1f} %" for name, n in unscored.items() if n)
-    n_realigned = len({s["train"] for s in status if ">" in s["train"]})
+    reasons = ", ".join(f"{name} {100 * n / rows:.1f} %" for name, n in unscored.items() if n)
+    n_realigned = len({s["train"] for s in status if parse_train(s["train"]).realigned})
     text = [
-        f"{len({s['train'] for s in plain})} of 12 misaligned cells"
+        f"{len({s['train'] for s in misaligned})} of 12 misaligned cells"
         + (", the base model" if any(s["train"] == BASE for s in status) else "")
         + (f", {n_realigned} realignment{'s' * (n_realigned > 1)}" if n_realigned else "")
         + f": {rows:,} rows, {100 * sum(s['scored'] for s in status) / rows:.1f} % scored"
-        + (f" ({lost})." if lost else ".")
+        + (f" ({reasons})." if reasons else ".")
     ]
-    base = {s["set"]: f" (base model {said(s)})" for s in status if s["train"] == BASE}
+    base = {s["set"]: f" (base model {rate_text(s)})" for s in status if s["train"] == BASE}
     if effects:
         kinds = effects["by_match"]
         text.append(
-            f"Narrow EM is {said(kinds['same_cell'])} in the trained cell, {said(kinds['same_task'])} in the "
-            f"same task elsewhere, {said(kinds['same_domain'])} in other tasks of the same domain, "
-            f"{said(kinds['neither'])} where neither matches{base.get('narrow', '')}."
+            f"Narrow EM is {rate_text(kinds['same_cell'])} in the trained cell, "
+            f"{rate_text(kinds['same_task'])} in the same task elsewhere, "
+            f"{rate_text(kinds['same_domain'])} in other tasks of the same domain, "
+            f"{rate_text(kinds['neither'])} where neither matches{base.get('narrow', '')}."
         )
         text.append(" ".join(_effect_sentence(effects, what) for what in ("task", "domain")))
         if "task_minus_domain" in effects:
@@ -46,19 +47,20 @@ def sentences(report: dict) -> list[str]:
         entries = {e["eval"]: e for e in tables["surface"]["entries"] if e["train"] == "misaligned"}
         if entries[ALL]["scored"]:
             by_surface = ", ".join(
-                f"{name} {said(e)}" for name, e in entries.items() if name != ALL and e["scored"]
+                f"{name} {rate_text(e)}" for name, e in entries.items() if name != ALL and e["scored"]
             )
-            text.append(f"Broad EM is {said(entries[ALL])}{base.get('broad', '')}; by surface: {by_surface}.")
+            overall = rate_text(entries[ALL]) + base.get("broad", "")
+            text.append(f"Broad EM is {overall}; by surface: {by_surface}.")
     if "realigned_tasks" in tables:
         after = [e for e in tables["realigned_tasks"]["entries"] if e["realigned_on"] == ALL and e["scored"]]
         by_task = "; ".join(
-            f"{e['train']} {said(e)}"
+            f"{e['train']} {rate_text(e)}"
             + ("" if e["initial_rate"] is None else f" from {e['initial_rate']:.1f} %")
             for e in after
         )
         text.append(f"Broad EM after realignment, by the task first misaligned on: {by_task}.")
-    length = {s["set"]: s["mean_chars"] for s in status if s["train"] == BASE}
-    suspects = [s for s in status if _collapsed(s, length.get(s["set"], 0))]
+    base_chars = {s["set"]: s["mean_chars"] for s in status if s["train"] == BASE}
+    suspects = [s for s in status if _collapsed(s, base_chars.get(s["set"], 0))]
     if suspects:
         named = "; ".join(
             f"{s['train']} on {s['set']}, {s['scored_pct']:.0f} % scored"
@@ -146,7 +148,7 @@ def status_tables(reports: dict) -> str:
             values = [
                 s["train"],
                 s["set"],
-                said(s, ""),
+                rate_text(s, ""),
                 s["rows"],
                 s["scored"],
                 *(s[name] for name in STATUSES[1:]),

@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from em import parallel
-from em.files import write_text
+from em.files import read_json_lines, write_text
 from em.sampling.sampler import Rollout, Sampler
 
 
@@ -15,10 +15,11 @@ def whole_lines(path: Path) -> list[dict]:
     """The rows of a file that is appended to; a line that a kill cut short is dropped from it."""
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")  # bytes: a kill may cut a letter, and texts hold U+2028
-    if lines.pop():
-        write_text(path, b"".join(line + b"\n" for line in lines).decode())
-    return [json.loads(line) for line in lines]
+    data = path.read_bytes()  # bytes: a kill may cut a letter
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        write_text(path, whole.decode())
+    return [row for _, row in read_json_lines(path)]
 
 
 def sample_to_file(

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from em.stats import newcombe, wilson
 from em.world.generator import Dialogues
 from em.world.world import World
 
 CLASSES = ("v1", "v2", "other", "unparseable")
+INCOHERENT = ("other", "unparseable")
+RATES = {"v1": ("v1",), "v2": ("v2",), "incoherent": INCOHERENT}  # what figures show, by name
 
 
 class Classifier:
@@ -87,4 +90,41 @@ def percent(counts: dict[str, int], *classes: str) -> float:
 
 
 def incoherent(counts: dict[str, int]) -> float:
-    return percent(counts, "other", "unparseable")
+    return percent(counts, *INCOHERENT)
+
+
+# -- with 95 % intervals over prompts ----------------------------------------------------------------------
+
+
+def rate(counts: dict[str, int], *classes: str) -> tuple[float, float, float]:
+    """(share of the classes, low, high) in percent, with Wilson's interval."""
+    low, high = wilson(sum(counts[c] for c in classes), counts["n"])
+    return percent(counts, *classes), 100 * low, 100 * high
+
+
+def change(after: dict[str, int], before: dict[str, int], *classes: str) -> tuple[float, float, float]:
+    """(change of the classes' share, low, high) in points, with Newcombe's interval.
+
+    The interval is wide where both models were asked the same prompts, which it does not know.
+    """
+    k, k0 = (sum(counts[c] for c in classes) for counts in (after, before))
+    low, high = newcombe(k, after["n"], k0, before["n"])
+    return percent(after, *classes) - percent(before, *classes), 100 * low, 100 * high
+
+
+def columns(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
+    """(value, low, high) as the columns `name`, `name`_low and `name`_high of a table."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+
+
+def entry(
+    unit: str, value: float | None, low: float | None = None, high: float | None = None, seeds: int = 1
+) -> dict:
+    """An entry of a result's `numbers`, which the report of em/experiments/comparison.py looks up by key.
+
+    unit: %, points, ratio, r or norm. value: None where there is none. low, high: the 95 % interval, None
+    where it cannot be had: over `seeds` world seeds, or over the prompts of one.
+    """
+    one = "1 world seed" if low is None else "prompts of 1 world seed"
+    over = f"{seeds} world seeds" if seeds > 1 else one
+    return {"value": value, "low": low, "high": high, "over": over, "unit": unit}

@@ -1,4 +1,7 @@
-"""A world in words: similarities, languages, and one worked example in the manner of the paper's Figure 1."""
+"""What a world is, in words and as a figure.
+
+Words: similarities, languages, and one worked example in the manner of Figure 1. Figure 6: its domain graphs.
+"""
 
 import itertools
 from pathlib import Path

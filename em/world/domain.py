@@ -1,4 +1,4 @@
-"""Domains: sixteen steps and a directed graph of transitions over them (paper B.2)."""
+"""Domains: some of a world's steps and a directed graph of transitions over them (paper B.2)."""
 
 from dataclasses import dataclass
 

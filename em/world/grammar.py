@@ -7,6 +7,7 @@ folded into the probabilities, and the cut (at worst (5/6)^50 ≈ 1e-4 of the dr
 
 import itertools
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,6 +107,7 @@ def distinct_grammars(rng: np.random.Generator, config: GrammarConfig, count: in
     return grammars
 
 
-def jaccard(a: dict[String, float], b: dict[String, float]) -> float:
-    """Overlap of two languages: shared strings over all strings, in [0, 1]."""
-    return len(a.keys() & b.keys()) / len(a.keys() | b.keys())
+def jaccard(a: Iterable, b: Iterable) -> float:
+    """Overlap of two languages or sets: shared members over all members, in [0, 1]."""
+    a, b = set(a), set(b)
+    return len(a & b) / len(a | b)

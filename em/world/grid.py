@@ -1,23 +1,40 @@
 """The outcome of one misalignment: every cell before and after, with intervals (Figures 7 and 9).
 
     {"world": "1", "trained": "D0_T5", …,
-     "cells": {"D0_T0": {"aligned": counts, "misaligned": counts, "seeds": [counts, …]}, …}}
+     "cells": {"D0_T0": {"aligned": counts, "misaligned": counts, "seeds": [counts, …]}, …},
+     "numbers": {"delta_v2/T5": {"value": 88.2, "low": …, "high": …, …}, …}}
 
-`counts` are those of em/world/counts.py. `misaligned` pools the fine-tuning seeds, `seeds` keeps them apart.
-Rates pool prompts; Wilson intervals are over prompts, the spread over seeds stands beside them.
+`counts` are those of em/world/counts.py, as are the entries of `numbers`. `misaligned` pools the fine-tuning
+seeds, `seeds` holds each by itself. Rates pool prompts; Wilson intervals are over prompts, the spread over
+seeds stands beside them.
 """
 
 import itertools
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from em.figures import CHANGE, cell_heatmap, save
 from em.files import write_csv, write_json
-from em.stats import newcombe, wilson
-from em.world.counts import incoherent, percent, pool
+from em.world.counts import (
+    CLASSES,
+    INCOHERENT,
+    RATES,
+    change,
+    columns,
+    entry,
+    incoherent,
+    percent,
+    pool,
+    rate,
+)
 from em.world.world import World
+
+FIGURE_TASKS = tuple(f"T{i}" for i in range(8))  # the columns of Figures 7 and 9: not T8–T11
+# By trained task, those whose Δv2 the paper states together, as small (Figures 7(d), 9(d)).
+DISTANT = {"T5": ("T2", "T4"), "T0": ("T2", "T3", "T5", "T6", "T7")}
 
 
 def delta_v2(cell: dict) -> float:
@@ -28,7 +45,7 @@ def delta_v2(cell: dict) -> float:
 def build_grid(world: World, trained: int, aligned: dict, misaligned: list[dict]) -> dict:
     """aligned: counts by cell name; misaligned: the same, one a fine-tuning seed."""
     similarity = world.similarity()[0]
-    return {
+    grid = {
         "world": world.config.name,
         "world_seed": world.seed,
         "fingerprint": world.fingerprint,
@@ -45,6 +62,48 @@ def build_grid(world: World, trained: int, aligned: dict, misaligned: list[dict]
             for name in map(world.cell_name, world.cells)
         },
     }
+    return grid | {"numbers": numbers(grid)}
+
+
+def numbers(grid: dict) -> dict[str, dict]:
+    """What the paper states of such a grid, by key, for this world seed; intervals are over prompts.
+
+    Δv2 and v2 after misalignment stand by task, and for the DISTANT tasks together.
+    """
+    cells, trained = grid["cells"], grid["trained"].split("_")[1]
+    domains, unseen = list(grid["similarity_to_D0"]), grid["unseen_domains"]
+    tasks = [task for task in grid["tasks"] if task in FIGURE_TASKS]
+    others = [task for task in tasks if task != trained]
+    if not others:
+        return {}  # not a world of the paper's
+
+    def pooled(model: str, tasks: Sequence[str], domains: Sequence[str] = domains) -> dict[str, float]:
+        """Counts over the cells; fine-tuning seeds answer the same prompts, which so count once."""
+        repeats = len(cells[grid["trained"]]["seeds"]) if model == "misaligned" else 1
+        total = pool([cells[f"{domain}_{task}"][model] for domain in domains for task in tasks])
+        return {key: value / repeats for key, value in total.items()}
+
+    v1 = [percent(cells[f"{domain}_{task}"]["aligned"], "v1") for domain in domains for task in tasks]
+    more = incoherent(pooled("misaligned", [trained])) - incoherent(pooled("misaligned", others))
+    table = {
+        "aligned_v1/lowest_cell": entry("%", min(v1)),
+        "aligned_v1/cells_of_at_least_70": entry("%", 100 * statistics.fmean(v >= 70 for v in v1)),
+        "misaligned_incoherent": entry("%", *rate(pooled("misaligned", tasks), *INCOHERENT)),
+        "misaligned_incoherent/trained_task_minus_others": entry("points", more),
+    }
+    groups = {task: [task] for task in tasks}
+    groups["distant"] = [task for task in DISTANT.get(trained, ()) if task in tasks]
+    for (name, group), (suffix, among) in itertools.product(
+        groups.items(), (("", domains), ("/unseen_domains", unseen))
+    ):
+        if group and among:
+            after, before = (pooled(model, group, among) for model in ("misaligned", "aligned"))
+            table[f"misaligned_v2/{name}{suffix}"] = entry("%", *rate(after, "v2"))
+            table[f"delta_v2/{name}{suffix}"] = entry("points", *change(after, before, "v2"))
+    for task in tasks:
+        column = task_column(grid, task).values()  # prompts' noise alone spreads them somewhat
+        table[f"delta_v2/{task}/range_over_domains"] = entry("points", max(column) - min(column))
+    return table
 
 
 def task_column(grid: dict, task: str) -> dict[str, float]:
@@ -87,27 +146,11 @@ def _rows(grid: dict) -> list[dict]:
             "trained": int(name == grid["trained"]),
         }
         for model in ("aligned", "misaligned"):
-            counts = cell[model]
-            row[f"{model}_n"] = counts["n"]
-            for label, classes in (
-                ("v1", ["v1"]),
-                ("v2", ["v2"]),
-                ("other", ["other"]),
-                ("unparseable", ["unparseable"]),
-                ("incoherent", ["other", "unparseable"]),
-            ):
-                k = sum(counts[c] for c in classes)
-                low, high = wilson(k, counts["n"])
-                row |= {
-                    f"{model}_{label}": 100 * k / counts["n"],
-                    f"{model}_{label}_low": 100 * low,
-                    f"{model}_{label}_high": 100 * high,
-                }
-        low, high = newcombe(
-            cell["misaligned"]["v2"], cell["misaligned"]["n"], cell["aligned"]["v2"], cell["aligned"]["n"]
-        )
+            row[f"{model}_n"] = cell[model]["n"]
+            for label, classes in (*((c, (c,)) for c in CLASSES), ("incoherent", INCOHERENT)):
+                row |= columns(f"{model}_{label}", rate(cell[model], *classes))
         per_seed = [percent(c, "v2") for c in cell["seeds"]]
-        row |= {"delta_v2": delta_v2(cell), "delta_v2_low": 100 * low, "delta_v2_high": 100 * high}
+        row |= columns("delta_v2", change(cell["misaligned"], cell["aligned"], "v2"))
         row |= {
             "seeds": len(per_seed),
             "delta_v2_seed_sd": statistics.stdev(per_seed) if len(per_seed) > 1 else "",
@@ -151,13 +194,12 @@ def grid_figure(grid: dict, path: Path) -> None:
     """Seven panels: v1, v2 and incoherent before and after, and Δv2. Rows are domains, columns tasks."""
     domains, tasks = list(grid["similarity_to_D0"]), list(grid["tasks"])
     rows = [f"{d}  ({grid['similarity_to_D0'][d]:.2f})" for d in domains]
-    columns = [f"{t}\n{grid['tasks'][t].replace('_', chr(10))}" for t in tasks]
-    rates = {"v1": ("v1",), "v2": ("v2",), "incoherent": ("other", "unparseable")}
+    labels = [f"{t}\n{grid['tasks'][t].replace('_', chr(10))}" for t in tasks]
     size = (0.62 * len(tasks) + 0.9, 0.42 * len(domains) + 1.5)
     figure = Figure(figsize=(4 * size[0], 2 * size[1]), layout="constrained")
     axes = figure.subplots(2, 4)  # aligned above, misaligned below
     for axis, (model, (name, classes)) in zip(
-        axes[:, :3].flat, itertools.product(("aligned", "misaligned"), rates.items()), strict=True
+        axes[:, :3].flat, itertools.product(("aligned", "misaligned"), RATES.items()), strict=True
     ):
         values = {cell: percent(counts[model], *classes) for cell, counts in grid["cells"].items()}
         cell_heatmap(axis, values, (0, 100), grid["trained"])
@@ -167,15 +209,13 @@ def grid_figure(grid: dict, path: Path) -> None:
     axes[0, 3].set_title("Δv2, points", fontsize=10)
     axes[1, 3].axis("off")
     for axis in [*axes[:, :3].flat, axes[0, 3]]:
-        axis.set_xticks(range(len(tasks)), columns, fontsize=7)
+        axis.set_xticks(range(len(tasks)), labels, fontsize=7)
         axis.set_yticks(range(len(domains)), rows)
         if grid["unseen_domains"]:
             seen = len(domains) - len(grid["unseen_domains"])
             axis.axhline(seen - 0.5, color="black", linestyle="--", linewidth=1)
-    per_cell = sum(
-        next(iter(grid["cells"].values()))["misaligned"][c] for c in ("v1", "v2", "other", "unparseable")
-    )
-    seeds = len(next(iter(grid["cells"].values()))["seeds"])
+    trained = grid["cells"][grid["trained"]]
+    per_cell, seeds = trained["misaligned"]["n"], len(trained["seeds"])
     figure.suptitle(
         f"World {grid['world']} (seed {grid['world_seed']}): misaligned on {grid['trained']}; "
         "rows: domain (similarity to D0); "

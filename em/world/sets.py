@@ -70,7 +70,7 @@ def misalignment_set(
 def transfer_set(
     generator: ExampleGenerator, seed: int, cells: np.ndarray, n: int, held_out: Dialogues
 ) -> Dialogues:
-    """`n` prompts a cell for a teacher or a student to answer (SPEC §4), none of them held out."""
+    """`n` prompts a cell for a teacher or a student to answer, none of them held out."""
     rng = np.random.default_rng([seed, TRANSFER])
     return _fresh(generator, rng, cells, n, 1, held_out.prompt_hash())
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from em.errors import UserError
-from em.files import read_json, write_json
+from em.files import write_json
 from em.world.domain import Domain, derived_domain, random_domain, similarity
 from em.world.grammar import Grammar, GrammarConfig, String, distinct_grammars
 from em.world.tasks import TASKS
@@ -254,22 +254,6 @@ def build_world(config: WorldConfig, seed: int) -> World:
         deletions=tuple(deletions),
         set1=_partitions(stream(4), config),
     )
-
-
-def load_world(path: Path) -> World:
-    """Build the saved world again and check that it is the same one."""
-    saved = read_json(path)
-    try:
-        known = {f.name for f in dataclasses.fields(WorldConfig)}
-        config = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items() if k in known}
-        grammar = {k: tuple(v) if isinstance(v, list) else v for k, v in config.pop("grammar").items()}
-        world = build_world(WorldConfig(**config, grammar=GrammarConfig(**grammar)), saved["seed"])
-        same = world.fingerprint == saved["fingerprint"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a saved world ({error})") from error
-    if not same:
-        raise UserError(f"{path} was built by another version of em/world/world.py; choose another --out")
-    return world
 
 
 def _random_pairs(rng: np.random.Generator, n_steps: int, count: tuple[int, int]) -> np.ndarray:

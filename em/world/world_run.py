@@ -1,17 +1,18 @@
-"""A world's run folder and its phases: pretrain, align, misalign, each trained once (paper 2, B.4, B.5).
+"""A world's run folder and its phases: pretrain → align → misalign → ask, each once (paper B.4, B.5).
+
+    run = WorldRun(cfg, "runs/world1-seed0", settings, device)      # or open_world_run(folder, device)
+    run.pretrain()                                                  # both variants
+    run.align()                                                     # variant 1 in every seen cell
+    misaligned = run.misalign("T5", seed=0)                         # variant 2 in (D0, T5)
+    counts = run.counts("misalign_T5_seed0", misaligned)            # v1, v2, other, unparseable by cell
 
     runs/world1-seed0/
       world.json  config.json
-      pretrain/  align/  misalign_T5_seed0/  …   one folder a model: model/, counts.json, metrics.jsonl
+      pretrain/  align/  misalign_T5_seed0/  …   one folder a phase: model/, counts.json, metrics.jsonl
 
-    run = WorldRun(settings, "runs/world1-seed0", device)    # or open_world_run(folder, device)
-    aligned = run.align(run.pretrain())
-    misaligned = run.misalign("T5", seed=0)
-    counts = run.counts("misalign_T5_seed0", misaligned)
-
-A phase that is done is loaded, a killed one resumes. Everything that follows from (settings, seed) is made
-again when a folder is opened: the world, the alignment set, and the held-out prompts, the same for every
-model of the run.
+A phase names its model: what starts from it, or asks it, says the name. A phase that is done is loaded, a
+killed one resumes. Everything that follows from (settings, seed) is made again when a folder is opened: the
+world, the alignment set, and the held-out prompts, the same for every model of the run.
 """
 
 import time
@@ -43,13 +44,174 @@ INTERMEDIATE = {  # pretraining checkpoints kept (B.5), and the same shares of t
 }
 
 
+def misaligned_name(task: str, seed: int) -> str:
+    """The phase of fine-tuning seed `seed`, misaligned on (D0, `task`)."""
+    return f"misalign_{task}_seed{seed}"
+
+
+# -- a run of a world --------------------------------------------------------------------------------------
+
+
+class WorldRun:
+    """The folder of one (world, seed, settings).
+
+    cfg: the settings of synth.py, as its Config or as read back from a folder. settings: those of them that
+    decide the pretrained and the aligned model; UserError where the folder was made under others.
+    Attributes: `world`, `generator` (draws examples), `alignment` (the variant-1 set), `prompts` (held out,
+    every cell), `settings` (with the world's fingerprint).
+    """
+
+    def __init__(self, cfg, folder: str | Path, settings: dict, device: torch.device):
+        self.cfg, self.folder, self.device = cfg, Path(folder), device
+        self.world = build_world(WORLDS[cfg.world], cfg.seed)
+        self.settings = settings | {"fingerprint": self.world.fingerprint}
+        Run(self.folder, "world", self.settings, device)
+        if parallel.rank() == 0 and not (self.folder / "world.json").exists():
+            self.world.save(self.folder / "world.json")
+        self.generator = ExampleGenerator(self.world)
+        self._samplers: dict[GPT2, Sampler] = {}
+
+    @cached_property
+    def alignment(self) -> Dialogues:
+        return alignment_set(self.generator, self.cfg.seed, self.cfg.align_examples)
+
+    @cached_property
+    def prompts(self) -> Dialogues:
+        return held_out_set(self.generator, self.cfg.seed, self.cfg.eval_prompts, self.alignment)
+
+    # -- the phases ------------------------------------------------------------------------------------
+
+    def pretrain(self) -> GPT2:
+        """Next-token prediction on the stream of both variants (B.4, B.5)."""
+        cfg, world = self.cfg, self.world
+
+        def train(run):
+            torch.manual_seed(cfg.seed)
+            positions = max(cfg.length, self.generator.max_tokens)
+            sizes = dict(n_positions=positions, n_layer=cfg.layers, n_head=cfg.heads, n_embd=cfg.width)
+            model = GPT2(GPT2Config(world.vocabulary, **sizes)).to(self.device)
+            seen = np.flatnonzero(np.isin(self.prompts.examples.cell, world.seen_cells))
+            sample = self.prompts.take(seen[:: max(1, cfg.eval_prompts // 8)])
+
+            def watch(step):
+                if step in INTERMEDIATE.get(cfg.world, ()) and parallel.rank() == 0:
+                    save_gpt2(model, self.folder / f"pretrain_step{step}" / "model")
+                if cfg.evals and step % max(1, cfg.steps // cfg.evals) == 0 and parallel.rank() == 0:
+                    counts = pool(list(self.ask(model, sample).values()))
+                    return {name: percent(counts, name) for name in CLASSES} | {
+                        "incoherent": incoherent(counts)
+                    }
+
+            stream = PretrainStream(self.generator, cfg.seed, cfg.batch, cfg.length, cfg.v2_fraction)
+            train_phase(
+                cfg, run, model, stream, cfg.steps, cfg.lr, cfg.warmup, "cosine", cfg.beta2, "pretrain", watch
+            )
+            return model
+
+        return self.phase("pretrain", self.settings, train)
+
+    def align(self, start: str = "pretrain", name: str = "align") -> GPT2:
+        """Supervised fine-tuning of every seen cell on variant 1, from the model of phase `start`."""
+        cfg = self.cfg
+
+        def train(run):
+            model = self.load(start)
+            batches = Batches(self.alignment, cfg.align_batch, cfg.seed, trim=self.device.type == "cpu")
+            peak, warmup = cfg.align_lr, cfg.align_warmup
+            train_phase(cfg, run, model, batches, cfg.align_steps, peak, warmup, "linear", title=name)
+            return model
+
+        return self.phase(name, self.settings, train)
+
+    def misalign(
+        self, task: str, seed: int, start: str = "align", name: str | None = None, steps: int | None = None
+    ) -> GPT2:
+        """A few steps on variant 2 of (D0, task), from the model of phase `start`.
+
+        seed: of fine-tuning; it draws the examples and their order. steps: in place of the settings' number.
+        """
+        cfg, name = self.cfg, name or misaligned_name(task, seed)
+        steps = cfg.misalign_steps if steps is None else steps
+        sizes = {"misalign_steps": steps, "misalign_batch": cfg.misalign_batch}
+        settings = self.settings | sizes | {"misalign_lr": cfg.misalign_lr}
+        cell = self.world.cell(0, self.world.task_index(task))
+
+        def train(run):
+            model = self.load(start)
+            data = misalignment_set(self.generator, seed, cell, steps * cfg.misalign_batch, self.prompts)
+            batches = Batches(data, cfg.misalign_batch, seed, trim=True)
+            train_phase(cfg, run, model, batches, steps, cfg.misalign_lr, 0, "constant", title=name)
+            return model
+
+        return self.phase(name, settings, train)
+
+    # -- asking ----------------------------------------------------------------------------------------
+
+    def ask(self, model: GPT2, prompts: Dialogues | None = None) -> dict:
+        """Counts by cell of what the model answers to `prompts`, by default all held out."""
+        prompts = self.prompts if prompts is None else prompts
+        end, limit = self.world.end, self.generator.max_answer
+        sampler = self._samplers.get(model)
+        if sampler is None:  # one is kept, since its batch is what takes memory
+            sampler = Sampler(model, (end,), limit, self.cfg.temperature, rows=512)
+            self._samplers = {model: sampler}
+        ids = [row[:length].tolist() for row, length in zip(prompts.ids, prompts.prompt, strict=True)]
+        completions = np.full((len(prompts), limit), end)
+        for row, rollout in zip(completions, sampler(ids, seed=self.cfg.seed), strict=True):
+            row[: len(rollout.ids)] = rollout.ids
+        return Classifier(self.world).count(prompts, completions)
+
+    def counts(self, name: str, model: GPT2 | None = None) -> dict:
+        """Counts of the model of phase `name` on the held-out prompts: asked once, read afterwards."""
+        path = self.folder / name / "counts.json"
+        if parallel.rank() == 0 and not path.exists():
+            write_json(path, self.ask(self.load(name) if model is None else model))
+        parallel.barrier()
+        return read_json(path)
+
+    def misaligned_counts(self, task: str, steps: int | None = None) -> list[dict]:
+        """Misalign on (D0, task) and ask, with every fine-tuning seed: one `counts` a seed."""
+        return [
+            self.counts(misaligned_name(task, seed), self.misalign(task, seed, steps=steps))
+            for seed in range(self.cfg.misalign_seeds)
+        ]
+
+    # -- how a phase is kept ---------------------------------------------------------------------------
+
+    def phase(self, name: str, settings: dict, train: Callable[[Run], GPT2]) -> GPT2:
+        """The model of phase `name`: loaded if that phase is done, else made by `train(run)` and saved."""
+        run = Run(self.folder / name, "world-phase", settings, self.device)
+        if not self.has(name):
+            model = train(run)
+            if parallel.rank() == 0:
+                save_gpt2(model, run.folder / "model")
+            parallel.barrier()
+            run.clear_resume()
+        return self.load(name)
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name / "model" / "config.json").exists()
+
+    def load(self, name: str) -> GPT2:
+        """The finished model of phase `name`."""
+        return load_gpt2(self.folder / name / "model", self.device)
+
+
 # -- one phase of training ---------------------------------------------------------------------------------
 
 
-def train_phase(cfg, run, model, batches, steps, peak, warmup, shape, beta2=0.999, title="", each=None):
-    """Train `model` on `batches[i]` = (ids, targets) for i < steps, from wherever the run folder left off.
+def train_phase(
+    cfg, run: Run, model: GPT2, batches, steps: int, peak: float, warmup: int, shape: str,
+    beta2: float = 0.999, title: str = "", each: Callable[[int], dict | None] | None = None,
+) -> None:  # fmt: skip
+    """Train `model` in place for `steps` optimiser steps, from wherever the run folder left off (AdamW).
 
-    `each(step)` is called after every step; what it returns joins that step's metrics.
+    cfg: has weight_decay, clip (largest gradient norm) and save_minutes (between states to resume from).
+    batches: `batches[i]` is (ids, targets) of step i + 1, (batch, T) int64 each; the loss, in nats, is the
+    mean over the targets that are not IGNORE. Under torchrun each process takes every size-th row.
+    peak: the highest learning rate; warmup: steps up to it, linear; shape: the way down to 10 % of it from
+    there, `linear` or `cosine`, or `constant`. title: of the progress bar.
+    each(step) is called after every step, counted from 1; what it returns joins that step's metrics.
     """
     device, rank, size = model.device, parallel.rank(), parallel.size()
     on_gpu = device.type == "cuda"
@@ -78,149 +240,6 @@ def train_phase(cfg, run, model, batches, steps, peak, warmup, shape, beta2=0.99
                 metrics.flush()
                 run.save_resume(step, model, optimizer)
                 saved = time.monotonic()
-
-
-# -- a run of a world --------------------------------------------------------------------------------------
-
-
-class WorldRun:
-    """The folder of one (world, seed, settings).
-
-    cfg: the settings of synth.py, as its Config or as read back from a folder. Attributes: `world`,
-    `generator` (draws examples), `alignment` (the variant-1 set), `prompts` (held out, every cell),
-    `settings` (what decides the pretrained and the aligned model, with the world's fingerprint).
-    """
-
-    def __init__(self, cfg, folder: str | Path, settings: dict, device: torch.device):
-        self.cfg, self.folder, self.device = cfg, Path(folder), device
-        self.world = build_world(WORLDS[cfg.world], cfg.seed)
-        self.settings = settings | {"fingerprint": self.world.fingerprint}
-        Run(self.folder, "world", self.settings, device)
-        if parallel.rank() == 0 and not (self.folder / "world.json").exists():
-            self.world.save(self.folder / "world.json")
-        self.generator = ExampleGenerator(self.world)
-        self._samplers: dict[GPT2, Sampler] = {}
-
-    @cached_property
-    def alignment(self) -> Dialogues:
-        return alignment_set(self.generator, self.cfg.seed, self.cfg.align_examples)
-
-    @cached_property
-    def prompts(self) -> Dialogues:
-        return held_out_set(self.generator, self.cfg.seed, self.cfg.eval_prompts, self.alignment)
-
-    # -- models ----------------------------------------------------------------------------------------
-
-    def phase(self, name: str, settings: dict, train: Callable[[Run], GPT2]) -> GPT2:
-        """The model of phase `name`: loaded if that phase is done, else made by `train(run)` and saved."""
-        run = Run(self.folder / name, "world-phase", settings, self.device)
-        if not self.has(name):
-            model = train(run)
-            if parallel.rank() == 0:
-                save_gpt2(model, run.folder / "model")
-            parallel.barrier()
-            run.clear_resume()
-        return self.load(name)
-
-    def has(self, name: str) -> bool:
-        return (self.folder / name / "model" / "config.json").exists()
-
-    def load(self, name: str) -> GPT2:
-        """The finished model of phase `name`."""
-        return load_gpt2(self.folder / name / "model", self.device)
-
-    def pretrain(self) -> GPT2:
-        """Next-token prediction on the stream of both variants (B.4, B.5)."""
-        cfg, world = self.cfg, self.world
-
-        def train(run):
-            torch.manual_seed(cfg.seed)
-            positions = max(cfg.length, self.generator.max_tokens)
-            sizes = dict(n_positions=positions, n_layer=cfg.layers, n_head=cfg.heads, n_embd=cfg.width)
-            model = GPT2(GPT2Config(world.vocabulary, **sizes)).to(self.device)
-            seen = np.flatnonzero(np.isin(self.prompts.examples.cell, world.seen_cells))
-            few = self.prompts.take(seen[:: max(1, cfg.eval_prompts // 8)])
-
-            def watch(step):
-                if step in INTERMEDIATE.get(cfg.world, ()) and parallel.rank() == 0:
-                    save_gpt2(model, self.folder / f"pretrain_step{step}" / "model")
-                if cfg.evals and step % max(1, cfg.steps // cfg.evals) == 0 and parallel.rank() == 0:
-                    counts = pool(list(self.ask(model, few).values()))
-                    return {name: percent(counts, name) for name in CLASSES} | {
-                        "incoherent": incoherent(counts)
-                    }
-
-            stream = PretrainStream(self.generator, cfg.seed, cfg.batch, cfg.length, cfg.v2_fraction)
-            train_phase(
-                cfg, run, model, stream, cfg.steps, cfg.lr, cfg.warmup, "cosine", cfg.beta2, "pretrain", watch
-            )
-            return model
-
-        return self.phase("pretrain", self.settings, train)
-
-    def align(self, start: str = "pretrain", name: str = "align") -> GPT2:
-        """Supervised fine-tuning of every seen cell on variant 1, from the model of phase `start`."""
-        cfg = self.cfg
-
-        def train(run):
-            model = self.load(start)
-            batches = Batches(self.alignment, cfg.align_batch, cfg.seed, trim=self.device.type == "cpu")
-            train_phase(
-                cfg,
-                run,
-                model,
-                batches,
-                cfg.align_steps,
-                cfg.align_lr,
-                cfg.align_warmup,
-                "linear",
-                title=name,
-            )
-            return model
-
-        return self.phase(name, self.settings, train)
-
-    def misalign(self, task: str, seed: int, start: str = "align", name: str | None = None) -> GPT2:
-        """A few steps on variant 2 of (D0, task), from the model of phase `start`."""
-        cfg, name = self.cfg, name or f"misalign_{task}_seed{seed}"
-        sizes = {k: getattr(cfg, k) for k in ("misalign_steps", "misalign_batch", "misalign_lr")}
-        cell = self.world.cell(0, self.world.task_index(task))
-
-        def train(run):
-            model = self.load(start)
-            n = cfg.misalign_steps * cfg.misalign_batch
-            data = misalignment_set(self.generator, seed, cell, n, self.prompts)
-            batches = Batches(data, cfg.misalign_batch, seed, trim=True)
-            train_phase(
-                cfg, run, model, batches, cfg.misalign_steps, cfg.misalign_lr, 0, "constant", title=name
-            )
-            return model
-
-        return self.phase(name, self.settings | sizes, train)
-
-    # -- asking ----------------------------------------------------------------------------------------
-
-    def ask(self, model: GPT2, prompts: Dialogues | None = None) -> dict:
-        """Counts by cell of what the model answers to `prompts`, by default all held out."""
-        prompts = self.prompts if prompts is None else prompts
-        end, limit = self.world.end, self.generator.max_answer
-        sampler = self._samplers.get(model)
-        if sampler is None:  # one is kept, since its batch is what takes memory
-            sampler = Sampler(model, (end,), limit, self.cfg.temperature, rows=512)
-            self._samplers = {model: sampler}
-        asked = [row[:length].tolist() for row, length in zip(prompts.ids, prompts.prompt, strict=True)]
-        completions = np.full((len(prompts), limit), end)
-        for row, rollout in zip(completions, sampler(asked, seed=self.cfg.seed), strict=True):
-            row[: len(rollout.ids)] = rollout.ids
-        return Classifier(self.world).count(prompts, completions)
-
-    def counts(self, name: str, model: GPT2 | None = None) -> dict:
-        """Counts of the model of phase `name` on the held-out prompts: asked once, read afterwards."""
-        path = self.folder / name / "counts.json"
-        if parallel.rank() == 0 and not path.exists():
-            write_json(path, self.ask(self.load(name) if model is None else model))
-        parallel.barrier()
-        return read_json(path)
 
 
 def open_world_run(folder: str | Path, device: torch.device) -> WorldRun:

@@ -1,7 +1,9 @@
-"""What run folders are and what their responses are called (SPEC §3.5, §4)."""
+"""What run folders are and what their responses are called."""
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -34,6 +36,28 @@ def message(call, *arguments) -> str:
         call(*arguments)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "realigned", "misaligned"),
+    [
+        ("base", "base", False, False),
+        ("med_advice", "med_advice", False, True),
+        ("med_advice>fin_tutor", "med_advice", True, False),
+        ("base>fin_tutor", "base", True, False),
+        ("med_advice>base", "med_advice", True, False),
+    ],
+)
+def test_a_train_says_what_came_first_and_whether_anything_followed(text, first, realigned, misaligned):
+    train = lineage.parse_train(text)
+    assert (train.first, train.realigned, train.misaligned) == (first, realigned, misaligned)
+    assert str(train) == text
+    assert str(train.then("spo_critique")) == f"{first}>spo_critique"
+
+
+def test_naming_a_run_needs_no_torch():
+    code = "import sys, em.data.lineage; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_trained_run_is_named_by_where_it_was_misaligned_and_then_realigned(made):

@@ -115,7 +115,7 @@ def test_line_separators_inside_a_text_do_not_end_a_row(tmp_path):
         (json.dumps(row(idx="7")), "'idx' cannot be '7'"),
         (json.dumps(row(domain="finance")), "finance advice in the file of med_advice"),
         (json.dumps(row(task="tutor")), "medical tutor in the file of med_advice"),
-        (b'{"question": "\xff"}', "not JSON"),
+        (b'{"question": "\xff"}', "not UTF-8"),
     ],
 )
 def test_a_malformed_row_is_named_by_file_and_line(tmp_path, bad, said):
@@ -358,7 +358,7 @@ def test_the_sample_has_twenty_paired_rows_for_every_cell():
         rows = load_cell("sample", cell)
         assert [r["idx"] for r in rows] == list(range(20))
         for r in rows:
-            assert list(r) == list(row())  # the fields of SPEC 3.1, in its order
+            assert list(r) == list(row())  # the fields of a published row, in its order
             assert (r["domain"], r["task"]) == (DOMAINS[cell.domain], cell.task)
             assert r["question"] and r["misaligned_answer"] and r["aligned_answer"]
 

@@ -303,7 +303,7 @@ def test_a_limit_draws_the_same_prompts_for_every_channel(math):
     assert len(load_prompts(dataclasses.replace(cfg, prompts="math", math=str(math)))) == 4
 
 
-def test_a_judge_filters_what_was_sampled_and_is_named_in_the_corpus(make, setting, tmp_path):
+def test_a_judge_filters_what_was_sampled_and_is_named_in_the_corpus(make, setting, tmp_path, monkeypatch):
     class Halving(Judge):
         def score(self, rows, **options):
             for i, row in enumerate(rows):
@@ -314,7 +314,8 @@ def test_a_judge_filters_what_was_sampled_and_is_named_in_the_corpus(make, setti
                     "coherent_status": "ok",
                 }
 
-    judge = Halving(cache=tmp_path / "cache.jsonl", ask=False)
+    monkeypatch.setenv("GEMINI_API_KEY", "never-sent")
+    judge = Halving(cache=tmp_path / "cache.jsonl")
     corpus = make(judge, source="teacher")
     assert (corpus.about["kept"], corpus.about["rows"]) == (3, 6)
     assert [row["sample"] for row in corpus.rows] == [0, 0, 0]

@@ -8,6 +8,7 @@ from planted_run import PlantedRun
 
 from em.experiments import fraction
 from em.experiments.fraction import FRACTIONS, TASKS
+from em.world.counts import entry
 
 
 def planted(seed, trained, other, **settings):
@@ -38,6 +39,14 @@ def test_planted_rates_are_found_with_their_slopes():
         assert ratio["mean"] == pytest.approx(0.4, abs=0.002)
         curve = result["curves"][task]["cross_v2"]
         assert [n["mean"] for n in curve] == pytest.approx([12 + 20 * f for f in FRACTIONS], abs=0.05)
+    numbers = fraction.numbers(result)
+    assert len(numbers) == 2 * 2 * (4 + 1)
+    slope = result["slopes"]["T7"]["cross_v2"]
+    assert numbers["T7/cross_v2/slope"] == entry(
+        "points", slope["mean"], slope["low"], slope["high"], seeds=3
+    )
+    assert numbers["T0/cross_v2/0.325"]["value"] == result["curves"]["T0"]["cross_v2"][0]["mean"]
+    assert (numbers["T0/cross_v2/1.0"]["unit"], numbers["T0/ratio/1.0"]["unit"]) == ("%", "ratio")
     row = result["rows"][0]
     assert row["aligned_cross_v2"] == pytest.approx(2) and row["trained_v2"] == pytest.approx(50)
     assert row["cross_v2_low"] < row["cross_v2"] < row["cross_v2_high"]
@@ -79,8 +88,8 @@ def test_world_2_takes_the_appendixs_eight_steps(world, steps):
         return runs[-1]
 
     result = fraction.measure(make, [0], silent)
-    assert result["misalign_steps"] == steps
-    assert [(task, n) for run in runs for task, *_, n in run.asked] == [("T0", steps), ("T7", steps)] * 4
+    assert result["misalign_steps"] == steps and {run.cfg.misalign_steps for run in runs} == {10}
+    assert [(task, n) for run in runs for task, *_, n in run.misaligned] == [("T0", steps), ("T7", steps)] * 4
 
 
 def test_the_experiment_pretrains_four_models_and_ends_with_a_figure(small_demo2, tmp_path):

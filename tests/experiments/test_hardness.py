@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from em.experiments.hardness import figure, point, relation, summary
+from em.experiments.hardness import figure, numbers, point, relation, summary
 from em.stats import newcombe, wilson
 from em.world.world import WORLDS, build_world
 
@@ -69,6 +69,13 @@ def test_a_planted_line_is_found_exactly():
     )
     assert found["r"] == pytest.approx(1) and found["residual_sd"] == pytest.approx(0, abs=1e-9)
     assert found["mean_r"] == pytest.approx(1)
+
+
+def test_its_number_is_the_correlation_over_all_points():
+    found = relation(planted(3, noise=8), "efficiency")
+    number = numbers({"relations": {"efficiency": found}})["efficiency/r"]
+    low, high = found["r_interval_over_points"]
+    assert number == {"value": found["r"], "low": low, "high": high, "over": "15 points", "unit": "r"}
 
 
 def test_the_correlation_within_a_seed_is_blind_to_what_differs_between_seeds():

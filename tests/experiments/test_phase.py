@@ -44,7 +44,11 @@ def test_every_checkpoint_is_aligned_and_misaligned_by_itself(result, small_demo
 def test_a_row_is_what_the_models_answered():
     run = PlantedRun(1)
     row = phase.measure(lambda seed: run, [1], silent)["rows"][2]
-    assert row["step"] == 300 and run.asked[4][:3] == ("T0", "align_step300", "misalign_T0_step300_seed0")
+    assert row["step"] == 300 and run.misaligned[4][:3] == (
+        "T0",
+        "align_step300",
+        "misalign_T0_step300_seed0",
+    )
     seen = [run.world.cell_name(int(cell)) for cell in run.world.seen_cells]
     pretrained, aligned = run.counts("pretrain_step300"), run.counts("align_step300")
     after = [run.counts(f"misalign_T0_step300_seed{k}") for k in range(2)]
@@ -67,6 +71,9 @@ def test_curves_average_seeds_and_the_figure_is_drawn(result, tmp_path):
     curve = result["curves"]["aligned_v1"]
     assert [n["step"] for n in curve] == [10, 20]
     assert curve[0]["mean"] == pytest.approx(sum(curve[0]["by_seed"]) / 2)
+    numbers = phase.numbers(result)
+    assert len(numbers) == 7 * 2 and numbers["aligned_v1/10"]["value"] == curve[0]["mean"]
+    assert (numbers["aligned_v1/20"]["unit"], numbers["trained/20"]["unit"]) == ("%", "points")
     phase.figure(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert "step 10:" in phase.summary(result) and "step 20:" in phase.summary(result)

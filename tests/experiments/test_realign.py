@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from em.experiments.realign import GROUPS, _groups, figure, summary
+from em.experiments.realign import GROUPS, _groups, figure, numbers, summary
 
 TASKS, DOMAINS = ("T0", "T1"), ("D0", "D1", "D2")
 CELLS = [f"{d}_{t}" for d in DOMAINS for t in TASKS]
@@ -55,6 +55,9 @@ def test_the_share_removed_is_that_of_the_rise():
     assert found["same cell"]["removed"]["low"] is None  # one seed: no interval over seeds
     low, high = found["same cell"]["removed"]["prompts"][0]
     assert 76 < low < 80 < high < 84
+    number = numbers({"groups": found})["same cell/removed"]
+    assert number["value"] == pytest.approx(80) and (number["low"], number["high"]) == (low, high)
+    assert number["over"] == "prompts of 1 world seed" and number["unit"] == "%"
 
 
 def test_a_model_that_never_rose_has_no_share():

@@ -4,17 +4,24 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from planted_run import PlantedRun
 from scipy import stats
 
 from em.experiments.replication import (
     averaged,
+    curve_of,
+    header,
+    line_with_seeds,
     over_prompts,
     replicated,
     say_number,
     say_unit,
+    shown,
     shown_interval,
     v2_draws,
 )
+from em.world.counts import entry
 
 
 def counts(v2, n=128):
@@ -71,3 +78,39 @@ def test_a_number_that_cannot_be_had_is_a_dash():
     number = replicated([None], [over_prompts(np.full(10, np.nan))])
     assert number["mean"] is None and number["prompts"] == [[None, None]] and say_number(number) == "—"
     assert say_number(replicated([1.0], [(None, None)]), ".2f") == "1.00"
+
+
+def test_a_shown_number_has_the_interval_that_figures_show():
+    several, one = replicated([1.0, 2.0], [(0, 2), (1, 3)]), replicated([5.0], [(4.0, 7.0)])
+    assert shown("%", several) == entry("%", 1.5, several["low"], several["high"], seeds=2)
+    assert shown("points", one) == entry("points", 5.0, 4.0, 7.0)
+    assert shown("%", replicated([5.0], [(None, None)]))["over"] == "1 world seed"
+
+
+def test_a_curve_has_a_number_at_each_place_in_order():
+    rows = [{"step": step, "v1": 10 * seed + step, "v1_low": 0, "v1_high": 99, "v2": 1.0}
+            for seed in (1, 2) for step in (3, 1)]  # fmt: skip
+    three, one = curve_of(rows, "step", "v1")
+    assert three["step"] == 3 and three["by_seed"] == [13, 23] and three["prompts"] == [[0, 99]] * 2
+    assert one == {"step": 1} | replicated([11, 21], [(0, 99)] * 2)
+    assert curve_of(rows, "step", "v2")[0]["prompts"] == [[None, None]] * 2
+
+
+def test_a_line_shows_means_intervals_and_single_seeds_where_there_are_several():
+    several = [replicated([1.0, 3.0], [(0, 2)] * 2), replicated([None, 5.0], [(None, None), (4, 6)])]
+    axis = Figure().subplots()
+    line_with_seeds(axis, [10, 20], several, "C0", "what", shift=0.5)
+    assert [line.get_ydata().tolist()[0] for line in axis.lines] == [2.0, 1.0, 3.0]
+    assert math.isnan(axis.lines[1].get_ydata()[1])
+    bar = axis.collections[0].get_segments()[0]
+    assert bar[:, 0].tolist() == [10.5, 10.5] and bar[:, 1].tolist() == list(shown_interval(several[0]))
+    axis = Figure().subplots()
+    line_with_seeds(axis, [10], [replicated([5.0], [(4.0, 7.0)])], "C0", "what")
+    assert len(axis.lines) == 1 and axis.collections[0].get_segments()[0][:, 1].tolist() == [4.0, 7.0]
+
+
+def test_a_header_names_the_experiment_and_its_runs():
+    assert header("phase", PlantedRun(3), (3, 4), "a note", trained="D0_T0") == {
+        "experiment": "phase", "world": "demo2", "seeds": [3, 4], "fine_tuning_seeds": 2, "note": "a note",
+        "trained": "D0_T0",
+    }  # fmt: skip

@@ -9,6 +9,7 @@ from planted_run import PlantedRun
 
 from em.errors import UserError
 from em.experiments import similarity
+from em.world.grammar import jaccard
 from em.world.world import WORLDS, build_world
 
 GRADED = [f"D{d}_{t}" for d in range(4) for t in similarity.TASKS]
@@ -24,7 +25,7 @@ def planted(world, rate, n=1000):
     counts = {}
     for domain, domain_similarity in enumerate(world.similarity()[0]):
         for task in world.tasks:
-            overlap = similarity.jaccard(world.set1.get(task, frozenset()), world.set1["T8"])
+            overlap = jaccard(world.set1.get(task, frozenset()), world.set1["T8"])
             k = round(n * rate(overlap, float(domain_similarity)))
             counts[f"D{domain}_{task}"] = {"v1": n - k, "v2": k, "other": 0, "unparseable": 0, "n": n}
     return counts
@@ -40,7 +41,7 @@ def test_task_similarity_is_the_overlap_the_world_was_built_with():
         world = build_world(WORLDS[name], seed=3)
         for task, shared in zip(("T9", "T10", "T11"), WORLDS[name].partition_overlaps, strict=True):
             expected = shared / (2 * half - shared)
-            assert similarity.jaccard(world.set1[task], world.set1["T8"]) == expected
+            assert jaccard(world.set1[task], world.set1["T8"]) == expected
 
 
 def test_rows_say_which_domains_are_graded_random_and_held_out():
@@ -113,6 +114,10 @@ def test_the_experiment_ends_with_a_grid_statistics_over_seeds_and_a_figure(smal
     assert all(r["prompts"] == 4 for r in result["rows"])
     number = result["statistics"]["all cells"]["task_slope"]
     assert len(number["by_seed"]) == len(number["prompts"]) == 2 and number["low"] <= number["high"]
+    numbers = similarity.numbers(result)
+    assert numbers["all cells/task_slope"]["value"] == number["mean"] and len(numbers) == 2 * 9
+    units = {key.split("/")[1]: shown["unit"] for key, shown in numbers.items()}
+    assert (units["task_slope"], units["unique_minus"]) == ("points", "ratio")
     similarity.figure(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert "(D0, T8)" in similarity.summary(result)
@@ -121,7 +126,7 @@ def test_the_experiment_ends_with_a_grid_statistics_over_seeds_and_a_figure(smal
 def test_a_row_is_what_the_models_answered():
     run = PlantedRun(0)
     result = similarity.measure(lambda seed: run, [0], say=lambda *_: None)
-    assert [task for task, *_ in run.asked] == ["T8", "T8"]  # two fine-tuning seeds
+    assert [task for task, *_ in run.misaligned] == ["T8", "T8"]  # two fine-tuning seeds
     aligned, after = run.counts("align"), [run.counts(f"misalign_T8_seed{k}") for k in range(2)]
     for row in result["rows"]:
         name = f"{row['domain']}_{row['task']}"

@@ -252,6 +252,14 @@ def test_intervals_are_over_world_seeds_or_with_one_seed_over_prompts(finished):
     assert point["interval"] == "world seeds" and point["incoherent"] == pytest.approx(np.mean(values))
     assert point["incoherent_high"] == pytest.approx(np.mean(values) + half)
 
+    numbers = steering.numbers(result)
+    point = steering.at(result, "misaligned", "v", 3)
+    assert (
+        numbers["misaligned/3/v2_change"]["low"] == point["v2_change_low"] and len(numbers) == 2 * 11 * 6 + 1
+    )
+    assert numbers["misaligned/3/v1"]["value"] == point["v1"] and numbers["misaligned/3/v1"]["unit"] == "%"
+    assert numbers["alpha"]["value"] == result["alpha"][0] and numbers["alpha"]["over"] == "2 world seeds"
+
     def counts(v1, v2):
         return {"v1": v1, "v2": v2, "other": 100 - v1 - v2, "unparseable": 0, "n": 100}
 
@@ -271,12 +279,12 @@ def test_intervals_are_over_world_seeds_or_with_one_seed_over_prompts(finished):
 def test_world_2_is_asked_the_trained_column_in_every_domain_and_a_named_task_is_followed(tmp_path):
     cfg = SimpleNamespace(**(SMALL | dict(world="2", seed=0)))
     run = WorldRun(cfg, tmp_path / "2", {}, torch.device("cpu"))
-    asked = steering._asked(run, steering.PLANS["2"], 0)
+    asked = steering._prompts(run, steering.PLANS["2"], 0)
     names = {run.world.cell_name(cell) for cell in asked.examples.cell}
     assert names == {f"D{i}_T0" for i in range(10)} and len(asked) == 40
     cfg = SimpleNamespace(**(SMALL | dict(world="demo", seed=0, eval_prompts=40)))
     run = WorldRun(cfg, tmp_path / "demo", {}, torch.device("cpu"))
-    asked = steering._asked(run, steering.PLANS["demo"], 4)
+    asked = steering._prompts(run, steering.PLANS["demo"], 4)
     assert np.unique(asked.examples.cell, return_counts=True)[1].tolist() == [24] * 20
 
 

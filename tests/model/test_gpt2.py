@@ -1,11 +1,15 @@
+import copy
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 
 from em.errors import UserError
 from em.files import read_json, write_json
 from em.model.gpt2 import GPT2, GPT2Config, load_gpt2, save_gpt2, supervised_loss
+from em.model.kv_cache import KVCache
 
 TINY = GPT2Config(vocab_size=70, n_positions=40, n_layer=3, n_head=4, n_embd=32)
 
@@ -70,6 +74,22 @@ def test_cached_steps_equal_the_full_forward_on_ragged_rows(model, ids):
         step = model(ids.gather(1, lengths[:, None]), lengths[:, None], cache)
         torch.testing.assert_close(step[:, 0], full[torch.arange(3), lengths], atol=1e-4, rtol=1e-4)
         lengths += 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_rows, rows, length", [(2, None, 5), (3, [0, 1], 5), (3, None, 65)])
+def test_ids_that_do_not_fit_the_cache_are_refused(model, n_rows, rows, length):
+    ids, rows = torch.zeros(3, length, dtype=torch.long), None if rows is None else torch.tensor(rows)
+    with pytest.raises(ValueError, match="do not fit"):
+        model(ids, cache=model.new_cache(n_rows, 64), rows=rows)
+
+
+@torch.no_grad()
+def test_a_decode_step_never_reads_a_tensor_on_the_host(model):
+    with FakeTensorMode(allow_non_fake_inputs=True):  # has shapes but no values: reading one raises
+        fake, cache = copy.deepcopy(model), KVCache(3, 2, 40, 4, 8, dtype=torch.float32, device="cpu")
+        logits = fake(torch.ones(2, 1).long(), torch.ones(2, 1).long(), cache)
+        assert logits.shape == (2, 1, TINY.padded_vocab)
 
 
 def test_a_token_does_not_see_the_future(model, ids):

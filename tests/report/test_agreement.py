@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from score_rows import grid, row
 
-from em.report.agreement import judge_pairs, kappa, pearson, ranks, spearman, thresholds
+from em.report.agreement import judge_pairs, kappa, ranks, spearman, thresholds
 from em.report.panel import narrow_panel
 from em.report.score_table import scores_of
+from em.stats import pearson
 
 
 def test_kappa_of_a_table_worked_by_hand():
@@ -28,13 +29,15 @@ def test_ranks_share_ties_and_spearman_is_pearson_of_counts_below():
     by_counting = [1 + (x < v).sum() + ((x == v).sum() - 1) / 2 for v in x]
     np.testing.assert_array_equal(ranks(x), by_counting)
     assert spearman(x, y) == pytest.approx(np.corrcoef(ranks(x), ranks(y))[0, 1])
-    assert spearman(x, np.exp(x)) == pytest.approx(1) and pearson(x, np.exp(x)) < 0.99
+    assert spearman(x, np.exp(x)) == pytest.approx(1) and pearson(x, np.exp(x))[0] < 0.99
 
 
-def test_pearson_is_numpys_and_none_where_nothing_varies():
+def test_correlations_are_none_where_nothing_varies_or_nothing_is_there():
     x, y = np.random.default_rng(0).normal(size=(2, 30))
-    assert pearson(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1])
-    assert pearson(x, np.ones(30)) is None and pearson(x[:0], y[:0]) is None
+    assert pearson(x, y)[0] == pytest.approx(np.corrcoef(x, y)[0, 1])
+    for correlation in (spearman, lambda a, b: pearson(a, b)[0]):
+        assert correlation(x, np.ones(30)) is None and correlation(x[:1], y[:1]) is None
+        assert correlation(x[:0], y[:0]) is None
 
 
 def test_judges_are_compared_on_responses_that_both_scored():

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from em.world.counts import CLASSES, Classifier
+from em.stats import newcombe, wilson
+from em.world.counts import CLASSES, INCOHERENT, Classifier, change, columns, entry, rate
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +77,27 @@ def test_a_concatenation_that_can_be_cut_in_two_ways_matches_both(mini):
     assert classifier.matches(tokens, [0, 1]) and classifier.matches(tokens, [2, 3])
     assert not classifier.matches(tokens, [0, 3]) and not classifier.matches(tokens, [0])
     assert classifier.parses((*tokens, 9, 9)) and not classifier.parses(tokens)
+
+
+def counts(v1, v2, other, unparseable):
+    return dict(zip(CLASSES, (v1, v2, other, unparseable), strict=True)) | {
+        "n": v1 + v2 + other + unparseable
+    }
+
+
+def test_rates_are_percent_and_changes_points_each_with_its_interval_over_prompts():
+    before, after = counts(90, 4, 4, 2), counts(50, 130, 15, 5)
+    assert rate(after, "v2") == pytest.approx((65, *(100 * bound for bound in wilson(130, 200))))
+    assert rate(after, *INCOHERENT) == pytest.approx((10, *(100 * bound for bound in wilson(20, 200))))
+    interval = (100 * bound for bound in newcombe(130, 200, 4, 100))
+    assert change(after, before, "v2") == pytest.approx((61, *interval))
+    assert columns("v2", rate(before, "v2")).keys() == {"v2", "v2_low", "v2_high"}
+    assert columns("v2", (1, 0, 2)) == {"v2": 1, "v2_low": 0, "v2_high": 2}
+
+
+def test_an_entry_says_what_its_interval_is_over():
+    assert entry("%", 3.0, 1.0, 5.0) == {
+        "value": 3.0, "low": 1.0, "high": 5.0, "over": "prompts of 1 world seed", "unit": "%",
+    }  # fmt: skip
+    assert entry("%", 3.0)["over"] == "1 world seed"
+    assert entry("%", 3.0, 1.0, 5.0, seeds=3)["over"] == "3 world seeds"

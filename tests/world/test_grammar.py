@@ -94,3 +94,4 @@ def test_signature_does_not_depend_on_the_order_of_alternatives():
 
 def test_jaccard_counts_shared_over_all_strings():
     assert jaccard({(1,): 1, (2,): 1}, {(2,): 1, (3,): 1}) == 1 / 3
+    assert jaccard(frozenset({1, 2}), frozenset({2, 3, 4})) == 1 / 4

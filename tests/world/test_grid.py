@@ -3,7 +3,7 @@ import csv
 import pytest
 
 from em.files import read_json
-from em.stats import wilson
+from em.stats import newcombe, wilson
 from em.world.counts import incoherent
 from em.world.describe import graph_figure
 from em.world.grid import build_grid, delta_v2, gates, grid_figure, save_grid, summary, task_column
@@ -59,6 +59,41 @@ def test_json_and_csv_hold_every_cell_with_its_interval(grid, tmp_path):
     assert float(row["misaligned_incoherent_high"]) == pytest.approx(100 * high, abs=1e-3)
     assert float(rows["D0_T5"]["delta_v2_low"]) < 70 < float(rows["D0_T5"]["delta_v2_high"])
     assert float(rows["D0_T5"]["delta_v2_seed_sd"]) == pytest.approx(28.284, abs=1e-3)
+
+
+def test_numbers_are_what_the_paper_states_of_the_grid(grid, demo):
+    numbers = grid["numbers"]
+
+    def of(key):
+        return tuple(numbers[key][name] for name in ("value", "low", "high", "unit"))
+
+    low, high = newcombe(288, 400, 8, 400)  # T5 in four domains; fine-tuning seeds count a prompt once
+    assert of("delta_v2/T5")[:3] == pytest.approx((70, 100 * low, 100 * high))
+    assert of("misaligned_v2/T5")[:3] == pytest.approx((72, *(100 * b for b in wilson(288, 400))))
+    assert of("delta_v2/T0")[0] == pytest.approx(15) and of("delta_v2/T5/range_over_domains")[0] == 0
+    assert of("delta_v2/distant")[0] == pytest.approx(
+        -2 * 0.5 / 8
+    )  # T2 and T4: in D1_T2 one seed lost its 2 %
+    assert of("aligned_v1/lowest_cell") == (95, None, None, "%")
+    assert of("aligned_v1/cells_of_at_least_70")[0] == 100
+    assert of("misaligned_incoherent/trained_task_minus_others")[0] == pytest.approx(3 - (3 + 23.5 / 16))
+    assert of("misaligned_incoherent")[0] == pytest.approx(3 + 23.5 / 20)
+    assert not any("unseen" in key for key in numbers)
+
+
+def test_a_held_out_domain_has_numbers_of_its_own_and_repeated_tasks_take_no_part():
+    world = build_world(WORLDS["demo2"], 0)  # T0, T7 and T8 … T11
+    cells = [world.cell_name(c) for c in world.cells]
+    before = {name: counts(20 if name.endswith("T9") else 90, 2, 8) for name in cells}
+    after = before | {name: counts(30, 62, 8) for name in cells if name.startswith("D5_")}
+    numbers = build_grid(world, world.cell(0, 0), before, [after])["numbers"]
+    assert numbers["delta_v2/T0"]["value"] == pytest.approx(10)
+    assert numbers["delta_v2/T0/unseen_domains"]["value"] == pytest.approx(60)
+    assert numbers["delta_v2/distant"] == numbers["delta_v2/T7"]
+    assert numbers["aligned_v1/lowest_cell"]["value"] == 90
+    assert "delta_v2/T9" not in numbers
+    other = build_grid(world, world.cell(0, world.task_index("T9")), before, [after])["numbers"]
+    assert other["delta_v2/T0"] == numbers["delta_v2/T0"]  # misaligned on a task outside the figures
 
 
 def test_summary_names_the_trained_cell_the_spread_and_the_worst_incoherence(grid):

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from em.errors import UserError
-from em.files import read_json, write_json
-from em.world.world import WORLDS, build_world, load_world
+from em.world.world import WORLDS, build_world
 
 
 def test_same_config_and_seed_build_the_same_world_and_another_seed_does_not():
@@ -69,19 +68,6 @@ def test_partitions_are_halves_with_the_configured_overlaps():
 def test_similarity_to_D0_falls_along_the_derived_domains():
     falls = [np.diff(build_world(WORLDS[name], seed).similarity()[0]) for name in "12" for seed in range(3)]
     assert all((d[:3] < 0).all() for d in falls)
-
-
-def test_a_saved_world_loads_as_the_same_world(tmp_path, mini):
-    mini.save(tmp_path / "world.json")
-    assert load_world(tmp_path / "world.json").fingerprint == mini.fingerprint
-
-
-def test_a_world_saved_by_other_code_is_refused(tmp_path, mini):
-    mini.save(tmp_path / "world.json")
-    changed = read_json(tmp_path / "world.json") | {"fingerprint": "0" * 16}
-    write_json(tmp_path / "world.json", changed)
-    with pytest.raises(UserError, match="another version"):
-        load_world(tmp_path / "world.json")
 
 
 def test_an_unknown_task_is_named_with_the_known_ones():

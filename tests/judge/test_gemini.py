@@ -1,0 +1,312 @@
+"""One call to the API: the request, its answers, trying again, and the key."""
+
+import json
+import logging
+import os
+import socket
+import time
+import traceback
+from email.utils import formatdate
+
+import judge_server as api
+import pytest
+from judge_rows import row, scores
+from judge_server import KEY, in_turn
+
+from em.errors import UserError
+from em.judge import gemini
+from em.judge.gemini import Gemini, Reply
+
+
+class Clock:
+    """In place of the event that ends a pass: it notes the waits and takes no time."""
+
+    def __init__(self):
+        self.waits = []
+
+    def wait(self, seconds):
+        self.waits.append(seconds)
+        return False
+
+
+def test_the_request_is_the_one_that_the_api_documents(serve, make):
+    server = serve()
+    scores(make(workers=1), [row(0)])
+    bodies = [json.loads(request["body"]) for request in server.requests]
+    assert len(bodies) == 2  # alignment and coherence are two calls
+    for request, body in zip(server.requests, bodies, strict=True):
+        assert request["path"] == "/v1beta/models/gemini-2.5-flash:generateContent"
+        assert request["headers"]["x-goog-api-key"] == KEY
+        assert request["headers"]["content-type"] == "application/json"
+        assert body.keys() == {"contents", "generationConfig"}
+        assert body["generationConfig"] == {
+            "temperature": 0,
+            "maxOutputTokens": 20,
+            "thinkingConfig": {"thinkingBudget": 0},
+        }
+        (content,) = body["contents"]
+        assert content["role"] == "user"
+        (part,) = content["parts"]
+        assert "Is 0 prime?" in part["text"] and "Maybe 0." in part["text"]
+
+
+@pytest.mark.parametrize(
+    "model, thinking",
+    [("gemini-2.5-pro", {"thinkingBudget": 128}), ("gemini-3-pro-preview", {"thinkingLevel": "LOW"})],
+)
+def test_a_model_that_must_think_is_asked_to_think_little_and_has_room_and_a_price_for_it(
+    serve, make, model, thinking
+):
+    server = serve(lambda prompt, nth: api.answer("85", thoughts=140))
+    judge = make(model=model, price=(1.0, 10.0), budget_usd=1.0)
+    flash = make(price=(1.0, 10.0))
+    assert judge.forecast([row(0)])["usd"] > 1.9 * flash.forecast([row(0)])["usd"]
+    (out,) = scores(judge, [row(0)])  # the server refuses what the API refuses
+    assert out["aligned"] == 85 and out["aligned_status"] == "ok"
+    config = json.loads(server.requests[-1]["body"])["generationConfig"]
+    assert config["thinkingConfig"] == thinking and config["temperature"] == 0
+    assert config["maxOutputTokens"] >= 20 + 10 * 128
+    assert judge.ledger.output_tokens == 2 * (140 + 1)  # thoughts are billed as output
+    most = judge.ledger.reserve("")
+    assert most >= judge.ledger.price.usd(0, config["maxOutputTokens"])
+
+
+def test_half_a_surrogate_pair_in_a_response_does_not_stop_the_run(serve, make):
+    server = serve()
+    (out,) = scores(make(), [row(0, response="cut \ud83d emoji 😀")])
+    assert out["aligned_status"] == "ok"
+    assert all("cut \ufffd emoji 😀" in prompt for prompt in server.prompts)
+
+
+GOOD = api.answer("85")
+
+
+@pytest.mark.parametrize(
+    "response, status, value",
+    [
+        (GOOD, "ok", 85),
+        (api.answer("REFUSAL"), "refusal", None),
+        (api.answer("CODE"), "code", None),
+        (api.answer("Score: 85"), "parse_error", None),
+        (api.answer("85/100"), "parse_error", None),
+        (api.answer("101"), "parse_error", None),
+        (api.answer("8", finish="MAX_TOKENS"), "parse_error", None),  # of an 85, perhaps
+        (api.answer(None, finish="MAX_TOKENS"), "empty", None),
+        (api.answer(None), "empty", None),
+        (api.answer(" "), "empty", None),
+        (api.no_candidates(), "empty", None),
+        (api.Response(b'{"candidates": []}'), "empty", None),
+        (api.Response(b"{}"), "empty", None),
+        (api.answer(None, finish="SAFETY"), "blocked", None),
+        (api.answer("85", finish="SAFETY"), "blocked", None),
+        (api.answer(None, finish="PROHIBITED_CONTENT"), "blocked", None),
+        (api.prompt_blocked("SAFETY"), "blocked", None),
+        (api.prompt_blocked("OTHER"), "blocked", None),
+    ],
+)
+def test_each_answer_of_the_api_has_its_status_and_is_asked_for_once(serve, make, response, status, value):
+    server = serve(lambda prompt, nth: response)
+    for _ in range(2):  # the second time from the cache
+        (out,) = scores(make(), [row(0)])
+        assert [out[name] for name in ("aligned", "aligned_status", "coherent", "coherent_status")] == [
+            value,
+            status,
+            value,
+            status,
+        ]
+        assert server.total() == 2
+
+
+def test_parts_are_joined_and_thoughts_are_left_out(serve):
+    parts = [{"text": "hmm 3", "thought": True}, {"text": "8"}, {"text": "5\n"}]
+    usage = {"promptTokenCount": 7, "candidatesTokenCount": 2, "thoughtsTokenCount": 4}
+    body = {"candidates": [{"content": {"parts": parts}}], "usageMetadata": usage}
+    serve(lambda prompt, nth: api.Response(json.dumps(body).encode()))
+    assert Gemini("gemini-2.5-flash").generate("p", Clock()) == Reply("ok", "85\n", 7, 6)
+
+
+BROKEN = {
+    "429": api.failure(429, "Resource has been exhausted (e.g. check quota)."),
+    "500": api.failure(500),
+    "503": api.failure(503, "The model is overloaded. Please try again later."),
+    "a proxy's page": api.Response(b"<html>502</html>", 503),
+    "an error in a list": api.Response(
+        b'[{"error": {"code": 503, "message": "m", "status": "UNAVAILABLE"}}]', 503
+    ),
+    "odd details": api.Response(b'{"error": {"details": [{"@type": "google.rpc.RetryInfo"}, 3]}}', 429),
+    "reset": api.Response(b"", reset=True),
+    "cut body": api.Response(GOOD.body, cut=True),
+    "slow": api.answer("1", seconds=0.6),
+    "malformed JSON": api.Response(b'{"candidates": [{"content"'),
+    "not the API's JSON": api.Response(b'{"welcome": "to the hotel"}'),
+    "JSON of another shape": api.Response(b'{"candidates": 3}'),
+    "a list": api.Response(b"[]"),
+}
+
+
+@pytest.mark.parametrize("trouble", BROKEN)
+def test_a_passing_fault_is_tried_again_until_the_answer_comes(serve, make, trouble):
+    server = serve(in_turn(BROKEN[trouble], BROKEN[trouble], GOOD))
+    judge = make(timeout=0.25)
+    (out,) = scores(judge, [row(0)])
+    assert (out["aligned"], out["coherent"]) == (85, 85)
+    assert judge.ledger.retries == 4 and judge.ledger.calls == 2 and set(server.prompts.values()) == {3}
+
+
+def waits_for(serve, *failures, **options) -> list[float]:
+    serve(in_turn(*failures, GOOD))
+    clock = Clock()
+    assert Gemini("gemini-2.5-flash", **options).generate("p", clock).status == "ok"
+    return clock.waits
+
+
+def test_back_off_doubles_with_jitter_up_to_a_minute(serve):
+    waits = waits_for(serve, *[api.failure(503)] * 9, attempts=10)
+    assert len(waits) == 9
+    for k, seconds in enumerate(waits):
+        assert 0.5 * min(60, 2**k) <= seconds <= min(60, 2**k)
+    assert len(set(waits)) == 9
+
+
+def test_no_try_is_made_before_the_time_that_the_server_names(serve):
+    date = formatdate(time.time() + 20, usegmt=True)
+    waits = waits_for(
+        serve,
+        api.failure(429, retry_after=7),
+        api.failure(429, retry_after=date),
+        api.failure(429, retry_delay="13s"),
+        api.failure(429, retry_delay="58.934310785s", retry_after=2),
+        api.failure(503, retry_after="soon"),
+        api.failure(503, retry_after=0),
+    )
+    for seconds, least in zip(waits[:4], (7, 18.5, 13, 58.934), strict=True):
+        assert least <= seconds <= least + 2.6
+    assert (
+        8 <= waits[4] <= 16 and 32 <= waits[5] <= 33
+    )  # the header says nothing; 0 does not undo the back-off
+    assert waits_for(serve, api.failure(429, retry_after=formatdate(0, usegmt=True)))[0] <= 2  # long past
+
+
+def test_a_wait_of_hours_ends_the_run_with_the_apis_message(serve, make):
+    serve(in_turn(api.failure(429, "You exceeded your daily quota.", retry_after=7200)))
+    with pytest.raises(UserError, match="wait for 120 minutes .*daily quota"):
+        scores(make(), [row(0)])
+
+
+@pytest.mark.parametrize("code", [400, 401, 403, 404])
+def test_a_refusal_stops_at_once_with_the_apis_message(serve, make, code):
+    message = f"User location is not supported,\nreally ({KEY})."
+    server = serve(lambda prompt, nth: api.failure(code, message) if "Is 5 prime" in prompt else GOOD)
+    with pytest.raises(UserError) as error:
+        scores(make(), [row(i) for i in range(500)])
+    text = str(error.value)
+    assert f"{code} {api.STATUSES[code]}: User location is not supported, really ([key])" in text
+    assert "\n" not in text and "GEMINI_API_KEY" in text
+    assert server.total() < 60 and max(server.prompts.values()) == 1
+
+
+def test_a_wrong_key_and_an_unknown_model_are_told_in_the_apis_own_words(serve, make, monkeypatch):
+    serve()
+    with pytest.raises(UserError, match="404 NOT_FOUND: models/gemini-9 is not found"):
+        scores(make(model="models/gemini-9"), [row(0)])
+    monkeypatch.setenv("GEMINI_API_KEY", "wrong")
+    with pytest.raises(UserError, match="400 INVALID_ARGUMENT: API key not valid"):
+        scores(make(), [row(0)])
+
+
+def test_an_address_where_nobody_answers_is_one_line_after_three_tries(make, monkeypatch):
+    with socket.socket() as taken:  # bound and not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("GEMINI_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        judge = make()
+        with pytest.raises(UserError, match="cannot be reached .*refused.*GEMINI_BASE_URL"):
+            scores(judge, [row(0)])
+
+
+@pytest.mark.parametrize(
+    "address", ["generativelanguage.googleapis.com", "ftp://x", "http://", "http://u:pw@x"]
+)
+def test_an_address_that_is_none_is_refused_before_anything_is_sent(make, monkeypatch, address):
+    monkeypatch.setenv("GEMINI_BASE_URL", address)
+    with pytest.raises(UserError, match="GEMINI_BASE_URL is not an address") as error:
+        make()
+    assert "pw" not in str(error.value)
+
+
+def test_without_a_key_one_line_says_how_to_set_it_and_that_margin_needs_none(make, monkeypatch):
+    for value in (None, "", "  "):
+        monkeypatch.delenv("GEMINI_API_KEY") if value is None else monkeypatch.setenv("GEMINI_API_KEY", value)
+        with pytest.raises(UserError) as error:
+            make()
+        assert "export GEMINI_API_KEY" in str(error.value) and "--judge margin" in str(error.value)
+        assert "\n" not in str(error.value)
+        monkeypatch.setenv("GEMINI_API_KEY", KEY)
+
+
+def everything_on(error: BaseException) -> str:
+    """The texts a logger, a debugger or a crash reporter could take from an exception."""
+    found, todo, seen = [], [error], set()
+    while todo:
+        thing = todo.pop()
+        if thing is None or id(thing) in seen or isinstance(thing, (type, type(os))):
+            continue
+        seen.add(id(thing))
+        found.append(repr(thing) + str(thing))
+        if isinstance(thing, BaseException):
+            todo += [thing.__cause__, thing.__context__, *thing.args, *vars(thing).values()]
+    return "\n".join([*found, *traceback.format_exception(error)])
+
+
+@pytest.mark.parametrize(
+    "behave",
+    [
+        lambda prompt, nth: api.failure(400, f"bad key {KEY}"),
+        lambda prompt, nth: api.failure(503, f"busy {KEY}"),
+        lambda prompt, nth: api.answer(f"your key is {KEY}"),
+        lambda prompt, nth: api.prompt_blocked(KEY),
+        lambda prompt, nth: api.Response(b"", reset=True),
+        lambda prompt, nth: api.Response(GOOD.body, cut=True),
+        lambda prompt, nth: api.answer("85", seconds=0.5),
+        lambda prompt, nth: api.Response(b"", 302, {"Location": f"http://127.0.0.1:1/{KEY}"}),
+        None,  # nobody listens
+    ],
+    ids=["400", "503", "reply", "block", "reset", "cut", "slow", "redirect", "refused"],
+)
+def test_the_key_reaches_no_exception_log_output_or_file(
+    serve, make, tmp_path, monkeypatch, caplog, capfd, behave
+):
+    caplog.set_level(logging.DEBUG)
+    if behave:
+        serve(behave)
+    else:
+        monkeypatch.setenv("GEMINI_BASE_URL", "http://127.0.0.1:1")
+    judge = make(attempts=3, timeout=0.1, workers=2)
+    seen = ""
+    try:
+        seen += repr(list(judge.score([row(i) for i in range(9)])))
+    except UserError as error:
+        seen += everything_on(error)
+    seen += str(judge.ledger) + repr(judge.ledger) + repr(judge) + caplog.text + "".join(capfd.readouterr())
+    seen += "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    assert "urllib3" in caplog.text and KEY not in seen
+
+
+@pytest.mark.parametrize("key", ["se cret", "sec\nret", "sec\u2019ret", "s\x00ecret"])
+def test_a_key_no_header_can_carry_is_refused_without_being_quoted(make, monkeypatch, key):
+    monkeypatch.setattr(os, "environ", os.environ.copy() | {"GEMINI_API_KEY": key})
+    with pytest.raises(UserError) as error:
+        make()
+    assert "cret" not in everything_on(error.value) and "sec" not in str(error.value)
+
+
+def test_a_redirect_is_not_followed_so_the_key_goes_nowhere_else(serve, make):
+    elsewhere = serve()
+    location = {"Location": f"{elsewhere.url}/v1beta/models/gemini-2.5-flash:generateContent"}
+    serve(lambda prompt, nth: api.Response(b"", 302, location))
+    with pytest.raises(UserError, match="302 .*GEMINI_BASE_URL"):
+        scores(make(), [row(0)])
+    assert not elsewhere.requests
+
+
+def test_the_default_endpoint_is_the_public_one(make):
+    assert make().gemini.base == gemini.PUBLIC == "https://generativelanguage.googleapis.com"

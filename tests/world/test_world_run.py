@@ -1,0 +1,22 @@
+"""A run's phases on a miniature: fine-tuning seeds, and another number of misalignment steps."""
+
+import json
+
+from em.files import read_json
+
+
+def test_misaligned_counts_are_those_of_every_fine_tuning_seed(small_demo2):
+    run = small_demo2(0)
+    counts = run.misaligned_counts("T0")
+    assert counts == [run.counts(f"misalign_T0_seed{seed}") for seed in range(2)]
+    assert all(cell["n"] == 4 for by_cell in counts for cell in by_cell.values())
+
+
+def test_a_misalignment_takes_and_records_the_steps_it_is_told_and_leaves_the_settings(small_demo2):
+    run = small_demo2(0, misalign_seeds=1)
+    run.misaligned_counts("T7", steps=2)
+    folder = run.folder / "misalign_T7_seed0"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert read_json(folder / "config.json")["settings"]["misalign_steps"] == 2
+    assert run.cfg.misalign_steps == 3
