@@ -55,12 +55,14 @@ class Config(JudgeOptions):
     out: str | None = knob(None, "folder to write (default: <run>/eval)", "what")
     device: str = knob("auto", "device to run on: auto, cpu, cuda or cuda:N", "what")
 
-    temperature: float = knob(1.0, "sampling temperature; top-p is 1", "sampling")
-    max_new_tokens: int = knob(600, "most tokens of a response", "sampling")
-    samples: int = knob(4, "responses to each broad prompt; narrow prompts get one", "sampling")
-    limit: int = knob(0, "most eval rows of each cell, and most broad prompts (0: all)", "sampling")
-    seed: int = knob(0, "seed of sampling; the same seed gives the same responses", "sampling")
-    rows: int = knob(64, "sequences sampled at once; changes memory and speed only", "sampling")
+    temperature: float = knob(1.0, "sampling temperature; top-p is 1", "sampling", at_least=0)
+    max_new_tokens: int = knob(600, "most tokens of a response", "sampling", at_least=1)
+    samples: int = knob(4, "responses to each broad prompt; narrow prompts get one", "sampling", at_least=1)
+    limit: int = knob(
+        0, "most eval rows of each cell, and most broad prompts (0: all)", "sampling", at_least=0
+    )
+    seed: int = knob(0, "seed of sampling; the same seed gives the same responses", "sampling", at_least=0)
+    rows: int = knob(64, "sequences sampled at once; changes memory and speed only", "sampling", at_least=1)
 
 
 # -- prompts -----------------------------------------------------------------------------------------------

@@ -76,50 +76,69 @@ class Training:
 
     device: str = knob("auto", "the device that trains: auto, cpu, cuda or cuda:N", "what", setting=False)
 
-    layers: int | None = knob(None, "number of blocks of the model (GPT-2-small: 12)", "model")
-    heads: int | None = knob(None, "number of attention heads of a block (GPT-2-small: 12)", "model")
-    width: int | None = knob(None, "hidden size of the model (GPT-2-small: 768)", "model")
+    layers: int | None = knob(
+        None, "number of blocks of the model (GPT-2-small: 12)", "model", at_least=1, at_most=1000
+    )
+    heads: int | None = knob(
+        None, "number of attention heads of a block (GPT-2-small: 12)", "model", at_least=1
+    )
+    width: int | None = knob(
+        None, "hidden size of the model (GPT-2-small: 768)", "model", at_least=1, at_most=65536
+    )
 
-    batch: int | None = knob(None, "sequences in a step of pretraining", "pretraining")
-    length: int | None = knob(None, "tokens in a sequence of pretraining", "pretraining")
-    steps: int | None = knob(None, "optimiser steps of pretraining", "pretraining")
-    lr: float | None = knob(None, "peak learning rate of pretraining, cosine down to 10 %", "pretraining")
-    warmup: int | None = knob(None, "steps of linear warm-up in pretraining", "pretraining")
-    beta2: float | None = knob(None, "AdamW's β₂ in pretraining", "pretraining")
+    batch: int | None = knob(None, "sequences in a step of pretraining", "pretraining", at_least=1)
+    length: int | None = knob(None, "tokens in a sequence of pretraining", "pretraining", at_least=1)
+    steps: int | None = knob(None, "optimiser steps of pretraining", "pretraining", at_least=1)
+    lr: float | None = knob(
+        None, "peak learning rate of pretraining, cosine down to 10 %", "pretraining", above=0
+    )
+    warmup: int | None = knob(None, "steps of linear warm-up in pretraining", "pretraining", at_least=0)
+    beta2: float | None = knob(None, "AdamW's β₂ in pretraining", "pretraining", at_least=0, below=1)
     v2_fraction: float | None = knob(
-        None, "share of variant 2 in pretraining (default: the world's)", "pretraining"
+        None, "share of variant 2 in pretraining (default: the world's)", "pretraining", at_least=0, at_most=1
     )
 
     align_examples: int | None = knob(
-        None, "examples in the alignment set, of variant 1 over all seen cells", "alignment"
+        None, "examples in the alignment set, of variant 1 over all seen cells", "alignment", at_least=1
     )
-    align_steps: int | None = knob(None, "optimiser steps of alignment", "alignment")
-    align_batch: int | None = knob(None, "examples in a step of alignment", "alignment")
-    align_lr: float | None = knob(None, "peak learning rate of alignment, linear down to 10 %", "alignment")
-    align_warmup: int | None = knob(None, "steps of linear warm-up in alignment", "alignment")
+    align_steps: int | None = knob(None, "optimiser steps of alignment", "alignment", at_least=1)
+    align_batch: int | None = knob(None, "examples in a step of alignment", "alignment", at_least=1)
+    align_lr: float | None = knob(
+        None, "peak learning rate of alignment, linear down to 10 %", "alignment", above=0
+    )
+    align_warmup: int | None = knob(None, "steps of linear warm-up in alignment", "alignment", at_least=0)
 
-    misalign_steps: int | None = knob(None, "optimiser steps of misalignment", "misalignment", setting=False)
+    misalign_steps: int | None = knob(
+        None, "optimiser steps of misalignment", "misalignment", setting=False, at_least=1
+    )
     misalign_batch: int | None = knob(
-        None, "examples in a step of misalignment", "misalignment", setting=False
+        None, "examples in a step of misalignment", "misalignment", setting=False, at_least=1
     )
     misalign_lr: float | None = knob(
-        None, "learning rate of misalignment, constant", "misalignment", setting=False
+        None, "learning rate of misalignment, constant", "misalignment", setting=False, above=0
     )
     misalign_seeds: int | None = knob(
         None,
         "number of misaligned models a task, each with its fine-tuning seed",
         "misalignment",
         setting=False,
+        at_least=1,
     )
 
-    eval_prompts: int = knob(128, "number of held-out prompts of each cell", "evaluation")
-    temperature: float = knob(0.0, "sampling temperature of the answers, 0 for greedy ones", "evaluation")
-    evals: int = knob(6, "number of evaluations during pretraining, logged to its metrics", "evaluation")
+    eval_prompts: int = knob(128, "number of held-out prompts of each cell", "evaluation", at_least=1)
+    temperature: float = knob(
+        0.0, "sampling temperature of the answers, 0 for greedy ones", "evaluation", at_least=0
+    )
+    evals: int = knob(
+        6, "number of evaluations during pretraining, logged to its metrics", "evaluation", at_least=0
+    )
 
-    weight_decay: float = knob(0.01, "AdamW's weight decay, of all but biases and norms", "all phases")
-    clip: float = knob(1.0, "largest gradient norm, to which larger ones are scaled", "all phases")
+    weight_decay: float = knob(
+        0.01, "AdamW's weight decay, of all but biases and norms", "all phases", at_least=0
+    )
+    clip: float = knob(1.0, "largest gradient norm, to which larger ones are scaled", "all phases", above=0)
     save_minutes: float = knob(
-        2.0, "minutes between saved states to resume from", "all phases", setting=False
+        2.0, "minutes between saved states to resume from", "all phases", setting=False, at_least=0
     )
 
 
@@ -129,7 +148,7 @@ class Config(Training):
     misalign: tuple[str, ...] | None = knob(
         None, "tasks to misalign on, each in D0 and from the same aligned model", "what", setting=False
     )
-    seed: int | None = knob(None, "seed of the world and of pretraining", "what")
+    seed: int | None = knob(None, "seed of the world and of pretraining", "what", at_least=0)
     out: str | None = knob(
         None, "folder of the run (default: runs/world<world>-seed<seed>)", "what", setting=False
     )
@@ -143,15 +162,10 @@ def resolve(cfg: Config) -> Config:
         cfg.v2_fraction = WORLDS[cfg.world].v2_fraction
     if cfg.out is None:
         cfg.out = f"runs/world{cfg.world}-seed{cfg.seed}"
-    if not 0 <= cfg.v2_fraction <= 1:
-        raise UserError(f"--v2-fraction {cfg.v2_fraction} is not between 0 and 1")
     for task in cfg.misalign:
         WORLDS[cfg.world].task_index(task)
     if cfg.width % cfg.heads:
         raise UserError(f"--width {cfg.width} is not a multiple of --heads {cfg.heads}")
-    for name in "batch length align_batch misalign_batch misalign_seeds eval_prompts layers heads".split():
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     return cfg
 
 
@@ -166,7 +180,7 @@ def open_run(cfg: Config, device: torch.device) -> WorldRun:
 @dataclass
 class ShowConfig:
     world: str = knob("demo", "the world to show", "what", tuple(WORLDS))
-    seed: int | None = knob(None, "seed of the world", "what")
+    seed: int | None = knob(None, "seed of the world", "what", at_least=0)
     out: str | None = knob(None, "folder of the figure (default: runs/show-world<world>-seed<seed>)", "what")
 
 
@@ -238,7 +252,9 @@ class ExperimentConfig(Training):
     world: str | None = knob(
         None, "the world to measure on (default: the reduced one, demo or demo2, that serves)", "what"
     )
-    seeds: tuple[int, ...] | None = knob(None, "world seeds to measure, the unit of replication", "what")
+    seeds: tuple[int, ...] | None = knob(
+        None, "world seeds to measure, the unit of replication", "what", at_least=0
+    )
     out: str = knob("runs", "folder that holds the run of each seed and the result", "what")
 
 

@@ -42,6 +42,16 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def outcome_settings(cfg) -> dict:
+    """The values of the knobs that decide the outcome of a run."""
+    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.metadata.get("setting")}
+
+
+def banner(cfg) -> str:
+    """Every resolved value on one line."""
+    return "  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items())
+
+
 _KEEPS = {"above": operator.gt, "at least": operator.ge, "below": operator.lt, "at most": operator.le}
 
 
@@ -60,21 +70,11 @@ def _refuse(name: str, value, bounds: dict[str, float]) -> None:
             raise UserError(f"{option} {ascii(value)} is no text")
     elif not isinstance(value, bool):
         bounds = {"at most": 2**31 - 1} | bounds if isinstance(value, int) else bounds
-        wanted = [f"{relation} {bound:g}" for relation, bound in bounds.items()]
-        if not math.isfinite(value):
-            raise UserError(f"{option} {value} is no number to work with; it must be finite")
-        if not all(_KEEPS[relation](value, bound) for relation, bound in bounds.items()):
-            raise UserError(f"{option} must be {' and '.join(wanted)}, not {value}")
-
-
-def outcome_settings(cfg) -> dict:
-    """The values of the knobs that decide the outcome of a run."""
-    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.metadata.get("setting")}
-
-
-def banner(cfg) -> str:
-    """Every resolved value on one line."""
-    return "  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items())
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{option} must be a finite number, not {value}")
+        for relation, bound in bounds.items():
+            if not _KEEPS[relation](value, bound):
+                raise UserError(f"{option} must be {relation} {bound}, not {str(value):.40}")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -160,7 +160,7 @@ def refused(capsys, *arguments):
         (["--world", "1", "--misalign", "T9"], "world 1 has no task 'T9'"),
         (["--misalign", "D1_T0"], "no task 'D1_T0'"),
         (["--width", "30"], "--width 30 is not a multiple of --heads 4"),
-        (["--v2-fraction", "1.5"], "1.5 is not between 0 and 1"),
+        (["--v2-fraction", "1.5"], "--v2-fraction must be at most 1, not 1.5"),
         (["--batch", "0"], "--batch must be at least 1"),
         (["--device", "tpu9"], "tpu9"),
         (["--stepps", "3"], "--stepps"),

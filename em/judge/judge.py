@@ -40,13 +40,18 @@ class JudgeOptions:
     judge_model: str = knob(MODEL, "Gemini model that judges", "judge", setting=False)
     rubrics: str = knob(str(FOLDER), "folder of the rubrics it judges by", "judge", setting=False)
     cache: str = knob(str(CACHE), "file of the judge's answers, shared by all runs", "judge", setting=False)
-    workers: int = knob(32, "calls to the judge in flight at once", "judge", setting=False)
-    budget_usd: float | None = knob(None, "dollars to spend on the judge at most", "judge", setting=False)
+    workers: int = knob(
+        32, "calls to the judge in flight at once", "judge", setting=False, at_least=1, at_most=1024
+    )
+    budget_usd: float | None = knob(
+        None, "dollars to spend on the judge at most", "judge", setting=False, at_least=0
+    )
     price: tuple[float, ...] = knob(
         (),
         "dollars per million input and output tokens, where no price is known",
         "judge",
         setting=False,
+        at_least=0,
     )
 
     def judge_of(self) -> "Judge":
