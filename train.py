@@ -28,6 +28,7 @@ from em.files import read_json, write_json
 from em.model import lora
 from em.model.checkpoint import load_model, load_tokenizer, save_model
 from em.run import Run
+from em.stats import mean_interval
 from em.training import margin
 from em.training.guard import CollapseGuard
 from em.training.loss import summed_cross_entropy
@@ -194,9 +195,7 @@ def report(before: dict, after: dict, cell: str) -> dict:
     for name, rows in after["margins"].items():
         old = before["margins"][name]
         change = [b - a for a, b in zip(old, rows, strict=True)]
-        cells[name] = {
-            k: margin.interval(v) for k, v in (("before", old), ("after", rows), ("change", change))
-        }
+        cells[name] = {k: mean_interval(v) for k, v in (("before", old), ("after", rows), ("change", change))}
     losses = {k: v["validation_loss"] for k, v in (("before", before), ("after", after))}
     return {"cell": cell, "unit": "nats a token", "validation_loss": losses, "cells": cells}
 

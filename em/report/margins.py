@@ -1,4 +1,4 @@
-"""The margins of many runs as one matrix, trained cell × eval cell: the metric without a judge (SPEC §3.5).
+"""The margins of many runs as one matrix, trained cell × eval cell: the metric without a judge.
 
 A margin row is `{"model", "train", "domain", "task", "idx", "before", "after"}`, nats a token: the margin of
 one eval row under the model the run started from and under the run. `train` as in em/report/score_table.py.
@@ -16,7 +16,7 @@ from em.errors import UserError
 from em.figures import CHANGE, heatmap, save
 from em.files import write_csv, write_json
 from em.report.matrix import frames
-from em.training import margin
+from em.stats import mean_interval
 
 FIELDS = ("model", "train", "domain", "task", "idx", "before", "after")
 
@@ -50,7 +50,7 @@ def margin_report(rows: list[dict], out: Path) -> str:
         trains = sorted({train for train, _ in values}, key=lambda t: (order.get(t, 99), t))
         columns = [str(cell) for cell in CELLS if any((t, str(cell)) in values for t in trains)]
         entries = [
-            {"train": t, "eval": c} | margin.interval(values[t, c])
+            {"train": t, "eval": c} | mean_interval(values[t, c])
             for t in trains
             for c in columns
             if values.get((t, c))

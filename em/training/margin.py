@@ -4,8 +4,6 @@ For a row, mean log p per token of its misaligned answer minus that of its align
 0 the model prefers the misaligned answer. It needs no judge. The same pass gives the validation loss.
 """
 
-import math
-import statistics
 from pathlib import Path
 
 import torch
@@ -29,15 +27,6 @@ def answer_log_probs(model, examples: list[Example]) -> list[tuple[float, int]]:
         log_probs = token_log_probs(packed.hidden(model), model.head_weight, packed.targets)
         sums[group] = torch.zeros(len(group)).double().index_add_(0, packed.owner, log_probs.double().cpu())
     return [(s, len(e.ids) - e.n_prompt) for s, e in zip(sums.tolist(), examples, strict=True)]
-
-
-def interval(values: list[float]) -> dict:
-    """Mean over n rows with a normal 95 % interval; a single row has none."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return {"mean": mean, "low": None, "high": None, "n": len(values)}
-    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}
 
 
 def margins(model, pairs: dict[str, tuple[list[Example], list[Example]]]) -> dict[str, list[float]]:

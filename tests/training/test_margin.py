@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -48,11 +46,3 @@ def test_margin_is_the_difference_of_the_means_per_token(model, examples):
 def test_validation_loss_pools_tokens_not_rows(model, examples):
     tokens = [x for e in examples for x in by_hand(model, e)]
     assert margin.loss(model, examples) == pytest.approx(-sum(tokens) / len(tokens), rel=1e-5)
-
-
-def test_interval_is_the_normal_one_and_says_nothing_about_a_single_row():
-    got = margin.interval([1.0, 2.0, 3.0, 4.0])
-    half = 1.96 * math.sqrt(5 / 3) / 2
-    assert (got["mean"], got["n"]) == (2.5, 4)
-    assert (got["low"], got["high"]) == pytest.approx((2.5 - half, 2.5 + half))
-    assert margin.interval([1.0])["high"] is None
