@@ -39,8 +39,11 @@ def read_margins(paths: list[Path]) -> list[dict]:
 
 
 def margin_report(rows: list[dict], out: Path) -> str:
-    """Write `margins.{json,csv,png}` for each model into `out`; returns a sentence a model."""
-    said = []
+    """Write `margin_matrix.{json,csv,png}` for each model into `out`; returns a sentence a model.
+
+    An entry is the mean change over the rows of an eval cell, with its 95 % interval (Student's t).
+    """
+    lines = []
     for model in sorted({row["model"] for row in rows}):
         values: dict[tuple[str, str], list[float]] = defaultdict(list)
         for row in rows:
@@ -57,11 +60,11 @@ def margin_report(rows: list[dict], out: Path) -> str:
         ]
         folder = out / (Path(model).name.lower() or "model")
         write_json(
-            folder / "margins.json",
+            folder / "margin_matrix.json",
             {"model": model, "unit": "nats a token, after − before", "entries": entries},
         )
-        write_csv(folder / "margins.csv", entries)
-        _figure(model, trains, columns, values, folder / "margins.png")
+        write_csv(folder / "margin_matrix.csv", entries)
+        _figure(model, trains, columns, values, folder / "margin_matrix.png")
         own = [e["mean"] for e in entries if e["train"] == e["eval"]]
         others = [e["mean"] for e in entries if e["train"] != e["eval"]]
         parts = [
@@ -69,10 +72,10 @@ def margin_report(rows: list[dict], out: Path) -> str:
             for v, where in ((own, "in the trained cell"), (others, "elsewhere"))
             if v
         ]
-        said.append(
+        lines.append(
             f"{model}: the margin changed by {' and '.join(parts)} (nats a token, mean of cells; {folder})"
         )
-    return "\n".join(said)
+    return "\n".join(lines)
 
 
 def _figure(model: str, trains: list[str], columns: list[str], values: dict, path: Path) -> None:
