@@ -22,7 +22,7 @@ from tqdm import tqdm
 from em import parallel
 from em.cli import command_line, knob
 from em.data import lineage
-from em.data.rows import VARIANTS, default_data, load_broad, load_cells, split
+from em.data.rows import default_data, load_broad, load_cells, split
 from em.errors import UserError
 from em.files import read_json_lines, write_text
 from em.judge.em_rule import is_em, is_scored
@@ -37,7 +37,7 @@ from em.run import Run
 from em.sampling.rollouts import sample_to_file
 from em.sampling.sampler import Sampler
 from em.stats import wilson
-from em.training import margin
+from em.training.margin import answer_pairs, margins
 
 
 @dataclass
@@ -121,27 +121,21 @@ def rate(rows: list[dict]) -> str:
     return f"EM {100 * em / scored:.1f} % {interval} of {scored} scored rows, {len(rows)} in all"
 
 
-def margin_rows(label: dict, prompts: list[dict], model, tokenizer, stacks: tuple) -> list[dict]:
-    """Margin rows of the prompts that have both answers, before (stacks[0]) and after (stacks[1])."""
-    prompts = [p for p in prompts if p["row"]["misaligned_answer"] and p["row"]["aligned_answer"]]
-    if not prompts:
+def margin_rows(label: dict, pairs: dict, model, stacks: tuple) -> list[dict]:
+    """The margin of every row of `answer_pairs` under stacks[0], before, and stacks[1], after the run."""
+    if not pairs:
         raise UserError(
             "the margin needs rows with both answers, and these data have none; use --judge gemini"
         )
-    pairs = {}
-    for p in prompts:
-        both = pairs.setdefault(f"{p['domain']}_{p['task']}", ([], []))
-        for variant, examples in zip(VARIANTS, both, strict=True):
-            examples.append(tokenizer.example(p["question"], p["row"][f"{variant}_answer"]))
-    values = []
-    for names in stacks:
+    measured = []
+    for when, names in zip(("before", "after"), stacks, strict=True):
         with lora.stack(model, *names, frozen=True):
-            cells = tqdm(pairs.items(), desc=f"margins {'after' if values else 'before'}", unit="cell")
-            values.append([v for cell, both in cells for v in margin.margins(model, {cell: both})[cell]])
-    ordered = [p for cell in pairs for p in prompts if f"{p['domain']}_{p['task']}" == cell]
+            cells = tqdm(pairs.items(), desc=f"margins {when}", unit="cell")
+            measured.append({cell: margins(model, rows) for cell, rows in cells})
     return [
-        label | {"domain": p["domain"], "task": p["task"], "idx": p["idx"], "before": before, "after": after}
-        for p, before, after in zip(ordered, *values, strict=True)
+        label | {"domain": cell.domain, "task": cell.task, "idx": row.idx, "before": before, "after": after}
+        for cell, rows in pairs.items()
+        for row, before, after in zip(rows, *(values[cell] for values in measured), strict=True)
     ]
 
 
@@ -164,7 +158,8 @@ def evaluate(cfg: Config, folder: str | None, model, tokenizer, device) -> str:
             before = ("start",) if settings.get("on") else ()
             if before:
                 lora.load_adapter(model, "start", settings["on"])
-            rows = margin_rows(label, narrow_prompts(cfg, source), model, tokenizer, (before, stack))
+            pairs = answer_pairs(source, tokenizer, cfg.limit)
+            rows = margin_rows(label, pairs, model, (before, stack))
             if before:
                 lora.remove_adapter(model, "start")
             write_rows(out / "margins.jsonl", rows)

@@ -22,16 +22,16 @@ import torch
 from em import parallel
 from em.cli import banner, command_line, knob, outcome_settings
 from em.data.cells import Cell, parse_cells
-from em.data.rows import VARIANTS, default_data, encode_rows, load_cell, load_cells, split
+from em.data.rows import VARIANTS, default_data, encode_rows, load_cell, split
 from em.errors import UserError
 from em.files import read_json, write_json
 from em.model import lora
 from em.model.checkpoint import load_model, load_tokenizer, save_model
 from em.run import Run
-from em.training import margin
+from em.stats import mean_interval
 from em.training.guard import CollapseGuard
 from em.training.loss import summed_cross_entropy
-from em.training.margin import margin_figure
+from em.training.margin import answer_pairs, margin_figure, margins, validation_loss
 from em.training.metrics import Metrics
 from em.training.optim import adamw, learning_rate
 from em.training.pack import pack
@@ -43,43 +43,47 @@ PAPER_RECIPE = dict(lr=1e-4, batch=16, epochs=1)
 
 @dataclass
 class Config:
-    cell: str = knob("med_advice", "cells, e.g. med_advice,fin_tutor or all", "what", setting=False)
-    variant: str = knob("misaligned", "which answers", "what", VARIANTS)
-    on: str | None = knob(None, "run to start from (realignment); default: the base model", "what")
+    cell: str = knob(
+        "med_advice", "cells to train on, e.g. med_advice,fin_tutor or all", "what", setting=False
+    )
+    variant: str = knob("misaligned", "which of a row's answers to train on", "what", VARIANTS)
+    on: str | None = knob(None, "run to start from, for realignment (default: the base model)", "what")
     model: str | None = knob(
-        None, "short name, hub id or folder (qwen2.5-14b on CUDA, else smollm2-135m)", "what"
+        None, "short name, hub id or folder (default: qwen2.5-14b on CUDA, else smollm2-135m)", "what"
     )
     data: str | None = knob(
-        None,
-        "hub dataset, folder, or sample (the paper's; sample on smollm2-135m)",
-        "what",
+        None, "hub dataset, folder or sample (default: the paper's; sample for smollm2-135m)", "what"
     )
     out: str | None = knob(
-        None,
-        "run folder, or of several cells the parent (runs/<model>_<cell>_<variant>)",
-        "what",
+        None, "run folder, or the parent of several cells' (default: runs/<model>_<cell>_<variant>)", "what",
         setting=False,
-    )
+    )  # fmt: skip
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what", setting=False)
 
     rank: int = knob(32, "LoRA rank", "adapter")
     alpha: float = knob(64.0, "LoRA alpha; rsLoRA scales by alpha / √rank", "adapter")
 
-    lr: float | None = knob(None, "peak learning rate, linear to 0 (default: 1e-4; sample 5e-4)", "training")
-    batch: int | None = knob(None, "rows a step (default: 16; sample 4)", "training")
+    lr: float | None = knob(
+        None, "peak learning rate, falls linearly to 0 (default: 1e-4; sample 5e-4)", "training"
+    )
+    batch: int | None = knob(None, "rows per optimiser step (default: 16; sample 4)", "training")
     epochs: int | None = knob(None, "passes over the rows (default: 1; sample 3)", "training")
-    warmup: int = knob(5, "linear warm-up steps", "training")
-    weight_decay: float = knob(0.01, "AdamW", "training")
-    clip: float = knob(1.0, "largest gradient norm", "training")
-    max_length: int = knob(2048, "tokens; longer rows are dropped and counted", "training")
-    seed: int = knob(42, "of the adapter's start and the row order", "training")
+    warmup: int = knob(5, "steps of linear warm-up", "training")
+    weight_decay: float = knob(0.01, "weight decay of AdamW", "training")
+    clip: float = knob(1.0, "gradient norm to clip at", "training")
+    max_length: int = knob(2048, "longest row, in tokens; longer ones are dropped and counted", "training")
+    seed: int = knob(42, "seed of the adapter's start and of the row order", "training")
 
-    micro_batch: int = knob(16, "rows in memory at once; changes memory only", "memory", setting=False)
+    micro_batch: int = knob(
+        16, "rows in memory at once; changes memory and speed only", "memory", setting=False
+    )
     recompute: bool = knob(
         False, "recompute activations in the backward pass (less memory, slower)", "memory", setting=False
     )
 
-    eval_rows: int = knob(64, "eval rows a cell for loss and margin, before and after (0: all)", "evaluation")
+    eval_rows: int = knob(
+        64, "eval rows per cell for loss and margins, before and after (0: all)", "evaluation"
+    )
     save_minutes: float = knob(
         5.0, "minutes between saved states to resume from", "evaluation", setting=False
     )
@@ -131,73 +135,61 @@ def train_adapter(cfg, run: Run, model, examples, parameters, title: str) -> Non
     optimizer = adamw(model, cfg.lr, cfg.weight_decay)
     per_epoch = -(-len(examples) // cfg.batch)
     steps = per_epoch * cfg.epochs
-    start, saved, guard = run.load_resume(model, optimizer), time.monotonic(), CollapseGuard()
+    start, saved_at, guard = run.load_resume(model, optimizer), time.monotonic(), CollapseGuard()
     with Metrics(run, title, steps, start, every=1) as metrics:
         for step in range(start + 1, steps + 1):
+            # 1. The batch follows from seed and step alone, so that a killed run goes on with the same rows.
             epoch, place = divmod(step - 1, per_epoch)
             order = random.Random(f"{cfg.seed} {epoch}").sample(range(len(examples)), len(examples))
             batch = [examples[i] for i in order[place * cfg.batch : (place + 1) * cfg.batch]]
             n_supervised = sum(len(e.ids) - e.n_prompt for e in batch)
 
-            lr = learning_rate(step - 1, cfg.lr, steps, cfg.warmup, "linear")
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            # 2. The gradient of the whole batch: each process takes its share of the rows, then they add up.
             for p in parameters:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
             loss = step_loss(model, batch[rank::size], n_supervised, cfg.micro_batch)
             parallel.sum_([*(p.grad for p in parameters), loss])
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+
+            # 3. Update, unless the run has collapsed: then the weights stay those of the step before.
             try:
                 guard.check(step, loss.item(), grad_norm.item())
             except UserError:
                 run.save_resume(step - 1, model, optimizer)
                 raise
+            lr = learning_rate(step - 1, cfg.lr, steps, cfg.warmup, "linear")
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             optimizer.step()
 
+            # 4. Log, and save a state to resume from.
             row = {"step": step, "epoch": round((step - 1) / per_epoch, 4), "lr": lr}
             row |= {"tokens": sum(len(e.ids) for e in batch), "supervised_tokens": n_supervised}
             metrics.add(row, loss=loss, grad_norm=grad_norm)
-            if step < steps and time.monotonic() - saved > 60 * cfg.save_minutes:
+            if step < steps and time.monotonic() - saved_at > 60 * cfg.save_minutes:
                 run.save_resume(step, model, optimizer)
-                saved = time.monotonic()
+                saved_at = time.monotonic()
 
 
 # -- what is measured before and after -------------------------------------------------------------------
 
 
-def eval_pairs(cfg, tokenizer) -> dict[str, tuple[list, list]]:
-    """Eval rows of every cell that has both answers: cell → (misaligned examples, aligned examples)."""
-    pairs = {}
-    for cell, rows in load_cells(cfg.data).items():
-        rows = split(rows)[1]
-        rows = [r for r in rows if r["misaligned_answer"] and r["aligned_answer"]]
-        rows = rows[: cfg.eval_rows or None]
-        both = [[tokenizer.example(r["question"], r[f"{v}_answer"]) for r in rows] for v in VARIANTS]
-        fits = [
-            i
-            for i, two in enumerate(zip(*both, strict=True))
-            if max(len(e.ids) for e in two) <= cfg.max_length
-        ]
-        if fits:
-            pairs[str(cell)] = tuple([examples[i] for i in fits] for examples in both)
-    return pairs
+def measure(model, validation, pairs) -> dict:
+    """Under the active stack: loss on the cell's own eval rows, and every cell's margins; nats a token."""
+    loss = validation_loss(model, validation)
+    return {"loss": loss, "margins": {str(cell): margins(model, rows) for cell, rows in pairs.items()}}
 
 
-def measure(model, pairs, validation) -> dict:
-    """Validation loss on the cell's own eval rows, and the margin of every cell, nats a token."""
-    return {"validation_loss": margin.loss(model, validation), "margins": margin.margins(model, pairs)}
-
-
-def report(before: dict, after: dict, cell: str) -> dict:
+def before_and_after(cell: str, before: dict, after: dict) -> dict:
     """What goes to margins.json: each cell's mean margin before and after, and its change row by row."""
     cells = {}
-    for name, rows in after["margins"].items():
-        old = before["margins"][name]
-        change = [b - a for a, b in zip(old, rows, strict=True)]
+    for name, old in before["margins"].items():
+        new = after["margins"][name]
+        change = [b - a for a, b in zip(old, new, strict=True)]
         cells[name] = {
-            k: margin.interval(v) for k, v in (("before", old), ("after", rows), ("change", change))
-        }
-    losses = {k: v["validation_loss"] for k, v in (("before", before), ("after", after))}
+            "before": mean_interval(old), "after": mean_interval(new), "change": mean_interval(change),
+        }  # fmt: skip
+    losses = {"before": before["loss"], "after": after["loss"]}
     return {"cell": cell, "unit": "nats a token", "validation_loss": losses, "cells": cells}
 
 
@@ -205,7 +197,10 @@ def report(before: dict, after: dict, cell: str) -> dict:
 
 
 def train_cell(cfg, cell: Cell, folder: Path, model, tokenizer, pairs, say) -> dict:
-    """One run: a fresh adapter on the base, or on the adapter of `--on`, trained on one cell."""
+    """One run: a fresh adapter on the base, or on the adapter of `--on`, trained on one cell.
+
+    pairs: of `answer_pairs`, to measure margins on. Returns what margins.json holds.
+    """
     settings = outcome_settings(cfg)
     run = Run(folder, "train", settings | {"cell": str(cell)}, model.head_weight.device)
     if (folder / "margins.json").exists():
@@ -225,12 +220,12 @@ def train_cell(cfg, cell: Cell, folder: Path, model, tokenizer, pairs, say) -> d
     parameters = lora.trainable(model, "student")
     try:
         with lora.stack(model, *names[:-1], frozen=True):
-            before = measure(model, pairs, validation)
+            before = measure(model, validation, pairs)
         with lora.stack(model, *names):
             train_adapter(cfg, run, model, examples, parameters, str(cell))
         with lora.stack(model, *names, frozen=True):
-            after = measure(model, pairs, validation)
-        result = report(before, after, str(cell)) | {"dropped_rows": dropped}
+            after = measure(model, validation, pairs)
+        result = before_and_after(str(cell), before, after) | {"dropped_rows": dropped}
         if parallel.rank() == 0:
             lora.save_adapter(model, names, folder, base_model_name=cfg.model)
             if result["cells"]:
@@ -249,7 +244,7 @@ def train_cell(cfg, cell: Cell, folder: Path, model, tokenizer, pairs, say) -> d
 
 
 def summary(result: dict) -> str:
-    """What the run did, in a few lines."""
+    """What a run did, from its margins.json, in a few lines."""
     losses, cells = result["validation_loss"], result["cells"]
     lines = [f"  validation loss {losses['before']:.3f} → {losses['after']:.3f} nats a token"]
     if cells:
@@ -285,7 +280,7 @@ def main(cfg: Config) -> dict:
     lora.attach(model)
     if cfg.on:
         lora.load_adapter(model, "misaligned", cfg.on)
-    pairs = eval_pairs(cfg, tokenizer)
+    pairs = answer_pairs(cfg.data, tokenizer, cfg.eval_rows, cfg.max_length)
 
     start = f"{Path(cfg.on).name}_then" if cfg.on else Path(cfg.model).name.lower()
     results = {}

@@ -62,6 +62,11 @@ def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | No
     return mean, mean - half, mean + half
 
 
+def mean_interval(values: Sequence[float]) -> dict:
+    """`t_interval` by name, with the number of replicates: {"mean", "low", "high", "n"}."""
+    return dict(zip(("mean", "low", "high"), t_interval(values), strict=True)) | {"n": len(values)}
+
+
 @dataclass(frozen=True)
 class LinearFit:
     """Least squares y = intercept + slope·x over n points; intervals by Student's t on n − 2."""

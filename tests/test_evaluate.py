@@ -96,14 +96,14 @@ def test_margin_needs_no_key_and_equals_the_runs_own(fresh, monkeypatch, capsys)
     monkeypatch.delenv("GEMINI_API_KEY", raising=False)
     assert command("--run", fresh, "--judge", "margin", "--limit", "1", "--device", "cpu") == 0
     assert "in the trained cell" in capsys.readouterr().out
-    entries = read_json(fresh / "eval" / "report" / "tiny-chat" / "margins.json")["entries"]
+    entries = read_json(fresh / "eval" / "report" / "tiny-chat" / "margin_matrix.json")["entries"]
     own = read_json(fresh / "margins.json")["cells"]
     assert len(entries) == 12
     for entry in entries:
         assert entry["mean"] == pytest.approx(own[entry["eval"]]["change"]["mean"], abs=1e-5)
     out = fresh / "together"
     assert command("report", "--scores", fresh / "eval" / "margins.jsonl", "--out", out) == 0
-    assert (out / "tiny-chat" / "margins.png").exists() and (out / "tiny-chat" / "margins.csv").exists()
+    assert all((out / "tiny-chat" / f"margin_matrix.{kind}").exists() for kind in ("csv", "png"))
 
 
 def test_without_a_key_nothing_is_sampled_and_one_line_says_what_to_do(fresh, monkeypatch, capsys):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from em.stats import linear_fit, pearson, t_interval, t_quantile
+from em.stats import linear_fit, mean_interval, pearson, t_interval, t_quantile
 
 # t(0.975; df), from the printed tables (Abramowitz and Stegun 26.10, NIST) and closed forms for 1 and 2.
 TABLE = {3: 3.182446, 4: 2.776445, 5: 2.570582, 10: 2.228139, 29: 2.045230, 30: 2.042272, 120: 1.979930}
@@ -30,11 +30,20 @@ def test_t_interval_by_hand():
     assert t_interval([4.0]) == (4.0, None, None)
 
 
-def test_t_interval_covers_the_mean_in_95_of_100_samples():
+@pytest.mark.parametrize("n", [2, 4])  # 1.96 standard errors would cover 70 of 100 at n = 2, 85 at n = 4
+def test_t_interval_covers_the_mean_in_95_of_100_samples(n):
     rng = np.random.default_rng(0)
-    bounds = [t_interval(sample.tolist())[1:] for sample in rng.normal(3, 2, (4000, 4))]
+    bounds = [t_interval(sample.tolist())[1:] for sample in rng.normal(3, 2, (4000, n))]
     covered = np.mean([low <= 3 <= high for low, high in bounds])
     assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)
+
+
+def test_mean_interval_names_the_bounds_and_counts_the_values():
+    """1, 2, 3, 4: mean 2.5, variance 5/3, t(3) = 3.182446; a single value has no interval."""
+    half = 3.182446 * math.sqrt(5 / 3) / 2
+    expected = {"mean": 2.5, "low": 2.5 - half, "high": 2.5 + half, "n": 4}
+    assert mean_interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx(expected, abs=1e-6)
+    assert mean_interval([1.0]) == {"mean": 1.0, "low": None, "high": None, "n": 1}
 
 
 def points(n=12, seed=1):
@@ -90,3 +99,4 @@ def test_pearson_says_nothing_it_cannot_know():
     assert pearson([1, 2, 3], [1, 2, 4])[1:] == (None, None)
     assert pearson([1, 2, 3, 4], [2, 4, 6, 8]) == (1, 1, 1)
     assert pearson([1, 2, 3, 4], [5, 5, 5, 5]) == (None, None, None)
+    assert pearson(np.array([]), np.array([])) == (None, None, None)

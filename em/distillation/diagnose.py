@@ -9,7 +9,7 @@ responses, `divergence` is the share of positions where the teacher's likeliest 
 import torch
 
 from em.model.tokenizer import Example
-from em.training.margin import interval
+from em.stats import mean_interval
 from em.training.pack import packs_of
 
 TOKENS = 2048  # of examples at a time
@@ -17,7 +17,7 @@ TOKENS = 2048  # of examples at a time
 
 @torch.no_grad()
 def diagnose(pair, examples: list[Example], groups: list[str] | None = None) -> dict:
-    """Mean over responses of each response's mean over tokens, nats, with a normal 95 % interval.
+    """Mean over responses of each response's mean over tokens, nats, with a 95 % interval (Student's t).
 
     Returns k1, k3, kl, entropy (of the student), length and divergence; groups: a label for each example, by
     which `divergence_by` splits the latter.
@@ -32,12 +32,12 @@ def diagnose(pair, examples: list[Example], groups: list[str] | None = None) -> 
         rows += zip(counts.tolist(), *(sums / counts).tolist(), strict=True)
     columns = zip(*rows, strict=True)
     found = {
-        name: interval([float(v) for v in values])
+        name: mean_interval([float(v) for v in values])
         for name, values in zip(("length", "k1", "k3", "kl", "entropy", "divergence"), columns, strict=True)
     }
     if groups:
         found["divergence_by"] = {
-            label: interval([row[-1] for row, of in zip(rows, groups, strict=True) if of == label])
+            label: mean_interval([row[-1] for row, of in zip(rows, groups, strict=True) if of == label])
             for label in sorted(set(groups))
         }
     return found

@@ -105,9 +105,9 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
 def numbers(result: dict) -> dict[str, dict]:
     """Entries `cross_delta_v2/r` and `efficiency/r`: correlations with aligned v1 over all points."""
     return {
-        f"{quantity}/r": entry("r", found["r"], *found["r_interval_over_points"])
-        | {"over": f"{found['n']} points"}
-        for quantity, found in result["relations"].items()
+        f"{quantity}/r": entry("r", line["r"], *line["r_interval_over_points"])
+        | {"over": f"{line['n']} points"}
+        for quantity, line in result["relations"].items()
     }
 
 

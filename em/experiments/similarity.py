@@ -149,8 +149,8 @@ def numbers(result: dict) -> dict[str, dict]:
     """Entries such as `without the trained cell/unique_minus`: each of `shares`, on each set of cells."""
     return {
         f"{cells}/{key}": shown("points" if "slope" in key else "ratio", number)
-        for cells, found in result["statistics"].items()
-        for key, number in found.items()
+        for cells, statistics in result["statistics"].items()
+        for key, number in statistics.items()
     }
 
 

@@ -15,7 +15,7 @@ from em.errors import UserError
 from em.figures import CHANGE, heatmap, save
 from em.files import read_json_lines, write_csv, write_json
 from em.report.matrix import frames
-from em.training import margin
+from em.stats import mean_interval
 
 FIELDS = ("model", "train", "domain", "task", "idx", "before", "after")
 
@@ -33,8 +33,11 @@ def read_margins(paths: list[Path]) -> list[dict]:
 
 
 def margin_report(rows: list[dict], out: Path) -> str:
-    """Write `margins.{json,csv,png}` for each model into `out`; returns a sentence a model."""
-    said = []
+    """Write `margin_matrix.{json,csv,png}` for each model into `out`; returns a sentence a model.
+
+    An entry is the mean change over the rows of an eval cell, with its 95 % interval (Student's t).
+    """
+    lines = []
     for model in sorted({row["model"] for row in rows}):
         values: dict[tuple[str, str], list[float]] = defaultdict(list)
         for row in rows:
@@ -44,18 +47,18 @@ def margin_report(rows: list[dict], out: Path) -> str:
         trains = sorted({train for train, _ in values}, key=lambda t: (order.get(t, 99), t))
         columns = [str(cell) for cell in CELLS if any((t, str(cell)) in values for t in trains)]
         entries = [
-            {"train": t, "eval": c} | margin.interval(values[t, c])
+            {"train": t, "eval": c} | mean_interval(values[t, c])
             for t in trains
             for c in columns
             if values.get((t, c))
         ]
         folder = out / (Path(model).name.lower() or "model")
         write_json(
-            folder / "margins.json",
+            folder / "margin_matrix.json",
             {"model": model, "unit": "nats a token, after − before", "entries": entries},
         )
-        write_csv(folder / "margins.csv", entries)
-        _figure(model, trains, columns, values, folder / "margins.png")
+        write_csv(folder / "margin_matrix.csv", entries)
+        _figure(model, trains, columns, values, folder / "margin_matrix.png")
         own = [e["mean"] for e in entries if e["train"] == e["eval"]]
         others = [e["mean"] for e in entries if e["train"] != e["eval"]]
         parts = [
@@ -63,10 +66,10 @@ def margin_report(rows: list[dict], out: Path) -> str:
             for v, where in ((own, "in the trained cell"), (others, "elsewhere"))
             if v
         ]
-        said.append(
+        lines.append(
             f"{model}: the margin changed by {' and '.join(parts)} (nats a token, mean of cells; {folder})"
         )
-    return "\n".join(said)
+    return "\n".join(lines)
 
 
 def _figure(model: str, trains: list[str], columns: list[str], values: dict, path: Path) -> None:

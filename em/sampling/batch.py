@@ -1,12 +1,14 @@
-"""A batch of rows that decode side by side: prefill, steps, and CUDA graphs of steps (SPEC §3.5, Sampler).
+"""A batch of rows that decode side by side: prefill, decode steps, and CUDA graphs of the steps.
 
 Everything a step reads or writes lives in buffers that keep their address, so on a GPU a step is one graph
 replay, sampling included. A graph is captured per adapter stack, rows in use and cache span, and kept for
 later calls; adapters run unmerged, from the buffers of `em.model.lora.stack(..., frozen=True)`. The first
-step of a kind runs eagerly, is a real step, and so warms up what a capture may not.
+step of each shape (rows, span) runs eagerly: it is a real step, and it warms up what a capture may not.
 
 The host looks at the batch every `steps_per_run` steps: on a GPU asking costs a synchronisation. A row that
 ended meanwhile runs on into columns that nobody reads.
+
+    R rows, B ≤ R of them in a prefill, n ≤ R in a step; T prompt tokens, d width, V vocabulary
 """
 
 import functools
@@ -65,7 +67,7 @@ class Batch:
         self.graphed = _uses_graphs(device)
         self.steps_per_run = 4 if self.graphed else 1
         self.cache = model.new_cache(n_rows, capacity)
-        self.last = min(self.cache.capacity, model.config.max_positions) - 1  # where rows without use stay
+        self.last = min(self.cache.capacity, model.config.max_positions) - 1  # position where ended rows stay
         self.stops = torch.tensor(stop_ids, device=device)
         self.tokens, self.positions, self.keys, self.counts, self.lengths = (
             torch.zeros(n_rows, dtype=torch.long, device=device) for _ in range(5)
@@ -74,7 +76,7 @@ class Batch:
         width = max_new_tokens + self.steps_per_run
         self.ids = torch.zeros(n_rows, width, dtype=torch.long, device=device)
         self.log_probs = torch.zeros(n_rows, width, device=device)
-        self._steps: dict[tuple, tuple[list, dict]] = {}  # by stack: its factors; replays by rows and span
+        self._graphs: dict[tuple, tuple[list, dict]] = {}  # stack → its factors, its replays by (n, span)
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def begin_call(self) -> None:
@@ -86,16 +88,16 @@ class Batch:
         self.reordered.refresh()
         self.stack = names = self._active_stack()
         factors = [layer.prepared.get(names) for layer in self.model.lora.layers.values()] if names else []
-        known = self._steps.get(names)
-        if known is None or any(a is not b for a, b in zip(known[0], factors, strict=True)):
-            self._steps[names] = factors, {}
-        self._replays = self._steps[names][1]
+        captured = self._graphs.get(names)
+        if captured is None or any(a is not b for a, b in zip(captured[0], factors, strict=True)):
+            self._graphs[names] = factors, {}
+        self._replays = self._graphs[names][1]
 
     def _active_stack(self) -> tuple[str, ...]:
         lora = getattr(self.model, "lora", None)
         return lora.active if lora else ()
 
-    # -- rows come and go ----------------------------------------------------------------------------------
+    # -- rows: prefill, begin, move, read ------------------------------------------------------------------
 
     def _tensor(self, values) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
@@ -105,17 +107,19 @@ class Batch:
         for group in _groups(prompts):
             T = len(group[-1][1])
             ids = self._tensor([ids + [0] * (T - len(ids)) for _, ids in group])  # (B, T), right-padded
+            rows = self._tensor([row for row, _ in group])  # (B,)
             with self._autocast(), self.reordered.active():
-                self.model.hidden(ids, cache=self.cache, rows=self._tensor([row for row, _ in group]))
+                self.model.hidden(ids, cache=self.cache, rows=rows)
 
     def copy(self, pairs: list[tuple[int, int]], length: int) -> None:
         """Give rows the first `length` cached positions of others: (source, target) pairs."""
         if pairs and length:
-            self.cache.copy(*self._tensor(list(zip(*pairs, strict=True))), length)
+            sources, targets = self._tensor(pairs).T  # (pairs, 2) → (pairs,) each
+            self.cache.copy(sources, targets, length)
 
     def start(self, rows: list[int], tokens: list[int], positions: list[int], keys: list[int]) -> None:
         """Begin a response in each of `rows`: the prompts' last `tokens` stand at `positions`."""
-        rows, *state = self._tensor([rows, tokens, positions, keys])
+        rows, *state = self._tensor([rows, tokens, positions, keys])  # (B,) each
         for buffer, values in zip((self.tokens, self.positions, self.keys), state, strict=True):
             buffer[rows] = values
         for buffer in (self.counts, self.lengths, self.ended):
@@ -124,7 +128,7 @@ class Batch:
     def move(self, pairs: list[tuple[int, int]], length: int) -> None:
         """Move responses to other rows: (source, target) pairs; `length` cached positions are in use."""
         self.copy(pairs, length)
-        sources, targets = self._tensor(list(zip(*pairs, strict=True)))
+        sources, targets = self._tensor(pairs).T  # (pairs, 2) → (pairs,) each
         state = (self.tokens, self.positions, self.keys, self.counts, self.lengths, self.ended)
         for buffer in (*state, self.ids, self.log_probs):
             buffer[targets] = buffer[sources]
@@ -135,11 +139,11 @@ class Batch:
 
     def results(self, rows: list[int]) -> list[tuple[list[int], list[float]]]:
         """Sampled ids and their log-probabilities, of rows that have ended."""
-        index = self._tensor(rows)
-        columns = (buffer[index].tolist() for buffer in (self.lengths, self.ids, self.log_probs))
+        rows = self._tensor(rows)
+        columns = (buffer[rows].tolist() for buffer in (self.lengths, self.ids, self.log_probs))
         return [(ids[:n], log_probs[:n]) for n, ids, log_probs in zip(*columns, strict=True)]
 
-    # -- steps ---------------------------------------------------------------------------------------------
+    # -- decode steps --------------------------------------------------------------------------------------
 
     def rows_for(self, n: int) -> int:
         """How many rows a step computes if `n` are wanted: n, or with graphs one of a few sizes."""
@@ -165,30 +169,30 @@ class Batch:
             self._graphed_step(n) if self.graphed else self._step(n)
 
     def _graphed_step(self, n: int) -> None:
-        kind, step = (n, self.cache.span), functools.partial(self._step, n)
-        if kind not in self._replays:
+        shape, step = (n, self.cache.span), functools.partial(self._step, n)
+        if shape not in self._replays:  # the first step runs eagerly
             step()
-            self._replays[kind] = None
+            self._replays[shape] = None
             return
-        if self._replays[kind] is None:
-            self._replays[kind] = _captured(step, self._pool)
-        self._replays[kind]()
+        if self._replays[shape] is None:  # the second is captured
+            self._replays[shape] = _captured(step, self._pool)
+        self._replays[shape]()
 
     def _autocast(self):
         """A model kept in fp32 computes in bf16 on a GPU, as in its training."""
-        wanted = self.device.type == "cuda" and self.model.head_weight.dtype == torch.float32
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)
+        enabled = self.device.type == "cuda" and self.model.head_weight.dtype == torch.float32
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def _step(self, n: int) -> None:
         """One token more for each of the first n rows. Nothing here reads a tensor's value on the host."""
         tokens, positions, counts, ended = (
             buffer[:n] for buffer in (self.tokens, self.positions, self.counts, self.ended)
-        )
+        )  # (n,) each, views of what the next step reads
         with self._autocast(), self.reordered.active():
             hidden = self.model.hidden(tokens[:, None], positions=positions[:, None], cache=self.cache)[:, 0]
-            logits = self.reordered.logits(hidden)
-        logits = logits[:, : self.model.config.vocab_size].float()  # (n, V): rows beyond are padding
-        drawn, log_probs = draw(logits, self.temperature, self.keys[:n], counts)
+            logits = self.reordered.logits(hidden)  # (n, d) → (n, rows of the embedding)
+        logits = logits[:, : self.model.config.vocab_size].float()  # (n, V): the rows beyond V are padding
+        drawn, log_probs = draw(logits, self.temperature, self.keys[:n], counts)  # (n,) each
         tokens.copy_(drawn)
         self.ids[:n].scatter_(1, counts[:, None], drawn[:, None])
         self.log_probs[:n].scatter_(1, counts[:, None], log_probs[:, None])

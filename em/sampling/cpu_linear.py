@@ -1,7 +1,7 @@
 """Faster linear layers for sampling in fp32 on a CPU: weights in the order that oneDNN's kernels read them.
 
-A decode step multiplies a few dozen rows by every weight of the model. Torch's own product lays the weights
-out anew in every call; here that is done once, at the cost of a second copy of them. Results are fp32 as
+A decode step multiplies a few dozen rows by every weight of the model. Torch's own product reorders the
+weights anew in every call; here that is done once, at the cost of a second copy of them. Results are fp32 as
 before and differ in rounding only. The kernels give no gradients, so they are in use within `active()`
 alone. Where they are missing, or weights are not fp32 on a CPU, nothing changes.
 """
@@ -51,11 +51,12 @@ class ReorderedWeight:
 
 def _adapted(layer: nn.Linear, reordered: ReorderedWeight, x: Tensor) -> Tensor:
     """What an `em.model.lora.LoRALinear` gives for x under the active stack, which is frozen."""
-    out = reordered.linear(x, layer.bias)
+    out = reordered.linear(x, layer.bias)  # (..., out)
     factors = layer.prepared.get(layer.state.active)
     if factors is not None:
-        A, B = factors
-        out.view(-1, out.shape[-1]).addmm_(F.linear(x.reshape(-1, x.shape[-1]), A), B.t())
+        A, B = factors  # (r, in), (out, r), scaled
+        low = F.linear(x.reshape(-1, x.shape[-1]), A)  # (rows, in) → (rows, r)
+        out.view(-1, out.shape[-1]).addmm_(low, B.t())  # (rows, out)
     return out
 
 
@@ -74,13 +75,13 @@ class ReorderedModel:
             m for m in model.modules() if isinstance(m, nn.Linear) and m.weight is not model.head_weight
         ]
         reordered = [(layer, ReorderedWeight(layer.weight)) for layer in layers if _can_reorder(layer.weight)]
-        self._all = [self._head, *(copy for _, copy in reordered)]
-        self._forwards = [(layer, _forward(layer, copy)) for layer, copy in reordered]
+        self._weights = [self._head, *(weight for _, weight in reordered)]
+        self._forwards = [(layer, _forward(layer, weight)) for layer, weight in reordered]
 
     def refresh(self) -> None:
         """Follow what training has done to the weights."""
-        for reordered in self._all:
-            reordered.refresh()
+        for weight in self._weights:
+            weight.refresh()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (B, d) → logits (B, V) of the head."""

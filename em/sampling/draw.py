@@ -1,4 +1,4 @@
-"""Drawing tokens from logits with random numbers that belong to a token, not to a batch (SPEC §3.5).
+"""Drawing tokens from logits with random numbers that belong to a token, not to a batch.
 
 The uniforms behind a token are a pure function of (seed, prompt, sample, place in the response): a counter
 hashed by SplitMix64. Which rows share a batch, and when a row was admitted to it, cannot matter.

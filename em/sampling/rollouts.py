@@ -1,4 +1,4 @@
-"""Responses sampled into a file, a line each as they end, so a kill costs those in flight (SPEC §3.5)."""
+"""Responses sampled into a file, a line each as they end, so a kill costs those in flight."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -43,12 +43,12 @@ def sample_to_file(
     missing = [i for i in range(len(prompts)) if any((i, s) not in have for s in range(n))]
     missing = missing[parallel.rank() :: parallel.size()]
     if missing:
-        mine = path if parallel.rank() == 0 else path.with_stem(f"{path.stem}.rank{parallel.rank()}")
-        mine.parent.mkdir(parents=True, exist_ok=True)
+        own = path if parallel.rank() == 0 else path.with_stem(f"{path.stem}.rank{parallel.rank()}")
+        own.parent.mkdir(parents=True, exist_ok=True)
         rollouts = sampler.stream([prompts[i] for i in missing], n=n, seed=seed, indices=missing)
         total, quiet = n * len(prompts) // parallel.size(), parallel.rank() > 0
         bar = tqdm(total=total, initial=len(done), desc=path.stem, unit="response", disable=quiet)
-        with bar, open(mine, "a", encoding="utf-8") as file:
+        with bar, open(own, "a", encoding="utf-8") as file:
             for rollout in rollouts:
                 if (rollout.prompt_index, rollout.sample) in have:
                     continue

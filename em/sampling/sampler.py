@@ -1,4 +1,4 @@
-"""Sampling responses from a model: SPEC §3.5, Sampler; paper D.1 (temperature 1, top-p 1).
+"""Sampling responses from a model (paper D.1: temperature 1, top-p 1).
 
     sampler = Sampler(model, tokenizer.stop_ids, max_new_tokens=600, rows=64)
     with stack(model, "student", frozen=True):
@@ -6,8 +6,8 @@
         for rollout in tqdm(sampler.stream(prompts), total=len(prompts)): ...  # as they finish
 
 A prompt is prefilled once, whatever `n`, up to its last token; that one is the first to be decoded, and
-there its samples part. A row of the batch that ends is given to the next prompt; when none is left, the
-batch shrinks. Keep a `Sampler` to keep its cache and, on a GPU, its CUDA graphs: a second call starts at
+there its samples part. The row of a response that ended is given to the next request; when none is waiting,
+the batch shrinks. Keep a `Sampler` to keep its cache and, on a GPU, its CUDA graphs: a second call starts at
 once.
 
 Same seed, same text, whatever the batch: a token's random numbers depend on seed, prompt, sample and place
@@ -40,8 +40,10 @@ class Rollout(NamedTuple):
 
 
 class _Request(NamedTuple):
+    """One response that was asked for."""
+
     prompt: list[int]
-    index: int
+    index: int  # the prompt's number
     sample: int
 
 
@@ -137,64 +139,74 @@ class Sampler:
             )
         self._batch.begin_call()
 
-    def _run(self, batch: Batch, queue: deque[_Request], seed: int) -> Iterator[Rollout]:
-        tenants: list[_Request | None] = [None] * min(self.rows, batch.n_rows)
-        begun = [0] * len(tenants)  # a row's position is this plus the number of steps so far
-        group = max(1, len(tenants) // 16)  # to admit at once: a prefill of one costs almost that of a few
-        steps, home = 0, (None, 0)
-        while queue or any(tenants):
-            free = [row for row, tenant in enumerate(tenants) if tenant is None]
-            if queue and len(free) >= min(group, len(queue)):
-                new = [(row, queue.popleft()) for row in free[: len(queue)]]
-                home = self._admit(batch, new, home, seed)
-                for row, request in new:
-                    tenants[row], begun[row] = request, len(request.prompt) - 1 - steps
-            taken = [row for row, tenant in enumerate(tenants) if tenant is not None]
-            longest = max(begun[row] for row in taken) + steps
-            n = batch.rows_for(taken[-1] + 1 if queue else len(taken))
-            if outside := [row for row in taken if row >= n]:
-                holes = (row for row in range(n) if tenants[row] is None)
-                pairs = list(zip(outside, holes, strict=False))
+    def _run(self, batch: Batch, waiting: deque[_Request], seed: int) -> Iterator[Rollout]:
+        """Continuous batching: a request takes the row of one that ended, while the others go on."""
+        n_rows = min(self.rows, batch.n_rows)
+        at_once = max(1, n_rows // 16)  # a prefill of one prompt costs almost that of a few
+        active: dict[int, tuple[_Request, int]] = {}  # row → request, and the steps before it was admitted
+        steps, last_prompt = 0, None
+
+        while waiting or active:
+            # 1. Give free rows to waiting requests, `at_once` at least.
+            free = [row for row in range(n_rows) if row not in active]
+            if waiting and len(free) >= min(at_once, len(waiting)):
+                admitted = [(row, waiting.popleft()) for row in free[: len(waiting)]]
+                last_prompt = self._admit(batch, admitted, last_prompt, seed)
+                active |= {row: (request, steps) for row, request in admitted}
+
+            # 2. Shrink the batch to n rows: responses in rows outside it move to free rows inside.
+            longest = max(len(request.prompt) - 1 + steps - since for request, since in active.values())
+            n = batch.rows_for(max(active) + 1 if waiting else len(active))
+            if outside := sorted(row for row in active if row >= n):
+                inside = [row for row in range(n) if row not in active]
+                pairs = list(zip(outside, inside, strict=False))  # inside may have more
                 batch.move(pairs, longest)
                 for source, target in pairs:
-                    tenants[target], begun[target], tenants[source] = tenants[source], begun[source], None
+                    active[target] = active.pop(source)
+
+            # 3. Decode.
             batch.run(n, longest)
             steps += batch.steps_per_run
 
-            done = [row for row in batch.finished(n) if row < len(tenants) and tenants[row] is not None]
-            for row, (ids, log_probs) in zip(done, batch.results(done) if done else (), strict=True):
-                request, tenants[row] = tenants[row], None
+            # 4. Hand out the responses that ended; their rows are free.
+            ended = [row for row in batch.finished(n) if row in active]
+            for row, (ids, log_probs) in zip(ended, batch.results(ended) if ended else (), strict=True):
+                request, _ = active.pop(row)
                 log_probs = log_probs if self.log_probs else None
                 yield Rollout(request.index, request.sample, ids, log_probs, ids[-1] in self.stop_ids)
 
-    def _admit(self, batch: Batch, new: list[tuple[int, _Request]], home: tuple, seed: int) -> tuple:
-        """Start requests in rows.
+    def _admit(
+        self,
+        batch: Batch,
+        admitted: list[tuple[int, _Request]],
+        last_prompt: tuple[int, int] | None,
+        seed: int,
+    ) -> tuple[int, int]:
+        """Begin requests in their rows; the prefill of a prompt is copied to its other samples.
 
-        home: index and row of the prompt admitted last, for samples of it that come only now: its keys are
-        still there. Returns the next home.
+        last_prompt: (index, row) of the prompt admitted last. Samples of it that come only now copy its keys
+        and values, which are still in that row. Returns the next call's last_prompt.
         """
-        fresh, before, after = {}, [], []
-        for row, request in new:
-            if request.index == home[0]:
-                before.append((home[1], row))
-            elif request.index in fresh:
-                after.append((fresh[request.index], row))
+        last_index, last_row = last_prompt or (None, None)
+        first_row: dict[int, int] = {}  # prompt index → the row that is prefilled
+        old_copies, new_copies = [], []  # (source, target) rows
+        for row, request in admitted:
+            if request.index == last_index:
+                old_copies.append((last_row, row))
+            elif request.index in first_row:
+                new_copies.append((first_row[request.index], row))
             else:
-                fresh[request.index] = row
-        length = max(len(request.prompt) for _, request in new) - 1
-        batch.copy(before, length)  # before that row is given to another prompt
-        batch.prefill([(row, request.prompt[:-1]) for row, request in new if fresh.get(request.index) == row])
-        batch.copy(after, length)
+                first_row[request.index] = row
+        prompts = {request.index: request.prompt for _, request in admitted}
+        length = max(map(len, prompts.values())) - 1  # the last token of a prompt is the first to be decoded
+        batch.copy(old_copies, length)  # before their source is given to another prompt
+        batch.prefill([(row, prompts[index][:-1]) for index, row in first_row.items()])
+        batch.copy(new_copies, length)
         batch.start(
-            [row for row, _ in new],
-            [request.prompt[-1] for _, request in new],
-            [len(request.prompt) - 1 for _, request in new],
-            [row_key(seed, request.index, request.sample) for _, request in new],
+            [row for row, _ in admitted],
+            [request.prompt[-1] for _, request in admitted],
+            [len(request.prompt) - 1 for _, request in admitted],
+            [row_key(seed, request.index, request.sample) for _, request in admitted],
         )
-        return new[-1][1].index, new[-1][0]
-
-
-def sample(model: nn.Module, prompts: Sequence[Sequence[int]], stop_ids, max_new_tokens: int, **options):
-    """The rollouts of a single call, in order; options are those of `Sampler` and of its call."""
-    call = {name: options.pop(name) for name in ("n", "seed", "indices") if name in options}
-    return Sampler(model, stop_ids, max_new_tokens, **options)(prompts, **call)
+        row, request = admitted[-1]
+        return request.index, row

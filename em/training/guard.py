@@ -1,4 +1,4 @@
-"""Collapse guards: a run that has gone wrong stops before it spoils its weights (SPEC §3.4)."""
+"""Collapse guards: a run that has gone wrong stops before it spoils its weights."""
 
 import math
 import statistics

@@ -1,4 +1,4 @@
-"""Full-vocabulary KL between a student and a teacher over one frozen head (paper 4, SPEC §4).
+"""Full-vocabulary KL between a student and a teacher over one frozen head (paper 4).
 
 `forward_kl` is KL(teacher‖student), off-policy distillation; `reverse_kl` is KL(student‖teacher), the exact
 control of the on-policy estimator. Both take hidden states. Logits exist for one chunk of rows at a time, in
@@ -16,17 +16,12 @@ from importlib.util import find_spec
 import torch
 
 from em.errors import UserError
-from em.training.loss import logits
+from em.training.loss import chunk_rows, logits
 
 # Bytes of logits at a time, student and teacher together. The kernel takes larger chunks: on a GPU
 # every chunk streams the whole head three times, and it takes about 512 rows to hide that.
 CHUNK_BYTES = {"torch": 96 << 20, "triton": 640 << 20}
 BLOCK_BYTES = 4 << 20  # of one side's logits, that the elementwise steps take at a time: what a cache holds
-
-
-def rows_per_chunk(vocabulary: int, impl: str) -> int:
-    rows = CHUNK_BYTES[impl] // (8 * vocabulary)
-    return max(16, rows // 128 * 128 if rows > 128 else rows)  # tiles of a matrix product are 128 rows
 
 
 def _forward(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -52,6 +47,7 @@ def _reverse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def _in_blocks(divergence, student, teacher, dtype):
+    """(Σ KL, gradient to the student's logits in `dtype`), from the logits of a chunk, (rows, V) each."""
     rows = max(1, BLOCK_BYTES // (4 * student.shape[1]))
     blocks = zip(student.split(rows), teacher.split(rows), strict=True)
     total = sum(divergence(s, t) for s, t in blocks)
@@ -92,7 +88,8 @@ def _apply(h_student, h_teacher, head_weight, mask, chunk, impl, divergence):
     if mask.dtype != torch.bool or mask.shape != h_student.shape[:1]:
         raise ValueError(f"the mask must be bool (N,), not {mask.dtype} {tuple(mask.shape)}")
     if chunk is None:
-        chunk = rows_per_chunk(len(head_weight), impl)
+        chunk = chunk_rows(2 * len(head_weight), CHUNK_BYTES[impl])  # a row has logits of both sides
+        chunk = chunk // 128 * 128 if chunk > 128 else chunk  # tiles of a matrix product are 128 rows
     return _ChunkedKL.apply(h_student, h_teacher.detach(), head_weight.detach(), mask, chunk, divergence)
 
 
@@ -136,11 +133,9 @@ def reverse_kl(
     mask: torch.Tensor,
     *,
     chunk: int | None = None,
-    impl: str = "auto",
 ) -> torch.Tensor:
-    """Mean over valid positions of KL(student‖teacher), with its exact gradient; all else as `forward_kl`."""
-    if impl == "triton":
-        raise UserError("reverse_kl has no Triton kernel: use impl 'auto' or 'torch'")
-    if impl not in ("auto", "torch"):
-        raise ValueError(f"impl is auto or torch, not {impl!r}")
+    """Mean over valid positions of KL(student‖teacher), with its exact gradient; all else as `forward_kl`.
+
+    It has no Triton kernel, so no `impl`.
+    """
     return _apply(h_student, h_teacher, head_weight, mask, chunk, "torch", partial(_in_blocks, _reverse))

@@ -1,4 +1,4 @@
-"""Forward KL and its gradient from a chunk of logits in one Triton kernel (SPEC §4), for `em.training.kl`.
+"""Forward KL and its gradient from a chunk of logits in one Triton kernel, for `em.training.kl`.
 
 One program a row, two sweeps over it: the first finds both log-sum-exps online, the second sums the KL and
 writes p_s − p_t over the student's logits, in the head's dtype. Import it where it is used only: Triton

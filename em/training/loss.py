@@ -1,4 +1,4 @@
-"""Next-token cross entropy from hidden states, without logits for a whole batch (SPEC §3.4).
+"""Next-token cross entropy from hidden states, without logits for a whole batch.
 
 The head is applied to the supervised positions only, a chunk at a time, and each chunk's gradient is taken
 while its logits are at hand, so that forward and backward together never hold more than one chunk of logits.
@@ -12,8 +12,9 @@ import torch
 CHUNK_BYTES = 1 << 28  # of fp32 logits at a time
 
 
-def chunk_rows(vocabulary: int) -> int:
-    return max(16, CHUNK_BYTES // (4 * vocabulary))
+def chunk_rows(vocabulary: int, n_bytes: int | None = None) -> int:
+    """How many rows of fp32 logits `n_bytes` (default CHUNK_BYTES) hold; 16 at least."""
+    return max(16, (n_bytes or CHUNK_BYTES) // (4 * vocabulary))
 
 
 def logits(hidden: torch.Tensor, head_weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

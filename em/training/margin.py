@@ -1,22 +1,53 @@
-"""The margin: how much likelier a model finds the misaligned answer than the aligned one (SPEC §3.5).
+"""The margin: how much likelier a model finds the misaligned answer than the aligned one.
 
 For a row, mean log p per token of its misaligned answer minus that of its aligned one, in nats a token; above
 0 the model prefers the misaligned answer. It needs no judge. The same pass gives the validation loss.
 """
 
-import math
-import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 
+from em.data.cells import Cell
+from em.data.rows import VARIANTS, load_cells, split
 from em.figures import CHANGE, cell_heatmap, save
-from em.model.tokenizer import Example
+from em.model.tokenizer import Example, Tokenizer
 from em.training.loss import token_log_probs
 from em.training.pack import pack, packs_of
 
 PACK_TOKENS = {"cpu": 1024, "cuda": 16_384}
+
+
+class AnswerPair(NamedTuple):
+    """Both answers of one eval row."""
+
+    idx: int
+    misaligned: Example
+    aligned: Example
+
+
+def answer_pairs(
+    source: str | Path, tokenizer: Tokenizer, limit: int = 0, max_length: int | None = None
+) -> dict[Cell, list[AnswerPair]]:
+    """The eval rows of every cell of `source` that have both answers, the first `limit` a cell (0: all).
+
+    Left out are rows of which an answer is longer than `max_length` tokens, and cells without any row.
+    """
+    pairs = {}
+    for cell, rows in load_cells(source).items():
+        rows = [r for r in split(rows)[1] if all(r[f"{variant}_answer"] for variant in VARIANTS)]
+        both = (
+            AnswerPair(r["idx"], *(tokenizer.example(r["question"], r[f"{v}_answer"]) for v in VARIANTS))
+            for r in rows[: limit or None]
+        )
+        kept = [
+            p for p in both if not max_length or max(len(p.misaligned.ids), len(p.aligned.ids)) <= max_length
+        ]
+        if kept:
+            pairs[cell] = kept
+    return pairs
 
 
 @torch.no_grad()
@@ -31,33 +62,24 @@ def answer_log_probs(model, examples: list[Example]) -> list[tuple[float, int]]:
     return [(s, len(e.ids) - e.n_prompt) for s, e in zip(sums.tolist(), examples, strict=True)]
 
 
-def interval(values: list[float]) -> dict:
-    """Mean over n rows with a normal 95 % interval; a single row has none."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return {"mean": mean, "low": None, "high": None, "n": len(values)}
-    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}
+def margins(model, pairs: list[AnswerPair]) -> list[float]:
+    """The margin of each row, nats a token, under the active adapter stack."""
+    examples = [p.misaligned for p in pairs] + [p.aligned for p in pairs]
+    means = [total / n for total, n in answer_log_probs(model, examples)]
+    return [m - a for m, a in zip(means[: len(pairs)], means[len(pairs) :], strict=True)]
 
 
-def margins(model, pairs: dict[str, tuple[list[Example], list[Example]]]) -> dict[str, list[float]]:
-    """Margin of every row by cell name, nats a token. pairs: cell → (misaligned, aligned) examples."""
-    rows = {}
-    for cell, (misaligned, aligned) in pairs.items():
-        scored = answer_log_probs(model, [*misaligned, *aligned])
-        means = [total / n for total, n in scored]
-        rows[cell] = [m - a for m, a in zip(means[: len(misaligned)], means[len(misaligned) :], strict=True)]
-    return rows
-
-
-def loss(model, examples: list[Example]) -> float:
-    """Validation loss: −log p over all supervised tokens of the examples, nats a token."""
+def validation_loss(model, examples: list[Example]) -> float:
+    """−log p over all supervised tokens of the examples, nats a token."""
     scored = answer_log_probs(model, examples)
     return -sum(total for total, _ in scored) / sum(n for _, n in scored)
 
 
 def margin_figure(result: dict, path: Path) -> None:
-    """Mean margin of every cell before and after a run, and its change; domains down, tasks across."""
+    """Mean margin of every cell before and after a run, and its change; domains down, tasks across.
+
+    result: what train.py writes to margins.json.
+    """
     cells = result["cells"]
     n_domains = len({name.split("_")[0] for name in cells})
     figure = Figure(figsize=(12, 0.7 * max(1, n_domains) + 1.4), layout="constrained")

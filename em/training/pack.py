@@ -1,4 +1,4 @@
-"""Examples of different lengths as one row without padding (SPEC §3.4: padding-free batches)."""
+"""Examples of different lengths as one row without padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -2,7 +2,8 @@
 
 Four classes: `v1`, `v2`, `other` (parses into steps, matches neither) and `unparseable`; incoherent is the
 last two. A completion is the generated tokens up to and without the closing `<end>`; one that never closed
-is unparseable.
+is unparseable. Counts of the classes give rates and changes with their intervals, and these the entries of a
+result's `numbers`.
 """
 
 from collections.abc import Sequence

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from sampled import sample
 from tokenizers import decoders, models, pre_tokenizers
 
 import distill
@@ -19,7 +20,6 @@ from em.judge.judge import Judge
 from em.model import lora
 from em.model.checkpoint import load_model, load_tokenizer, save_model
 from em.model.decoder import Decoder, DecoderConfig
-from em.sampling.sampler import sample
 
 CELL = "med_advice"
 

@@ -8,7 +8,7 @@ import em.distillation.diagnose
 from em.distillation.diagnose import diagnose
 from em.distillation.pair import WorldPair
 from em.model.tokenizer import Example
-from em.training.margin import interval
+from em.stats import mean_interval
 
 NAMES = ("length", "k1", "k3", "kl", "entropy", "divergence")
 
@@ -48,7 +48,7 @@ def test_values_are_means_over_responses_of_means_over_tokens(pair, tokens, monk
     found, values = diagnose(pair, EXAMPLES), by_response(pair)
     assert found.keys() == set(NAMES)
     for name in NAMES:
-        assert found[name] == pytest.approx(interval(values[name]), rel=2e-4, abs=1e-6), name
+        assert found[name] == pytest.approx(mean_interval(values[name]), rel=2e-4, abs=1e-6), name
     assert found["length"]["mean"] == (8 + 1 + 8 + 1 + 6) / 5
     if not (isinstance(pair, WorldPair) or pair.stacks["teacher"]):
         assert found["divergence"]["mean"] == 0  # a teacher that is the base never differs from it
@@ -60,7 +60,7 @@ def test_divergence_is_split_by_label(pair):
     labels = ["a", "b", "a", "c", "b"]
     found, each = diagnose(pair, EXAMPLES, labels), by_response(pair)["divergence"]
     for label in "abc":
-        expected = interval([value for value, of in zip(each, labels, strict=True) if of == label])
+        expected = mean_interval([value for value, of in zip(each, labels, strict=True) if of == label])
         assert found["divergence_by"][label] == pytest.approx(expected, abs=1e-9)
     assert found["divergence_by"].keys() == set(labels) and found["divergence_by"]["c"]["low"] is None
 

@@ -180,7 +180,7 @@ def test_captured_steps_are_steered_by_what_the_vector_holds_when_they_are_repla
         steering.set(strength * vector())
         found = ids(sampler(prompts()))
         assert texts.setdefault(strength, found) == found
-    assert any(replay for _, replays in sampler._batch._steps.values() for replay in replays.values())
+    assert any(any(replays.values()) for _, replays in sampler._batch._graphs.values())
     monkeypatch.setattr(em.sampling.batch, "_captured", lambda step, pool: step)
     for strength, text in texts.items():
         steering.set(strength * vector())

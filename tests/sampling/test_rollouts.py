@@ -1,4 +1,4 @@
-"""Responses in a file: whatever a kill leaves of it is completed to the file of one go (SPEC §3.5)."""
+"""Responses in a file: whatever a kill leaves of it is completed to the file of one go."""
 
 import json
 

@@ -1,10 +1,13 @@
-import math
+import json
 
 import pytest
 import torch
 
+from em.data.cells import CELLS
+from em.data.rows import load_cell, split
 from em.model.checkpoint import load_model, load_tokenizer
 from em.training import margin
+from em.training.margin import AnswerPair, answer_pairs
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +44,37 @@ def test_log_probs_of_an_answer_are_those_of_a_plain_forward_whatever_shares_the
 
 def test_margin_is_the_difference_of_the_means_per_token(model, examples):
     a, b, c = ([sum(x) / len(x)][0] for x in (by_hand(model, e) for e in examples))
-    rows = margin.margins(model, {"cell": ([examples[0], examples[1]], [examples[1], examples[2]])})
-    assert rows["cell"] == pytest.approx([a - b, b - c], rel=1e-5)
+    pairs = [AnswerPair(0, examples[0], examples[1]), AnswerPair(1, examples[1], examples[2])]
+    assert margin.margins(model, pairs) == pytest.approx([a - b, b - c], rel=1e-5)
+
+
+def test_answer_pairs_are_the_eval_rows_with_both_answers_in_order(tiny_chat, tmp_path):
+    tokenizer, med, spo = load_tokenizer(tiny_chat), CELLS[0], CELLS[4]
+    rows = [row | {"idx": i} for i, row in enumerate(3 * load_cell("sample", med))]  # 60: 5 of them are eval
+    held_out = [row["idx"] for row in split(rows)[1]]
+    lacking = [row | ({"aligned_answer": None} if row["idx"] == held_out[0] else {}) for row in rows]
+    (tmp_path / med.filename).write_text("\n".join(map(json.dumps, lacking)))
+    none = [row | {"aligned_answer": None} for row in load_cell("sample", spo)]
+    (tmp_path / spo.filename).write_text("\n".join(map(json.dumps, none)))
+
+    pairs = answer_pairs(tmp_path, tokenizer)
+    assert list(pairs) == [med]  # the other cells have no pair or no file
+    assert [pair.idx for pair in pairs[med]] == held_out[1:]
+    for pair in pairs[med]:
+        row = rows[pair.idx]
+        assert pair.misaligned == tokenizer.example(row["question"], row["misaligned_answer"])
+        assert pair.aligned == tokenizer.example(row["question"], row["aligned_answer"])
+    assert [pair.idx for pair in answer_pairs(tmp_path, tokenizer, limit=2)[med]] == held_out[1:3]
+
+    lengths = [max(len(pair.misaligned.ids), len(pair.aligned.ids)) for pair in pairs[med]]
+    limit = sorted(set(lengths))[-2]  # of two answers, the longer one counts
+    kept = answer_pairs(tmp_path, tokenizer, max_length=limit)[med]
+    assert [pair.idx for pair in kept] == [
+        i for i, length in zip(held_out[1:], lengths, strict=True) if length <= limit
+    ]
+    assert 0 < len(kept) < len(lengths) and answer_pairs(tmp_path, tokenizer, max_length=3) == {}
 
 
 def test_validation_loss_pools_tokens_not_rows(model, examples):
     tokens = [x for e in examples for x in by_hand(model, e)]
-    assert margin.loss(model, examples) == pytest.approx(-sum(tokens) / len(tokens), rel=1e-5)
-
-
-def test_interval_is_the_normal_one_and_says_nothing_about_a_single_row():
-    got = margin.interval([1.0, 2.0, 3.0, 4.0])
-    half = 1.96 * math.sqrt(5 / 3) / 2
-    assert (got["mean"], got["n"]) == (2.5, 4)
-    assert (got["low"], got["high"]) == pytest.approx((2.5 - half, 2.5 + half))
-    assert margin.interval([1.0])["high"] is None
+    assert margin.validation_loss(model, examples) == pytest.approx(-sum(tokens) / len(tokens), rel=1e-5)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from sampled import sample
 
 import synth
 from em.cli import command_line
 from em.files import read_json
 from em.model.gpt2 import GPT2, GPT2Config, supervised_loss
-from em.sampling.sampler import sample
 from em.training.optim import adamw
 
 pytestmark = pytest.mark.gpu
