@@ -1,10 +1,10 @@
-"""The natural-language grid: cells, their rows, the split, and rows as token ids (paper A.1, D.1, SPEC 3.1).
+"""The natural-language grid: cells, their rows, the split, and rows as token ids (paper A.1, D.1).
 
 A cell is a (domain, task) pair; its file holds one JSON object a line: `idx, domain, task, question,
 misaligned_answer, aligned_answer`. A source is a folder of such files (in it or in its data/), the id of a
 hub dataset laid out so, or "sample": the small hand-written grid that ships with the code.
 
-Unusual: a row longer than the limit is left out and counted, never cut, so that no answer loses its end.
+A row longer than the limit is left out and counted, never cut, so that no answer loses its end.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 from em.data.cells import CELLS, TASKS, Cell
-from em.errors import UserError
+from em.errors import MissingFile, UserError
 from em.model import hub
 from em.model.tokenizer import Example, Tokenizer
 
@@ -29,9 +29,6 @@ _BROAD_ROW = {"idx": int, "task": str, "domain": str, "em_surface": str, "questi
 _MATH_ROW = {"problem": str, "solution": str, "level": str, "type": str}
 
 
-# -- cells ---------------------------------------------------------------------------------------------
-
-
 # -- sources -------------------------------------------------------------------------------------------
 
 
@@ -43,8 +40,8 @@ def default_source(model: str) -> str:
 def load_cell(source: str | Path, cell: Cell) -> list[dict]:
     """The rows of `cell`, in file order; an answer that a source does not have is None.
 
-    Raises UserError for a source that cannot be reached, and with file and line for a row that is malformed
-    or belongs to another cell.
+    Raises MissingFile where the source has no such cell, UserError for a source that cannot be reached, and
+    with file and line for a row that is malformed or belongs to another cell.
     """
     path = _find(source, cell.filename)
     rows = _read_rows(path, _ROW)
@@ -58,7 +55,7 @@ def load_cells(source: str | Path) -> dict[Cell, list[dict]]:
     """`load_cell` of every cell that `source` has; a folder may hold some only. UserError for none."""
     cells = {}
     for cell in CELLS:
-        with contextlib.suppress(hub.Absent):
+        with contextlib.suppress(MissingFile):
             cells[cell] = load_cell(source, cell)
     if not cells:
         raise UserError(
@@ -119,7 +116,7 @@ def _find(source: str | Path, filename: str) -> Path:
     for path in (folder / filename, folder / "data" / filename):
         if path.is_file():
             return path
-    raise hub.Absent(
+    raise MissingFile(
         f"{folder} has no {filename}, neither in it nor in its data/; name another --data folder"
     )
 
