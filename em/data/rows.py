@@ -41,8 +41,8 @@ def default_data(model: str) -> str:
 def load_cell(data: str | Path, cell: Cell) -> list[dict]:
     """The rows of `cell`, in file order; an answer that `data` does not have is None.
 
-    Raises MissingFile where `data` has no such cell, UserError for `data` that cannot be reached, and with file
-    and line for a row that is malformed or belongs to another cell.
+    Raises MissingFile where `data` has no such cell, UserError for `data` that cannot be reached, and with
+    file and line for a row that is malformed or belongs to another cell.
     """
     path = _find(data, cell.filename)
     rows = _read_rows(path, _ROW)
