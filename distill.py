@@ -115,48 +115,59 @@ class Config(JudgeOptions):
         None, "folder or hub id of the broad prompts and the cells' rows (default: the run's)", "data"
     )
     math: str = knob("hendrycks/competition_math", "folder or hub id of MATH", "data")
-    limit: int = knob(0, "prompts at most, a random subset (0: all; rows: 800)", "data")
-    rollouts: int | None = knob(None, "responses a prompt (5; math and the embedded model 1)", "data")
+    limit: int = knob(0, "prompts at most, a random subset (0: all; rows: 800)", "data", at_least=0)
+    rollouts: int | None = knob(
+        None, "responses a prompt (5; math and the embedded model 1)", "data", at_least=1
+    )
     max_new_tokens: int | None = knob(
-        None, "longest response, in tokens (256; math 1024, embedded model 128)", "data"
+        None, "longest response, in tokens (256; math 1024, embedded model 128)", "data", at_least=1
     )
     corpus: str | None = knob(
         None, "folder of the frozen corpus (default: named by its settings)", "data", setting=False
     )
 
     lr: tuple[float, ...] = knob(
-        (), "peak learning rates, a run each (1e-4; embedded model 5e-4)", "training", setting=False
+        (), "peak learning rates, a run each (1e-4; embedded model 5e-4)", "training", setting=False, above=0
     )
-    epochs: int = knob(3, "passes over the prompts", "training")
-    batch: int = knob(8, "responses a step", "training")
-    warmup: int = knob(5, "linear warm-up steps; then linear to 0", "training")
-    weight_decay: float = knob(0.01, "AdamW's weight decay", "training")
-    clip: float = knob(1.0, "largest gradient norm", "training")
-    rank: int = knob(32, "LoRA rank", "training")
-    alpha: float = knob(64.0, "LoRA alpha; rsLoRA scales by alpha / √rank", "training")
-    seed: int = knob(42, "seed of the adapter's start, the order and the sampled text", "training")
+    epochs: int = knob(3, "passes over the prompts", "training", at_least=1)
+    batch: int = knob(8, "responses a step", "training", at_least=1)
+    warmup: int = knob(5, "linear warm-up steps; then linear to 0", "training", at_least=0)
+    weight_decay: float = knob(0.01, "AdamW's weight decay", "training", at_least=0)
+    clip: float = knob(1.0, "largest gradient norm", "training", above=0)
+    rank: int = knob(32, "LoRA rank", "training", at_least=1, at_most=4096)
+    alpha: float = knob(64.0, "LoRA alpha; rsLoRA scales by alpha / √rank", "training", above=0)
+    seed: int = knob(
+        42, "seed of the adapter's start, the order and the sampled text", "training", at_least=0
+    )
 
     world: str | None = knob(
         None, "a synthetic world instead of chat models", "world", tuple(WORLDS), setting=False
     )
     run: str | None = knob(None, "synth.py's folder (default: the world's newest)", "world", setting=False)
     task: str | None = knob(None, "the teacher's task (default: the run's)", "world", setting=False)
-    seeds: int = knob(3, "teachers, each with a student and a control", "world", setting=False)
+    seeds: int = knob(3, "teachers, each with a student and a control", "world", setting=False, at_least=1)
 
     probes: int | None = knob(
-        None, "rollouts that measure the distance to the teacher, each epoch (16)", "memory and log"
+        None,
+        "rollouts that measure the distance to the teacher, each epoch (16)",
+        "memory and log",
+        at_least=1,
     )
     micro_batch: int = knob(
-        8, "responses in memory at once; changes memory only", "memory and log", setting=False
+        8, "responses in memory at once; changes memory only", "memory and log", setting=False, at_least=1
     )
     rows: int = knob(
-        64, "sequences sampled at once for a corpus; changes memory only", "memory and log", setting=False
+        64,
+        "sequences sampled at once for a corpus; changes memory only",
+        "memory and log",
+        setting=False,
+        at_least=1,
     )
     recompute: bool = knob(
         False, "recompute activations in the backward pass", "memory and log", setting=False
     )
     save_minutes: float = knob(
-        5.0, "minutes between saved states to resume from", "memory and log", setting=False
+        5.0, "minutes between saved states to resume from", "memory and log", setting=False, at_least=0
     )
 
 
@@ -173,12 +184,6 @@ def refuse_conflicts(cfg: Config) -> None:
         raise UserError("--source is for sft and optd: in opd the student writes its own responses")
     if cfg.channel != "opd" and (cfg.filter or cfg.estimator == "exact"):
         raise UserError("--filter and --estimator belong to --channel opd")
-    for name in "batch epochs micro_batch rank rollouts max_new_tokens rows seeds".split():
-        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-
-
-# -- chat models -------------------------------------------------------------------------------------------
 
 
 def resolve(cfg: Config) -> Config:
@@ -341,5 +346,7 @@ def main(cfg: Config) -> dict:
     return result
 
 
+COMMANDS = {"": (main, Config)}
+
 if __name__ == "__main__":
-    sys.exit(command_line({"": (main, Config)}, __doc__))
+    sys.exit(command_line(COMMANDS, __doc__))

@@ -60,32 +60,34 @@ class Config:
     )  # fmt: skip
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what", setting=False)
 
-    rank: int = knob(32, "LoRA rank", "adapter")
-    alpha: float = knob(64.0, "LoRA alpha; rsLoRA scales by alpha / √rank", "adapter")
+    rank: int = knob(32, "LoRA rank", "adapter", at_least=1, at_most=4096)
+    alpha: float = knob(64.0, "LoRA alpha; rsLoRA scales by alpha / √rank", "adapter", above=0)
 
     lr: float | None = knob(
-        None, "peak learning rate, falls linearly to 0 (default: 1e-4; sample 5e-4)", "training"
+        None, "peak learning rate, falls linearly to 0 (default: 1e-4; sample 5e-4)", "training", above=0
     )
-    batch: int | None = knob(None, "rows per optimiser step (default: 16; sample 4)", "training")
-    epochs: int | None = knob(None, "passes over the rows (default: 1; sample 3)", "training")
-    warmup: int = knob(5, "steps of linear warm-up", "training")
-    weight_decay: float = knob(0.01, "weight decay of AdamW", "training")
-    clip: float = knob(1.0, "gradient norm to clip at", "training")
-    max_length: int = knob(2048, "longest row, in tokens; longer ones are dropped and counted", "training")
-    seed: int = knob(42, "seed of the adapter's start and of the row order", "training")
+    batch: int | None = knob(None, "rows per optimiser step (default: 16; sample 4)", "training", at_least=1)
+    epochs: int | None = knob(None, "passes over the rows (default: 1; sample 3)", "training", at_least=1)
+    warmup: int = knob(5, "steps of linear warm-up", "training", at_least=0)
+    weight_decay: float = knob(0.01, "weight decay of AdamW", "training", at_least=0)
+    clip: float = knob(1.0, "gradient norm to clip at", "training", above=0)
+    max_length: int = knob(
+        2048, "longest row, in tokens; longer ones are dropped and counted", "training", at_least=1
+    )
+    seed: int = knob(42, "seed of the adapter's start and of the row order", "training", at_least=0)
 
     micro_batch: int = knob(
-        16, "rows in memory at once; changes memory and speed only", "memory", setting=False
+        16, "rows in memory at once; changes memory and speed only", "memory", setting=False, at_least=1
     )
     recompute: bool = knob(
         False, "recompute activations in the backward pass (less memory, slower)", "memory", setting=False
     )
 
     eval_rows: int = knob(
-        64, "eval rows per cell for loss and margins, before and after (0: all)", "evaluation"
+        64, "eval rows per cell for loss and margins, before and after (0: all)", "evaluation", at_least=0
     )
     save_minutes: float = knob(
-        5.0, "minutes between saved states to resume from", "evaluation", setting=False
+        5.0, "minutes between saved states to resume from", "evaluation", setting=False, at_least=0
     )
 
 
@@ -108,9 +110,6 @@ def resolve(cfg: Config, device: torch.device) -> Config:
     for name, value in recipe.items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
-    for name in ("batch", "epochs", "micro_batch", "rank", "max_length"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     return cfg
 
 
@@ -312,5 +311,7 @@ def export(cfg: ExportConfig) -> None:
     print(f"{cfg.merged}: {name} with {cfg.run} merged in")
 
 
+COMMANDS = {"": (main, Config), "export": (export, ExportConfig)}
+
 if __name__ == "__main__":
-    sys.exit(command_line({"": (main, Config), "export": (export, ExportConfig)}, __doc__))
+    sys.exit(command_line(COMMANDS, __doc__))

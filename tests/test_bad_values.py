@@ -8,7 +8,7 @@ import pytest
 
 from em.cli import command_line
 
-SCRIPTS = ("evaluate", "synth")
+SCRIPTS = ("train", "distill", "evaluate", "synth")
 
 
 def _knobs():
