@@ -1,4 +1,4 @@
-"""LoRA against peft, against float64, and under checkpointing and torch.compile (SPEC 3.3, 5)."""
+"""LoRA against peft, against float64, and under checkpointing and torch.compile."""
 
 import copy
 import hashlib
