@@ -24,9 +24,6 @@ from em.sampling.sampler import sample
 CELL = "med_advice"
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def foreign_chat(tmp_path_factory):
     """A model of another family: bytes for tokens, another template, and a third of all bytes end a turn."""
