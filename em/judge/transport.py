@@ -13,8 +13,8 @@ import contextlib
 import http.client
 import io
 import re
-import threading
 import time
+from collections import deque
 from typing import NamedTuple
 
 import requests
@@ -23,7 +23,6 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 
 MOST_BYTES = 2**20  # of a reply's body
 CONNECT_SECONDS = 10.0  # at most
-MOST_CONNECTIONS = 1024  # kept open
 
 
 class HTTPReply(NamedTuple):
@@ -43,7 +42,7 @@ class NoReply(NamedTuple):
 
 
 class Transport:
-    """POSTs to one address. From many threads; connections are kept and used again."""
+    """POSTs to one address, from many threads; as many connections are kept as were ever in use at once."""
 
     def __init__(self, url: str, headers: dict[str, str]):
         """ValueError or requests.RequestException for an address that cannot be one."""
@@ -51,7 +50,7 @@ class Transport:
         self._request = requests.Request("POST", url, headers).prepare()
         with requests.Session() as session:  # proxies and certificates from the environment, read once
             self._settings = session.merge_environment_settings(url, {}, True, None, None)
-        self._adapter = _Adapter(pool_connections=1, pool_maxsize=MOST_CONNECTIONS, max_retries=0)
+        self._adapters: deque[_Adapter] = deque()  # that no thread is using; each keeps its connection
 
     def post(self, body: bytes, timeout: float) -> HTTPReply | NoReply:
         """timeout: seconds for the reply, from the request to its last byte."""
@@ -60,7 +59,11 @@ class Transport:
         request.headers["Content-Length"] = str(len(body))
         timeouts = min(CONNECT_SECONDS, timeout), timeout
         try:
-            response = self._adapter.send(request, timeout=timeouts, **self._settings)
+            adapter = self._adapters.pop()
+        except IndexError:
+            adapter = _Adapter(pool_connections=1, pool_maxsize=1, max_retries=0)
+        try:
+            response = adapter.send(request, timeout=timeouts, **self._settings)
             try:
                 body = response.read(MOST_BYTES + 1)
             finally:
@@ -68,6 +71,8 @@ class Transport:
                 response.release_conn()
         except (OSError, HTTPError, http.client.HTTPException, ValueError) as error:
             return _no_reply(error)
+        finally:
+            self._adapters.append(adapter)
         whole = len(body) <= MOST_BYTES
         retry_after = response.headers.get("Retry-After")
         return HTTPReply(response.status, response.reason or "", retry_after, body if whole else None)
@@ -111,14 +116,11 @@ class _Response(http.client.HTTPResponse):
 class _Adapter(HTTPAdapter):
     """Of requests, with our responses."""
 
-    _lock = threading.Lock()
-
     def get_connection_with_tls_context(self, *args, **options):
-        with self._lock:
-            pool = super().get_connection_with_tls_context(*args, **options)
-            if not issubclass(pool.ConnectionCls, _Ours):
-                pool.ConnectionCls = type("Connection", (_Ours, pool.ConnectionCls), {})
-            return pool
+        pool = super().get_connection_with_tls_context(*args, **options)
+        if not issubclass(pool.ConnectionCls, _Ours):
+            pool.ConnectionCls = type("Connection", (_Ours, pool.ConnectionCls), {})
+        return pool
 
     def build_response(self, request, response):
         return response  # of urllib3; that of requests would read cookies and redirects

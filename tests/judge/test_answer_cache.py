@@ -52,7 +52,9 @@ def test_a_line_that_a_kill_cut_short_is_asked_again_and_spoils_no_other(tmp_pat
         assert AnswerCache(path).get(keys[3]) == Answer("refusal") and len(AnswerCache(path)) >= 3
         assert json.loads(path.read_bytes().splitlines()[-1])["status"] == "refusal"  # on a line of its own
     header, first, second, third = whole.splitlines(keepends=True)
-    path.write_bytes(header + first + second[:-20] + third)  # another process went on after this one was killed
+    path.write_bytes(
+        header + first + second[:-20] + third
+    )  # another process went on after this one was killed
     assert [AnswerCache(path).get(k) for k in keys[:3]] == [Answer("ok", 0), None, Answer("ok", 2)]
 
 
