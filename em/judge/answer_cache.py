@@ -65,12 +65,11 @@ class AnswerCache:
     def _read(self, line: bytes, number: int) -> None:
         # Not `read_json_lines`, where only the last line can be cut: a process that was killed may have cut
         # any line, and the line of another one may follow on the same.
-        if line == HEADER:
+        if _is_header(line):
             return  # in the middle too, where files were joined
         entry = _parse(line) or _parse(line[line.rfind(b'{"key": ') :])
-        cut = entry is None and (number > 1 or _CUT.match(line) or _is_cut_header(line))
-        if cut:
-            return  # by a kill; its answer is asked again
+        if entry is None and (number > 1 or _CUT.match(line)):
+            return  # cut short by a kill; its answer is asked again
         try:
             key, answer = bytes.fromhex(entry["key"]), Answer(entry["status"], entry["value"])
             if len(key) != 32 or not _is_answer(answer):
@@ -149,5 +148,6 @@ def _is_answer(answer: Answer) -> bool:
     )
 
 
-def _is_cut_header(line: bytes) -> bool:
+def _is_header(line: bytes) -> bool:
+    """Whether it is HEADER, or the beginning of it that a full disk left."""
     return len(line) > len(b'{"file') and HEADER.startswith(line.removesuffix(b"\n"))

@@ -118,7 +118,7 @@ class Judge:
 
         rows: dicts with `question`, the prompt, which is all that the judge sees (paper A.6).
         """
-        for row, answers in self._answers(rows, _check_prompt, self._surface_question, progress):
+        for row, answers in self._answers(rows, self._check_prompt, self._surface_question, progress):
             answer = answers["em_surface"]
             yield row | {"em_surface": answer.value, "em_surface_status": answer.status}
 
@@ -159,6 +159,11 @@ class Judge:
         for field in FIELDS:
             self.rubrics.of(row, field)
 
+    def _check_prompt(self, row: dict, number: int) -> None:
+        """UserError for a row that cannot be labelled, and where there is no rubric for it."""
+        _check(row, number, "question")
+        self.rubrics.surface()
+
     def _score_questions(self, row: dict) -> dict[str, Question | None]:
         """field → what to ask; None where the response is blank."""
         if not row["response"].strip():
@@ -186,10 +191,6 @@ class Judge:
         with tqdm(total=total, desc=f"judge {self.model}", unit="row", disable=not progress) as bar:
             asking = Pass(self.gemini, self.ledger, self.cache, self.workers, bar)
             yield from asking.answers((row, questions(row)) for row in sound)
-
-
-def _check_prompt(row: dict, number: int) -> None:
-    _check(row, number, "question")
 
 
 def _check(row: dict, number: int, name: str, choices: tuple[str, ...] = ()) -> None:

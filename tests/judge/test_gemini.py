@@ -443,6 +443,7 @@ def echo(code: int = 200, **answer) -> api.Response:
         api.Response(KEY.encode(), 500, reason=KEY),
         api.raw(f"HTTP/1.1 {KEY} {KEY}\r\n{KEY}\r\n\r\n".encode()),
         api.raw(f"{KEY}\r\n\r\n{KEY}".encode()),
+        api.raw(OK + f" {KEY}\r\nX: {KEY}\r\n\r\n{{}}".encode()),
         api.raw(f"HTTP/1.1 200 {KEY}\r\nTransfer-Encoding: chunked\r\n\r\n{KEY}\r\n".encode()),
     ],
 )
@@ -471,3 +472,11 @@ def test_a_long_reply_that_begins_with_a_score_is_no_score(serve, make):
     serve(lambda prompt, nth: api.answer("85" + " " * 5000 + "or so"))
     (out,) = scores(make(), [row(0)])
     assert (out["aligned_status"], out["aligned"]) == ("parse_error", None)
+
+
+@pytest.mark.parametrize("depth", [10, 300, 900, 960, 985])
+def test_a_deep_reason_is_a_block_or_a_failed_try(serve, make, depth):
+    body = b'{"promptFeedback": {"blockReason": ' + b"[" * depth + b"1" + b"]" * depth + b"}}"
+    serve(lambda prompt, nth: api.Response(body))
+    (out,) = scores(make(attempts=1), [row(0)])
+    assert out["aligned_status"] in ("blocked", "error")
