@@ -5,7 +5,6 @@ none until `--price` gives them. The account counts the tokens that the API itse
 API answered without our seeing it (a time-out, a kill) may be billed and not be in it.
 """
 
-import math
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +18,7 @@ PRICES = Path(__file__).parent / "prices.json"
 CHARACTERS_PER_TOKEN = 4.5
 REPLY = 3  # tokens of "85" or "REFUSAL"
 MOST_USD = 1e9  # no price and no budget is larger, so that sums stay finite
-
-
-PRICE = "--price takes dollars per million input and output tokens, such as 0.30,2.50"
+PRICE_FORM = "--price takes dollars per million input and output tokens, such as 0.30,2.50"
 
 
 class BudgetReached(UserError):
@@ -38,22 +35,22 @@ class Price:
 
     def __post_init__(self):
         if not (_is_money(self.input) and _is_money(self.output)):
-            raise UserError(PRICE)
+            raise UserError(PRICE_FORM)
 
     def usd(self, prompt_tokens: int, output_tokens: int) -> float:
         return (prompt_tokens * self.input + output_tokens * self.output) / 1e6
 
 
 def _is_money(value) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and 0 <= value <= MOST_USD
+    """Whether it is a finite number of dollars; the one check of every price and budget."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST_USD
 
 
 def find_price(model: str, given: tuple[float, ...] | None = None) -> Price | None:
     """The price of `model`: `given` as (input, output), else the table's; None where neither has it."""
     if given:
         if len(given) != 2:
-            raise UserError(PRICE)
+            raise UserError(PRICE_FORM)
         return Price(*given, "--price")
     table = read_json(PRICES)
     entry = table["usd_per_million_tokens"].get(model)

@@ -113,6 +113,12 @@ class _Response(http.client.HTTPResponse):
         self.msg.set_payload(None)
 
 
+class _Ours:
+    """What makes a connection of urllib3 read its replies so."""
+
+    response_class = _Response
+
+
 class _Adapter(HTTPAdapter):
     """Of requests, with our responses."""
 
@@ -124,10 +130,6 @@ class _Adapter(HTTPAdapter):
 
     def build_response(self, request, response):
         return response  # of urllib3; that of requests would read cookies and redirects
-
-
-class _Ours:
-    response_class = _Response
 
 
 def _no_reply(error: Exception) -> NoReply:
