@@ -129,7 +129,8 @@ def in_turn(*responses):
 
 
 class JudgeServer:
-    """Runs from `with` to its end. prompts: how often each was asked; connections: how many were opened."""
+    """Runs from `with` to its end. prompts: how often each was asked; connections, closed: how many were opened, and
+    have ended."""
 
     def __init__(self, behave=None, port: int = 0, key: str = KEY, tls: bool = False):
         """tls: speaks TLS, without a certificate, so that no request comes through."""
@@ -138,7 +139,7 @@ class JudgeServer:
         self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if tls else None
         self.prompts: collections.Counter = collections.Counter()
         self.requests: list[dict] = []  # the last few, as (path, headers, body)
-        self.connections = self.in_flight = self.most_in_flight = 0
+        self.connections = self.closed = self.in_flight = self.most_in_flight = 0
         self._ready = threading.Event()
 
     @property
@@ -200,6 +201,9 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport) -> None:
         self.transport = transport
         self.server.connections += 1
+
+    def connection_lost(self, error) -> None:
+        self.server.closed += 1
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
