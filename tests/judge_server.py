@@ -129,8 +129,10 @@ def in_turn(*responses):
 
 
 class JudgeServer:
-    """Runs from `with` to its end. prompts: how often each was asked; connections, closed: how many were opened, and
-    have ended."""
+    """Runs from `with` to its end.
+
+    prompts: how often each was asked. connections, closed: how many were opened, and have ended.
+    """
 
     def __init__(self, behave=None, port: int = 0, key: str = KEY, tls: bool = False):
         """tls: speaks TLS, without a certificate, so that no request comes through."""
