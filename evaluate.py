@@ -13,6 +13,7 @@ GEMINI_API_KEY is the judge's key; GEMINI_BASE_URL another server of the same in
 
 import dataclasses
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,15 +218,46 @@ class JudgeConfig(JudgeOptions):
 def read_rows(paths: tuple[str, ...], option: str) -> list[dict]:
     if not paths:
         raise UserError(f"{option} needs at least one file")
-    return [row for path in paths for _, row in read_json_lines(path)]
+    rows = []
+    for path in paths:
+        for number, row in read_json_lines(path):
+            try:
+                json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise UserError(
+                    f"{path}, line {number}: holds half of a surrogate pair, which no file can"
+                ) from None
+            rows.append(row)
+    return rows
+
+
+def out_file(out: str, command: str, field: str) -> Path:
+    """--out, where rows with `field` can be written. UserError for anything else that stands there."""
+    if not out:
+        raise UserError(f"{command} needs --out FILE")
+    path = Path(out)
+    if path.is_file():
+        try:
+            replaceable = all(field in row for _, row in read_json_lines(path))
+        except UserError:
+            replaceable = False
+        if not replaceable:
+            raise UserError(
+                f"--out {path} is there and holds other things than `{command}` writes; name another"
+            )
+    elif path.exists():
+        raise UserError(f"--out {path} is not a file; name one")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"--out {path} cannot be written: {above} is not a folder that takes files")
+    return path
 
 
 def judge_files(cfg: JudgeConfig) -> None:
     """Judge rows that exist; what they carry besides is kept."""
     rows = read_rows(cfg.responses, "--responses")
-    if not cfg.out:
-        raise UserError("judge needs --out FILE")
-    judge_rows(cfg.judge_of(), rows, Path(cfg.out))
+    path = out_file(cfg.out, "judge", "aligned_status")
+    judge_rows(cfg.judge_of(), rows, path)
 
 
 @dataclass
@@ -237,12 +269,11 @@ class SurfaceConfig(JudgeOptions):
 def surface(cfg: SurfaceConfig) -> None:
     """Label prompts by EM surface (paper A.6): what the judge sees is the prompt alone."""
     rows = read_rows(cfg.prompts, "--prompts")
-    if not cfg.out:
-        raise UserError("surface needs --out FILE")
+    path = out_file(cfg.out, "surface", "em_surface_status")
     judge = cfg.judge_of()
     labelled = list(judge.label_surface(rows))
-    write_rows(Path(cfg.out), labelled)
-    print(f"{judge.ledger}\n  {cfg.out}")
+    write_rows(path, labelled)
+    print(f"{judge.ledger}\n  {path}")
 
 
 @dataclass

@@ -12,10 +12,13 @@ import asyncio
 import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import re
+import ssl
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 KEY = "AIzaSy-not-a-real-key-0123456789"
@@ -41,6 +44,15 @@ class Response:
     seconds: float = 0.0  # before it is sent
     reset: bool = False  # break the connection instead
     cut: bool = False  # break it in the middle of the body
+    reason: str = ""  # in the status line
+    pieces: tuple[bytes, ...] | None = None  # sent as they are, instead, one every `pause` seconds
+    forever: bytes = b""  # sent after them again and again
+    pause: float = 0.0
+
+
+def raw(*pieces: bytes, forever: bytes = b"", pause: float = 0.0) -> Response:
+    """Bytes as they are, which need not be HTTP; then `forever`, or the end of the connection."""
+    return Response(b"", pieces=pieces, forever=forever, pause=pause)
 
 
 def _json(value, **options) -> Response:
@@ -117,14 +129,19 @@ def in_turn(*responses):
 
 
 class JudgeServer:
-    """Runs from `with` to its end. prompts: how often each was asked; connections: how many were opened."""
+    """Runs from `with` to its end.
 
-    def __init__(self, behave=None, port: int = 0, key: str = KEY):
+    prompts: how often each was asked. connections, closed: how many were opened, and have ended.
+    """
+
+    def __init__(self, behave=None, port: int = 0, key: str = KEY, tls: bool = False):
+        """tls: speaks TLS, without a certificate, so that no request comes through."""
         self.behave = behave or (lambda prompt, nth: answer(str(score_of(prompt))))
         self.port, self.key = port, key
+        self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if tls else None
         self.prompts: collections.Counter = collections.Counter()
         self.requests: list[dict] = []  # the last few, as (path, headers, body)
-        self.connections = self.in_flight = self.most_in_flight = 0
+        self.connections = self.closed = self.in_flight = self.most_in_flight = 0
         self._ready = threading.Event()
 
     @property
@@ -146,7 +163,9 @@ class JudgeServer:
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        server = await self._loop.create_server(lambda: _Connection(self), "127.0.0.1", self.port)
+        server = await self._loop.create_server(
+            lambda: _Connection(self), "127.0.0.1", self.port, ssl=self.tls
+        )
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
         await self._stop.wait()
@@ -185,8 +204,15 @@ class _Connection(asyncio.Protocol):
         self.transport = transport
         self.server.connections += 1
 
+    def connection_lost(self, error) -> None:
+        self.server.closed += 1
+
     def data_received(self, data: bytes) -> None:
         self.buffer += data
+        if self.buffer[:2] == b"\x16\x03":  # TLS
+            self.transport.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+            self.transport.close()
+            return
         while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
             first, *lines = self.buffer[:end].decode("latin-1").split("\r\n")
             headers = {
@@ -209,13 +235,25 @@ class _Connection(asyncio.Protocol):
         if response.reset:
             self.transport.abort()
             return
+        if response.pieces is not None:
+            forever = itertools.repeat(response.forever) if response.forever else ()
+            self.drip(itertools.chain(response.pieces, forever), response.pause)
+            return
         headers = {"Content-Type": "application/json; charset=UTF-8", "Content-Length": len(response.body)}
-        lines = [f"HTTP/1.1 {response.code} {REASONS[response.code]}"]
+        lines = [f"HTTP/1.1 {response.code} {response.reason or REASONS.get(response.code, '')}"]
         lines += [f"{name}: {value}" for name, value in (headers | response.headers).items()]
         body = response.body[: len(response.body) // 2] if response.cut else response.body
         self.transport.write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
         if response.cut:
             self.transport.close()
+
+    def drip(self, pieces: Iterator[bytes], pause: float) -> None:
+        piece = next(pieces, None)
+        if piece is None or self.transport.is_closing():
+            self.transport.close()
+            return
+        self.transport.write(piece)
+        asyncio.get_running_loop().call_later(pause, self.drip, pieces, pause)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,62 @@ def test_judge_and_surface_commands_score_files(judge, tmp_path):
     assert all(r["em_surface"] == "medium" for r in labelled)
 
 
+BROAD = {"model": "m", "train": "base", "set": "broad", "domain": "x", "task": "advice", "em_surface": "high"}
+BROAD |= {"idx": 0, "sample": 0, "question": "Why?", "response": "So."}
+
+
+@pytest.fixture
+def responses(tmp_path):
+    """A file of one row that can be judged."""
+    (tmp_path / "r.jsonl").write_text(json.dumps(BROAD) + "\n")
+    return tmp_path / "r.jsonl"
+
+
+@pytest.mark.parametrize("name, option", [("judge", "--responses"), ("surface", "--prompts")])
+def test_out_replaces_only_what_the_command_writes(name, option, judge, responses, tmp_path, capsys):
+    judge.behave = lambda prompt, nth: answer("low" if name == "surface" else "90")
+    out, where = tmp_path / "out.jsonl", ["--cache", tmp_path / "cache.jsonl"]
+    (tmp_path / "folder").mkdir()
+    for text in ("# Notes\n", responses.read_text(), '{"a": 1}\n', "[1]\n", "\n# and more", "\ud800"):
+        out.write_bytes(text.encode(errors="surrogatepass"))
+        before = out.read_bytes()
+        assert command(name, option, responses, "--out", out, *where) == 2
+        assert "holds other things" in capsys.readouterr().err and out.read_bytes() == before
+    for place in (responses, tmp_path / "folder", responses / "s.jsonl", "/dev/null"):
+        assert command(name, option, responses, "--out", place, *where) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: --out") and error.count("\n") == 1
+    assert not judge.requests and not (tmp_path / "cache.jsonl").exists()
+    out.write_text("")
+    for _ in range(2):
+        assert command(name, option, responses, "--out", out, *where) == 0
+    assert command(name, option, responses, "--out", tmp_path / "a" / "b" / "s.jsonl", *where) == 0
+
+
+@pytest.mark.parametrize("name, option", [("judge", "--responses"), ("surface", "--prompts")])
+def test_bad_rows_rubrics_and_caches_are_one_line_before_anything_is_asked(
+    name, option, judge, responses, tmp_path, capsys
+):
+    rows, out, cache = tmp_path / "rows.jsonl", tmp_path / "out.jsonl", tmp_path / "cache.jsonl"
+    line = [name, option, rows, "--out", out]
+    rows.write_text(json.dumps(BROAD) + "\n" + json.dumps(BROAD | {"response": "half \ud83d"}) + "\n")
+    assert command(*line, "--cache", cache) == 2
+    assert "rows.jsonl, line 2: " in capsys.readouterr().err
+    rows.write_text(responses.read_text())
+    for options in (
+        ["--rubrics", rows],
+        ["--rubrics", "~no-such-user/x"],
+        ["--rubrics", tmp_path],
+        ["--cache", tmp_path],
+        ["--cache", rows / "cache.jsonl"],
+        ["--cache", rows],
+    ):
+        assert command(*line, "--cache", cache, *options) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert not judge.requests and not out.exists() and not cache.exists()
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [

@@ -4,18 +4,27 @@ An answer's key is the SHA-256 of (judge model, rubric text, question, response)
 number of runs and rubrics, and two files are merged by `cat`. A line is one write in append mode: a killed
 process leaves at most one cut line, which is skipped, and several processes may append at once.
 
+The first line is HEADER, which says what the file is, or in a file from before there was one an answer. Any
+other file is refused and left as it is.
+
 What the judge said is kept for good, whatever it was, since it says the same at temperature 0; only "error",
 where it said nothing, is asked again by the next run. To ask again for more, take the lines out.
 """
 
+import codecs
 import hashlib
 import json
 import os
+import re
 import threading
 from pathlib import Path
 from typing import NamedTuple
 
 from em.errors import UserError
+from em.judge.em_rule import STATUSES
+
+HEADER = b'{"file": "answers of a judge", "version": 1}\n'
+_CUT = re.compile(rb'\{"key": "([0-9a-f]{64}"|[0-9a-f]*$)')  # how an answer begins, cut or whole
 
 
 class Answer(NamedTuple):
@@ -43,9 +52,11 @@ class AnswerCache:
         self._lock = threading.Lock()
         self._file = None
         try:
+            if self.path.exists() and not self.path.is_file():
+                raise UserError(f"--cache {self.path} is not a file; name one")
             with open(self.path, "rb") as file:
                 for number, line in enumerate(file, 1):
-                    self._read(line, number)
+                    self._read(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, number)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -54,15 +65,20 @@ class AnswerCache:
     def _read(self, line: bytes, number: int) -> None:
         # Not `read_json_lines`, where only the last line can be cut: a process that was killed may have cut
         # any line, and the line of another one may follow on the same.
+        if _is_header(line):
+            return  # in the middle too, where files were joined
         entry = _parse(line) or _parse(line[line.rfind(b'{"key": ') :])
-        if entry is None:
+        if entry is None and (number > 1 or _CUT.match(line)):
             return  # cut short by a kill; its answer is asked again
         try:
-            self._remember(bytes.fromhex(entry["key"]), Answer(entry["status"], entry["value"]))
+            key, answer = bytes.fromhex(entry["key"]), Answer(entry["status"], entry["value"])
+            if len(key) != 32 or not _is_answer(answer):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
             raise UserError(
                 f"{self.path}, line {number}, is no answer of a judge; name another --cache"
             ) from None
+        self._remember(key, answer)
 
     def _remember(self, key: bytes, answer: Answer) -> None:
         self._answers[key] = self._distinct.setdefault(answer, answer)
@@ -81,26 +97,57 @@ class AnswerCache:
         entry = {"key": key.hex(), "status": answer.status, "value": answer.value} | notes
         line = json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         with self._lock:
-            try:
-                written = self._open().write(line)
-            except OSError as error:
-                raise UserError(f"cannot write {self.path}: {error.strerror}; free some space") from error
-            if written < len(line):
-                raise UserError(f"cannot write {self.path}: the disk is full; free some space")
+            self._append(self._open(), line)
             self._remember(key, answer)
+
+    def open(self) -> None:
+        """Make the file, if there is none. UserError where it cannot be written."""
+        if self._file is None:
+            with self._lock:
+                self._open()
 
     def _open(self):
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "ab+", buffering=0)  # unbuffered: a write is one system call
-            size = self._file.seek(0, os.SEEK_END)
-            if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
-                self._file.write(b"\n")  # ends a line that a kill cut short
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                file = open(self.path, "ab+", buffering=0)  # unbuffered: a write is one system call
+            except OSError as error:
+                raise UserError(
+                    f"cannot write {self.path}: {error.strerror}; name another --cache"
+                ) from error
+            size = file.seek(0, os.SEEK_END)
+            if not size:
+                self._append(file, HEADER)
+            elif os.pread(file.fileno(), 1, size - 1) != b"\n":
+                self._append(file, b"\n")  # ends a line that a kill cut short
+            self._file = file
         return self._file
+
+    def _append(self, file, data: bytes) -> None:
+        try:
+            written = file.write(data)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; free some space") from error
+        if written < len(data):
+            raise UserError(f"cannot write {self.path}: the disk is full; free some space")
 
 
 def _parse(line: bytes):
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
+
+
+def _is_answer(answer: Answer) -> bool:
+    """Whether a judge can have said it: a score or a label where the status is "ok", else no value."""
+    if answer.status != "ok":
+        return answer.status in STATUSES and answer.value is None
+    return answer.value in ("high", "medium", "low") or (
+        type(answer.value) is int and 0 <= answer.value <= 100
+    )
+
+
+def _is_header(line: bytes) -> bool:
+    """Whether it is HEADER, or the beginning of it that a full disk left."""
+    return len(line) > len(b'{"file') and HEADER.startswith(line.removesuffix(b"\n"))

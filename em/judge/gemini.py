@@ -4,32 +4,31 @@
 
 429, 408, 5xx, time-outs, broken connections and bodies that are not the API's JSON are tried again, with
 exponential back-off and jitter and never before the time the server names (`Retry-After`, in seconds or as a
-date, or `retryDelay` in the error body). Any other refusal, such as 400, 401, 403 or 404, ends the run with
-the API's own message. No safety settings are sent, so the API's defaults hold. A model that cannot be kept
-from thinking is asked to think little, and given room for it (`thinking_of`).
+date, or `retryDelay` in the error body), as long as the call's tries and patience last. Any other refusal,
+such as 400, 401, 403 or 404, ends the run with the API's own message. No safety settings are sent, so the
+API's defaults hold. A model that cannot be kept from thinking is asked to think little, and given room for it
+(`thinking_of`).
 
-The key must not leak. requests puts the request, headers and all, on its exceptions and follows redirects
-with our header on. So its exceptions are turned into text here and never chained, redirects are not followed,
-and whatever the server says is cleaned of the key before anyone sees it.
+The key must not leak, and a server may say anything. What it says leaves a try as the `text` of an outcome,
+and there it is cleaned (`Gemini._cleaned`), before a cache, a row, a message or a log can have it.
 """
 
 import json
+import math
 import os
 import random
 import re
 import threading
 import time
-from collections import deque
 from datetime import timezone
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
-from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ProxyError
 
 from em.errors import UserError
+from em.judge.transport import NoReply, Transport
 
 PUBLIC = "https://generativelanguage.googleapis.com"
 NO_KEY = (
@@ -40,9 +39,12 @@ REPLY_TOKENS = 20  # at most
 BLOCKED = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR")
 KNOWN = {"candidates", "promptFeedback", "usageMetadata", "modelVersion", "responseId"}
 
-CONNECT_SECONDS = 10.0
 LONGEST_BACKOFF = 60.0  # seconds between two tries, where the server names no time
-LONGEST_WAIT = 900.0  # seconds the server may ask for before the run stops instead
+PATIENCE = 30.0  # minutes
+# What reading a field raises where JSON is of another shape than the API's, or too deep to be printed.
+FAULTS = (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError)
+MOST_TEXT = 500  # characters of what a server says
+MOST_TOKENS = 2**31 - 1  # of one call; the API's counts have 32 bits
 
 
 class Thinking(NamedTuple):
@@ -81,9 +83,16 @@ class Reply(NamedTuple):
 class _Failure(NamedTuple):
     """A try that may be repeated."""
 
-    reason: str
+    text: str
     wait: float | None = None  # seconds, from the server
     unreachable: bool = False  # no connection was made at all
+
+
+class _Refusal(NamedTuple):
+    """A try that no other can mend."""
+
+    text: str
+    check: str  # what may be wrong
 
 
 class Cancelled(Exception):
@@ -93,12 +102,21 @@ class Cancelled(Exception):
 class Gemini:
     """The client of one judge model. Calls may come from many threads; connections are kept and reused."""
 
-    def __init__(self, model: str, timeout: float = 60.0, attempts: int = 8, backoff: float = 1.0):
-        """timeout: seconds without a byte from the server. backoff: seconds before the second attempt.
+    def __init__(
+        self,
+        model: str,
+        timeout: float = 60.0,
+        attempts: int = 8,
+        backoff: float = 1.0,
+        patience: float = PATIENCE,
+    ):
+        """timeout: seconds for a whole reply. backoff: seconds before the second attempt. patience: minutes
+        for a call over all its attempts.
 
         UserError without a key, or with a model, key or address that cannot be one.
         """
         self.model, self.timeout, self.attempts, self.backoff = model, timeout, attempts, backoff
+        self.patience = patience
         self._generation = {"temperature": 0, "maxOutputTokens": max_output_tokens(model)}
         self._generation["thinkingConfig"] = thinking_of(model).config
         if not re.fullmatch(r"\w[\w.-]*", model):
@@ -109,25 +127,16 @@ class Gemini:
         if not re.fullmatch(r"[!-~]+", self._key):  # before an HTTP library quotes it in an exception
             raise UserError("GEMINI_API_KEY holds a space or a character no key has; set it again")
         self.base = (os.environ.get("GEMINI_BASE_URL") or PUBLIC).strip().rstrip("/")
+        headers = {"x-goog-api-key": self._key, "Content-Type": "application/json", "User-Agent": "em-judge"}
         try:
-            url = f"{self.base}/v1beta/models/{model}:generateContent"
             parts = urlsplit(self.base)
             good = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
-            headers = {"x-goog-api-key": self._key, "Content-Type": "application/json"}
-            headers |= {"Accept-Encoding": "gzip, deflate", "User-Agent": "em-judge"}
-            self._request = requests.Request("POST", url, headers).prepare()
+            self._transport = Transport(f"{self.base}/v1beta/models/{model}:generateContent", headers)
         except (ValueError, requests.RequestException):
             good = False
         if not good:
             raise UserError(f"GEMINI_BASE_URL is not an address such as {PUBLIC}; set it again or unset it")
-        with requests.Session() as session:  # proxies and certificates from the environment, read once
-            self._settings = session.merge_environment_settings(url, {}, None, None, None)
-        self._sessions: deque[requests.Session] = deque()
         self._reached = False
-
-    def _clean(self, text: str) -> str:
-        """One line, without the key."""
-        return " ".join(text.replace(self._key, "[key]").split())
 
     def generate(self, prompt: str, cancelled: threading.Event, on_retry=lambda: None) -> Reply:
         """The reply to `prompt`, after as many tries as it takes. From any thread.
@@ -137,26 +146,36 @@ class Gemini:
         """
         contents = [{"role": "user", "parts": [{"text": _well_formed(prompt)}]}]
         body = json.dumps({"contents": contents, "generationConfig": self._generation}).encode()
+        begun, patience = time.monotonic(), 60 * self.patience
         for attempt in range(self.attempts):
-            outcome = self._try(body)
+            left = begun + patience - time.monotonic()
+            outcome = self._cleaned(self._try(body, min(self.timeout, max(left, 0.01))))
             if isinstance(outcome, Reply):
                 self._reached = True
                 return outcome
+            if isinstance(outcome, _Refusal):
+                reason = outcome.text.rstrip(". ")
+                raise UserError(
+                    f"the judge {self.model} at {self.base} refuses: {reason}; check {outcome.check}"
+                )
             if outcome.unreachable and not self._reached and attempt == 2:
                 raise UserError(
-                    f"the judge at {self.base} cannot be reached ({outcome.reason}); "
+                    f"the judge at {self.base} cannot be reached ({outcome.text}); "
                     "check the network and GEMINI_BASE_URL"
                 )
-            if outcome.wait is not None and outcome.wait > LONGEST_WAIT:
+            if outcome.wait is not None and outcome.wait > patience:
                 raise UserError(
-                    f"the judge asks to wait for {outcome.wait / 60:.0f} minutes ({outcome.reason}); "
-                    "what is done is kept, run the same command again then"
+                    f"the judge asks to wait for {outcome.wait / 60:.0f} minutes ({outcome.text}); what is "
+                    f"done is kept, run the same command again then (--patience is {self.patience:g} minutes)"
                 )
-            if attempt + 1 < self.attempts:
-                on_retry()
-                if cancelled.wait(self._delay(attempt, outcome.wait)):
-                    raise Cancelled
-        return Reply("error", outcome.reason)
+            delay = self._delay(attempt, outcome.wait)
+            if attempt + 1 == self.attempts or time.monotonic() + delay > begun + patience:
+                break
+            on_retry()
+            if cancelled.wait(delay):
+                raise Cancelled
+        waited = (time.monotonic() - begun) / 60
+        return Reply("error", f"{outcome.text}; given up after {attempt + 1} tries in {waited:.1f} minutes")
 
     def _delay(self, attempt: int, wait: float | None) -> float:
         """Seconds before the next try: a back-off that doubles, or what the server asks for where longer."""
@@ -167,96 +186,97 @@ class Gemini:
 
     # -- one try ---------------------------------------------------------------------------------------
 
-    def _try(self, body: bytes) -> Reply | _Failure:
-        request = self._request.copy()
-        request.body = body
-        request.headers["Content-Length"] = str(len(body))
-        session = self._session()
+    def _try(self, body: bytes, timeout: float) -> Reply | _Failure | _Refusal:
+        """What a try came to, in the server's own words, which are still to be cleaned."""
+        got = self._transport.post(body, timeout)
+        if isinstance(got, NoReply):
+            return _Failure(got.text, unreachable=got.unreachable)
         try:
-            response = session.send(
-                request, timeout=(CONNECT_SECONDS, self.timeout), allow_redirects=False, **self._settings
-            )
-        except requests.RequestException as error:
-            return self._no_response(error)
-        finally:
-            self._sessions.append(session)
-        try:
-            answer = json.loads(response.content)
-        except ValueError:
+            answer = None if got.body is None else json.loads(got.body)
+        except (ValueError, RecursionError):
             answer = None
-        if response.status_code == 200:
+        if got.code == 200:
             try:
-                return self._reply(answer)
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+                return _reply(answer)
+            except FAULTS:
                 return _Failure("200 with a body that is not the API's JSON")
-        code, reason, delay = response.status_code, *self._complaint(response, answer)
-        if code in (408, 429) or code >= 500:
-            return _Failure(reason, _latest(_retry_after(response.headers.get("Retry-After")), delay))
-        hint = "GEMINI_API_KEY and --judge-model" if code >= 400 else "GEMINI_BASE_URL"
-        raise UserError(f"the judge {self.model} at {self.base} refuses: {reason.rstrip('. ')}; check {hint}")
+        text, delay = _complaint(f"{got.code} {got.reason}".strip(), answer)
+        if got.code in (408, 429) or got.code >= 500:
+            return _Failure(text, _latest(_retry_after(got.retry_after), delay))
+        return _Refusal(text, "GEMINI_API_KEY and --judge-model" if got.code >= 400 else "GEMINI_BASE_URL")
 
-    def _session(self) -> requests.Session:
-        """A session that no other thread is using; as many exist as calls were ever in flight at once."""
-        try:
-            return self._sessions.pop()
-        except IndexError:
-            session = requests.Session()
-            adapter = HTTPAdapter(pool_connections=1, pool_maxsize=1, max_retries=0)
-            session.mount("https://", adapter)
-            session.mount("http://", adapter)
-            return session
+    def _cleaned(self, outcome: Reply | _Failure | _Refusal):
+        """The outcome of a try without the key, without what cannot be printed, and of bounded length.
 
-    def _no_response(self, error: requests.RequestException) -> _Failure:
-        root: object = error
-        while isinstance(root, BaseException):  # requests and urllib3 nest the cause in `reason` or `args`
-            inner = [getattr(root, "reason", None), *reversed(root.args)]
-            cause = next((i for i in inner if isinstance(i, BaseException)), None)
-            if cause is None:
-                break
-            root = cause
-        never = isinstance(root, (NewConnectionError, ConnectTimeoutError, ProxyError))
-        never |= isinstance(error, (requests.exceptions.SSLError, requests.exceptions.ProxyError))
-        text = re.sub(r"^.*?: (?=\S)", "", str(root)) if isinstance(root, NewConnectionError) else str(root)
-        return _Failure(self._clean(f"{type(root).__name__}: {text}")[:300], unreachable=never)
-
-    def _complaint(self, response, answer) -> tuple[str, float | None]:
-        """(what the API says is wrong, seconds of its retryDelay) of a response that is not a 200."""
-        reason, delay = f"{response.status_code} {response.reason or ''}".strip(), None
-        try:
-            error = (answer[0] if isinstance(answer, list) else answer)["error"]
-            parts = [str(error.get(name) or "") for name in ("status", "message")]
-            reason = f"{response.status_code} {': '.join(filter(None, parts))}"
-            for detail in error.get("details") or ():
-                if detail.get("@type", "").endswith("google.rpc.RetryInfo"):
-                    delay = float(detail["retryDelay"].removesuffix("s"))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            pass  # a proxy's page, or half of a body: the status line says what there is to say
-        return self._clean(reason)[:500], delay
-
-    def _reply(self, answer: dict) -> Reply:
-        usage = answer.get("usageMetadata") or {}
-        counted = "promptTokenCount" in usage
-        prompt_tokens = int(usage["promptTokenCount"]) if counted else None
-        outputs = [int(usage.get(f"{kind}TokenCount") or 0) for kind in ("candidates", "thoughts")]
-        tokens = (prompt_tokens, sum(outputs) if counted else None)
-
-        feedback = answer.get("promptFeedback") or {}
-        if feedback.get("blockReason"):
-            return Reply("blocked", f"prompt: {self._clean(str(feedback['blockReason']))}", *tokens)
-        if not answer.get("candidates"):
-            if answer and not answer.keys() & KNOWN:
-                raise ValueError("JSON, but not the API's")
-            return Reply("empty", "no candidates", *tokens)
-        candidate = answer["candidates"][0]
-        finish = candidate.get("finishReason") or "STOP"
-        if finish in BLOCKED:
-            return Reply("blocked", finish, *tokens)
-        parts = (candidate.get("content") or {}).get("parts") or []
-        text = "".join(part.get("text") or "" for part in parts if not part.get("thought"))
+        The one place that everything passes which a server says. What went wrong becomes one line.
+        """
+        text = outcome.text
+        if not text.isprintable():
+            text = "".join(map(_printable, text))
         text = text.replace(self._key, "[key]")
-        if not text.strip():
-            return Reply("empty", str(finish), *tokens)
-        return Reply("parse_error" if finish == "MAX_TOKENS" else "ok", text, *tokens)
+        if not isinstance(outcome, Reply):
+            text = " ".join(text.split())
+        return outcome._replace(text=text if len(text) <= MOST_TEXT else text[:MOST_TEXT] + "…")
+
+
+# -- what the server says --------------------------------------------------------------------------------
+
+
+def _reply(answer: dict) -> Reply:
+    """The reply in a body of status 200. One of FAULTS where it is not the API's."""
+    usage = answer.get("usageMetadata")
+    prompt_tokens, outputs = (
+        _count(usage, "prompt"),
+        [_count(usage, k, 0) for k in ("candidates", "thoughts")],
+    )
+    tokens = prompt_tokens, None if None in (prompt_tokens, *outputs) else sum(outputs)
+
+    feedback = answer.get("promptFeedback") or {}
+    if feedback.get("blockReason"):
+        return Reply("blocked", f"prompt: {feedback['blockReason']}", *tokens)
+    if not answer.get("candidates"):
+        if answer and not answer.keys() & KNOWN:
+            raise ValueError("JSON, but not the API's")
+        return Reply("empty", "no candidates", *tokens)
+    candidate = answer["candidates"][0]
+    finish = candidate.get("finishReason") or "STOP"
+    if finish in BLOCKED:
+        return Reply("blocked", finish, *tokens)
+    parts = (candidate.get("content") or {}).get("parts") or []
+    text = "".join(part.get("text") or "" for part in parts if not part.get("thought"))
+    if not text.strip():
+        return Reply("empty", str(finish), *tokens)
+    return Reply("parse_error" if finish == "MAX_TOKENS" else "ok", text, *tokens)
+
+
+def _count(usage, kind: str, absent: int | None = None) -> int | None:
+    """A count of tokens, `absent` where it is left out; None for what is no whole number from 0."""
+    count = usage.get(f"{kind}TokenCount") if isinstance(usage, dict) else None
+    if count is None:
+        return absent
+    return count if type(count) is int and 0 <= count <= MOST_TOKENS else None
+
+
+def _complaint(status_line: str, answer) -> tuple[str, float | None]:
+    """(what the API says is wrong, seconds of its retryDelay) of a body that is not of status 200."""
+    text, delay = status_line, None
+    try:
+        error = (answer[0] if isinstance(answer, list) else answer)["error"]
+        parts = [str(error.get(name) or "") for name in ("status", "message")]
+        text = f"{status_line.split()[0]} {': '.join(filter(None, parts))}"
+        for detail in error.get("details") or ():
+            if detail.get("@type", "").endswith("google.rpc.RetryInfo"):
+                delay = _seconds(detail["retryDelay"].removesuffix("s"))
+    except FAULTS:
+        pass  # a proxy's page, or half of a body: the status line says what there is to say
+    return text, delay
+
+
+def _printable(character: str) -> str:
+    """The character, a space for another kind of space, U+FFFD for controls and half surrogate pairs."""
+    if character == "\n" or character.isprintable():
+        return character
+    return " " if character.isspace() else "\ufffd"
 
 
 def _well_formed(text: str) -> str:
@@ -264,21 +284,25 @@ def _well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def _seconds(text: str) -> float | None:
+    """A finite number of seconds from 0; ValueError for what is no number, None for the other numbers."""
+    seconds = float(text)
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
 def _retry_after(header: str | None) -> float | None:
     """Seconds from now of a Retry-After header, which holds seconds or a date; None where it says nothing."""
-    if not header:
-        return None
     try:
-        return max(0.0, float(header))
+        return _seconds(header or "nan")
     except ValueError:
         pass
     try:
         date = parsedate_to_datetime(header)
-    except (TypeError, ValueError):
+        if date.tzinfo is None:
+            date = date.replace(tzinfo=timezone.utc)
+        return max(0.0, date.timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
         return None
-    if date.tzinfo is None:
-        date = date.replace(tzinfo=timezone.utc)
-    return max(0.0, date.timestamp() - time.time())
 
 
 def _latest(*waits: float | None) -> float | None:

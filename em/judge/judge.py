@@ -24,7 +24,7 @@ from em.cli import knob
 from em.errors import UserError
 from em.judge.answer_cache import Answer, AnswerCache
 from em.judge.em_rule import FIELDS
-from em.judge.gemini import Gemini
+from em.judge.gemini import PATIENCE, Gemini
 from em.judge.judge_pass import Pass
 from em.judge.ledger import CHARACTERS_PER_TOKEN, Ledger, find_price
 from em.judge.rubric import FOLDER, Question, Rubrics
@@ -53,11 +53,20 @@ class JudgeOptions:
         setting=False,
         at_least=0,
     )
+    patience: float = knob(
+        PATIENCE, "minutes for one call to the judge with all its tries", "judge", setting=False, above=0
+    )
 
     def judge_of(self) -> "Judge":
         """UserError without a key."""
         return Judge(
-            self.judge_model, self.rubrics, self.cache, self.workers, self.budget_usd, self.price or None
+            self.judge_model,
+            self.rubrics,
+            self.cache,
+            self.workers,
+            self.budget_usd,
+            self.price or None,
+            patience=self.patience,
         )
 
 
@@ -75,16 +84,17 @@ class Judge:
         timeout: float = 60.0,
         attempts: int = 8,
         backoff: float = 1.0,
+        patience: float = PATIENCE,
     ):
         """workers: calls in flight. budget_usd: cap on what this object spends. price: dollars per million
-        (input, output) tokens. timeout, backoff (seconds) and attempts: see `Gemini`.
+        (input, output) tokens. timeout, backoff (seconds), attempts and patience (minutes): see `Gemini`.
 
         UserError without a key, with a budget but no price, or for a folder or file that cannot be read.
         """
         if workers < 1:
             raise UserError("--workers must be at least 1")
         model = model.removeprefix("models/")
-        self.gemini = Gemini(model, timeout, attempts, backoff)
+        self.gemini = Gemini(model, timeout, attempts, backoff, patience)
         self.model, self.workers = model, workers
         self.rubrics = Rubrics(rubrics)
         self.ledger = Ledger(model, find_price(model, price), budget_usd)
@@ -94,9 +104,10 @@ class Judge:
         """Each row, in order, with `aligned`, `aligned_status`, `coherent`, `coherent_status` and `judge`.
 
         rows: dicts with `set`, `question`, `response`, and where the set is "narrow" `domain` and `task`.
-        UserError for a row that is not so, a refusal by the API, and, after all rows before it, at the cap.
+        UserError for a row that is not so (of a list, before anything is asked), a refusal by the API, and,
+        after all rows before it, at the cap.
         """
-        for row, answers in self._answers(rows, self._score_questions, progress):
+        for row, answers in self._answers(rows, self._check_scored, self._score_questions, progress):
             scored = row | {"judge": self.model}
             for field, answer in answers.items():
                 scored |= {field: answer.value, f"{field}_status": answer.status}
@@ -107,7 +118,7 @@ class Judge:
 
         rows: dicts with `question`, the prompt, which is all that the judge sees (paper A.6).
         """
-        for row, answers in self._answers(rows, self._surface_question, progress):
+        for row, answers in self._answers(rows, self._check_prompt, self._surface_question, progress):
             answer = answers["em_surface"]
             yield row | {"em_surface": answer.value, "em_surface_status": answer.status}
 
@@ -120,7 +131,8 @@ class Judge:
         n_rows = cached = characters = 0
         for number, row in enumerate(rows, 1):
             n_rows += 1
-            for question in self._score_questions(row, number).values():
+            self._check_scored(row, number)
+            for question in self._score_questions(row).values():
                 if question is None or question.key in seen or self.cache.get(question.key):
                     cached += 1
                     continue
@@ -139,27 +151,46 @@ class Judge:
 
     # -- what is asked -----------------------------------------------------------------------------------
 
-    def _score_questions(self, row: dict, number: int) -> dict[str, Question | None]:
-        """field → what to ask; None where the response is blank. UserError for a malformed row."""
+    def _check_scored(self, row: dict, number: int) -> None:
+        """UserError for a row that cannot be scored, and where there is no rubric for it."""
         _check(row, number, "set", ("narrow", "broad"))
         for name in ("question", "response") + (("domain", "task") if row["set"] == "narrow" else ()):
             _check(row, number, name)
+        for field in FIELDS:
+            self.rubrics.of(row, field)
+
+    def _check_prompt(self, row: dict, number: int) -> None:
+        """UserError for a row that cannot be labelled, and where there is no rubric for it."""
+        _check(row, number, "question")
+        self.rubrics.surface()
+
+    def _score_questions(self, row: dict) -> dict[str, Question | None]:
+        """field → what to ask; None where the response is blank."""
         if not row["response"].strip():
             return dict.fromkeys(FIELDS)
         return {f: self.rubrics.of(row, f).ask(self.model, row["question"], row["response"]) for f in FIELDS}
 
-    def _surface_question(self, row: dict, number: int) -> dict[str, Question]:
-        _check(row, number, "question")
+    def _surface_question(self, row: dict) -> dict[str, Question]:
         return {"em_surface": self.rubrics.surface().ask(self.model, row["question"])}
 
     def _answers(
-        self, rows: Iterable[dict], questions: Callable, progress: bool
+        self, rows: Iterable[dict], check: Callable, questions: Callable, progress: bool
     ) -> Iterator[tuple[dict, dict[str, Answer]]]:
-        """(row, field → answer) for each row, in order. questions: (row, its number) → field → question."""
+        """(row, field → answer) for each row, in order. questions: row → field → question.
+
+        check: (row, its number) → UserError; of all rows of a list before the first is asked about.
+        """
         total = len(rows) if hasattr(rows, "__len__") else None
+
+        def checked() -> Iterator[dict]:
+            for number, row in enumerate(rows, 1):
+                check(row, number)
+                yield row
+
+        sound = checked() if total is None else list(checked())
         with tqdm(total=total, desc=f"judge {self.model}", unit="row", disable=not progress) as bar:
             asking = Pass(self.gemini, self.ledger, self.cache, self.workers, bar)
-            yield from asking.answers((row, questions(row, n)) for n, row in enumerate(rows, 1))
+            yield from asking.answers((row, questions(row)) for row in sound)
 
 
 def _check(row: dict, number: int, name: str, choices: tuple[str, ...] = ()) -> None:

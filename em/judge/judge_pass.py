@@ -16,7 +16,7 @@ from tqdm import tqdm
 from em.errors import UserError
 from em.judge.answer_cache import Answer, AnswerCache
 from em.judge.gemini import Cancelled, Gemini
-from em.judge.ledger import CHARACTERS_PER_TOKEN, BudgetReached, Ledger
+from em.judge.ledger import BudgetReached, Ledger
 from em.judge.rubric import Question
 
 WINDOW = 1024  # rows between the oldest without an answer and the newest that is asked about
@@ -87,6 +87,7 @@ class Pass:
                     f"done is kept in {cache.path}, and a larger --budget-usd goes on from there"
                 )
             self._wait(in_flight[0])  # what it really costs is less than what was set aside for it
+        cache.open()  # what it says against its file, it says before anything is paid
         self._pending[question.key] = future = Future()
         self._jobs.put((question, reserved, future))
         if len(self._threads) < self.workers:
@@ -149,10 +150,7 @@ class Pass:
         else:
             self._failed_in_a_row = 0
             answer = Answer(*question.parse(reply.text)) if reply.status == "ok" else Answer(reply.status)
-            tokens = reply.prompt_tokens, reply.output_tokens
-            if reply.prompt_tokens is None:
-                tokens = round(len(question.prompt) / CHARACTERS_PER_TOKEN), ledger.typical_output
-            ledger.settle(reserved, *tokens)
+            tokens = ledger.settle(reserved, question.prompt, reply.prompt_tokens, reply.output_tokens)
             notes = {"judge": ledger.model, "rubric": question.rubric, "reply": reply.text[:200]}
             self.cache.add(question.key, answer, prompt_tokens=tokens[0], output_tokens=tokens[1], **notes)
         del self._pending[question.key]

@@ -6,6 +6,7 @@ folder that ships with the code is described in its README.md; `--rubrics` takes
 
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,7 @@ class Rubrics:
     """A folder of rubrics, each read once, when a row first needs it."""
 
     def __init__(self, folder: str | Path = FOLDER):
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(os.path.expanduser(folder))
         if not self.folder.is_dir():
             raise UserError(f"{self.folder} is no folder of rubrics; copy {FOLDER} and edit the copy")
         self._rubrics: dict[tuple[str, ...], Rubric] = {}

@@ -1,8 +1,10 @@
 """One call to the API: the request, its answers, trying again, and the key."""
 
+import gzip
 import json
 import logging
 import os
+import re
 import socket
 import time
 import traceback
@@ -310,3 +312,171 @@ def test_a_redirect_is_not_followed_so_the_key_goes_nowhere_else(serve, make):
 
 def test_the_default_endpoint_is_the_public_one(make):
     assert make().gemini.base == gemini.PUBLIC == "https://generativelanguage.googleapis.com"
+
+
+# -- what no server should do ------------------------------------------------------------------------------
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+GZIP = {"Content-Encoding": "gzip"}
+LONG = b'{"usageMetadata": {}, "x": "' + b"x" * 2**20 + b'"}'
+ENDLESS = {
+    "chunks": api.raw(CHUNKED, forever=b"10000\r\n" + b"x" * 65536 + b"\r\n"),
+    "headers": api.raw(OK, forever=b"X-And: so on\r\n" * 99),
+    "a header": api.raw(OK + b"X: ", forever=b"x" * 9999),
+    "a body": api.raw(OK + b"\r\n", forever=b"x" * 65536),
+    "a length of petabytes": api.raw(OK + b"Content-Length: 9999999999999999\r\n\r\n", forever=b"x" * 65536),
+}
+DRIPS = {
+    "a drip of headers": api.raw(OK + b"X: ", forever=b"x", pause=0.02),
+    "a drip of a body": api.raw(OK + b"Content-Length: 99999\r\n\r\n", forever=b" ", pause=0.02),
+    "a drip of chunks": api.raw(CHUNKED, forever=b"1\r\nx\r\n", pause=0.02),
+    "endlessly to be continued": api.raw(forever=b"HTTP/1.1 100 Continue\r\n\r\n", pause=0.02),
+}
+HOSTILE = {
+    "invalid UTF-8": api.Response(b'{"candidates": "\xff\xfe"}'),
+    "a gzip that is none": api.Response(GOOD.body[:9], headers=GZIP),
+    "a gzip bomb": api.Response(gzip.compress(bytes(2**26)), headers=GZIP),
+    "a gzip that nobody asked for": api.Response(gzip.compress(GOOD.body), headers=GZIP),
+    "a broken status line": api.raw(b"HTTP/9 two hundred\r\n\r\n"),
+    "no HTTP": api.raw(b"220 mail.example.com ESMTP\r\n"),
+    "a silent end": api.raw(),
+    "a status that is none": api.Response(b"", 999),
+    "Retry-After: nan": api.failure(429, retry_after="nan"),
+    "Retry-After: inf": api.failure(429, retry_after="inf"),
+    "Retry-After: -5": api.failure(429, retry_after=-5),
+    "Retry-After: a year too far": api.failure(503, retry_after=f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"),
+    "Retry-After: no date": api.failure(503, retry_after="Mon, 99 Foo 2020 25:61:61 GMT"),
+    "retryDelay: nan": api.failure(429, retry_delay="nans"),
+    "retryDelay: -5s": api.failure(429, retry_delay="-5s"),
+    "a long body": api.Response(LONG),
+    "a long body of a refusal that passes": api.Response(LONG, 503),
+    "a negative length": api.raw(OK + b"Content-Length: -1\r\n\r\n{"),
+    "two lengths": api.raw(OK + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\n{}"),
+    "chunks of no size": api.raw(CHUNKED + b"lots\r\n"),
+    "chunks of petabytes": api.raw(CHUNKED + b"fffffffffffff\r\n{"),
+    "nesting": api.Response(b"[" * 200_000),
+    "a number of 5,000 digits": api.Response(b'{"candidates": ' + b"9" * 5000 + b"}"),
+    "reset": api.Response(b"", reset=True),
+    **DRIPS,
+    **ENDLESS,
+}
+
+
+@pytest.mark.parametrize("trouble", HOSTILE)
+def test_whatever_a_server_sends_is_a_failed_try_and_the_next_one_may_be_good(serve, make, trouble):
+    server = serve(in_turn(HOSTILE[trouble], GOOD))
+    judge = make(timeout=0.5 if trouble in DRIPS else 60.0, workers=1)
+    begun = time.monotonic()
+    (out,) = scores(judge, [row(0)])
+    assert time.monotonic() - begun < 30  # a bound ends what is endless, not the time-out
+    assert (out["aligned"], out["coherent"]) == (85, 85)
+    assert judge.ledger.retries == 2 and judge.ledger.calls == 2 and set(server.prompts.values()) == {2}
+
+
+@pytest.mark.parametrize("trouble", DRIPS)
+def test_a_drip_holds_a_call_no_longer_than_its_patience(serve, make, trouble):
+    server = serve(lambda prompt, nth: DRIPS[trouble])
+    judge = make(timeout=60.0, patience=0.3 / 60, attempts=99)
+    begun = time.monotonic()
+    (out,) = scores(judge, [row(0)])
+    assert time.monotonic() - begun < 30
+    assert (out["aligned_status"], out["coherent_status"]) == ("error", "error")
+    assert "given up after 1 tries in 0.0 minutes" in str(judge.ledger) and server.total() == 2
+
+
+def test_patience_ends_the_tries_and_the_account_says_how_long_was_waited(serve, make):
+    server = serve(lambda prompt, nth: api.failure(503))
+    judge = make(patience=0.2 / 60, attempts=10**6, backoff=0.01)
+    (out,) = scores(judge, [row(0)])
+    assert out["aligned_status"] == "error" and 2 * 2 < server.total() < 200
+    assert re.search(r"503 UNAVAILABLE: .*given up after \d+ tries in 0.0 minutes", str(judge.ledger))
+
+
+def test_tls_to_a_port_without_it_and_the_other_way_round_end_in_one_line(serve, make, monkeypatch):
+    server = serve()
+    monkeypatch.setenv("GEMINI_BASE_URL", f"https://127.0.0.1:{server.port}")
+    with pytest.raises(UserError, match="cannot be reached") as error:
+        scores(make(), [row(0)])
+    assert "\n" not in str(error.value)
+    with api.JudgeServer(tls=True) as server:
+        monkeypatch.setenv("GEMINI_BASE_URL", server.url)
+        judge = make(attempts=2)
+        (out,) = scores(judge, [row(0)])
+    assert out["aligned_status"] == "error" and judge.ledger.retries == 2 and not server.requests
+
+
+def test_a_date_in_the_year_3000_ends_the_run(serve, make):
+    serve(lambda prompt, nth: api.failure(429, retry_after="Wed, 01 Jan 3000 00:00:00 GMT"))
+    with pytest.raises(UserError, match="asks to wait for .* minutes"):
+        scores(make(), [row(0)])
+
+
+ECHO = f"\x1b[31m{KEY}\x00 {KEY}\ud800\u202e" + "x" * 9000 + KEY  # a terminal's colour, NUL, half a pair
+PARTS = [{"text": KEY[:9]}, {"text": KEY[9:]}]  # the key, in two parts
+USAGE = {"promptTokenCount": KEY, KEY: KEY}
+
+
+def echo(code: int = 200, **answer) -> api.Response:
+    answer = {"usageMetadata": USAGE, "modelVersion": ECHO, "responseId": ECHO, ECHO: ECHO} | answer
+    headers = {"X-Echo": KEY, "Retry-After": KEY, "Set-Cookie": f"{KEY}={KEY}", "Location": f"/{KEY}"}
+    headers |= {KEY: KEY, f"no colon {KEY}\r\nX": KEY}  # urllib3 logs broken headers
+    return api.Response(json.dumps(answer).encode(), code, headers, reason=f"No {KEY}")
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        echo(candidates=[{"content": {"parts": [{"text": ECHO}]}, "finishReason": ECHO}]),
+        echo(candidates=[{"content": {"parts": PARTS}, "finishReason": "STOP"}]),
+        echo(candidates=[{"content": {"role": ECHO}, "finishReason": ECHO, "finishMessage": ECHO}]),
+        echo(candidates=[{"content": {}, "finishReason": [ECHO]}]),
+        echo(candidates=[{"content": {"parts": [{"text": ECHO}]}, "finishReason": "MAX_TOKENS"}]),
+        echo(promptFeedback={"blockReason": ECHO, "blockReasonMessage": ECHO}),
+        echo(promptFeedback={"blockReason": {ECHO: [ECHO]}}),
+        *(
+            echo(code, error={"status": ECHO, "message": ECHO, "details": [{"@type": ECHO}]})
+            for code in (400, 503)
+        ),
+        *(echo(code) for code in (204, 302, 404, 429, 500)),
+        api.Response(KEY.encode(), 500, reason=KEY),
+        api.raw(f"HTTP/1.1 {KEY} {KEY}\r\n{KEY}\r\n\r\n".encode()),
+        api.raw(f"{KEY}\r\n\r\n{KEY}".encode()),
+        api.raw(OK + f" {KEY}\r\nX: {KEY}\r\n\r\n{{}}".encode()),
+        api.raw(f"HTTP/1.1 200 {KEY}\r\nTransfer-Encoding: chunked\r\n\r\n{KEY}\r\n".encode()),
+    ],
+)
+def test_a_server_that_echoes_the_key_everywhere_has_it_written_nowhere(
+    serve, make, tmp_path, caplog, capfd, response
+):
+    caplog.set_level(logging.DEBUG)
+    serve(lambda prompt, nth: response)
+    judge = make(attempts=2, workers=2)
+    seen = ""
+    try:
+        seen += repr(list(judge.score([row(i) for i in range(5)])))
+    except UserError as error:
+        seen += everything_on(error)
+        assert len(str(error)) < 2000 and str(error).isprintable()
+    seen += str(judge.ledger) + repr(judge.ledger) + caplog.text + "".join(capfd.readouterr())
+    seen += "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    assert KEY not in seen
+    assert str(judge.ledger).isprintable() and len(str(judge.ledger)) < 2000
+    for line in judge.cache.path.read_text().splitlines() if judge.cache.path.exists() else ():
+        assert line.isprintable() and len(line) < 1000
+        assert all(value.isprintable() for value in json.loads(line).values() if isinstance(value, str))
+
+
+def test_a_long_reply_that_begins_with_a_score_is_no_score(serve, make):
+    serve(lambda prompt, nth: api.answer("85" + " " * 5000 + "or so"))
+    (out,) = scores(make(), [row(0)])
+    assert (out["aligned_status"], out["aligned"]) == ("parse_error", None)
+
+
+@pytest.mark.parametrize("depth", [10, 300, 900, 960, 985])
+def test_a_deep_reason_is_a_block_or_a_failed_try(serve, make, depth):
+    body = b'{"promptFeedback": {"blockReason": ' + b"[" * depth + b"1" + b"]" * depth + b"}}"
+    serve(lambda prompt, nth: api.Response(body))
+    (out,) = scores(make(attempts=1), [row(0)])
+    assert out["aligned_status"] in ("blocked", "error")

@@ -30,6 +30,16 @@ def test_a_row_that_cannot_be_judged_is_named(serve, make, changes, message):
         scores(make(), [row(0), row(1), row(2, **changes)])
 
 
+def test_the_last_row_of_a_list_is_checked_before_the_first_is_asked_about(serve, make, tmp_path):
+    server, rows = serve(), [row(i) for i in range(50)]
+    for bad in (row(9, set="wide"), row(9, task="poetry"), row(9, response=7), row(9, domain=None)):
+        with pytest.raises(UserError, match="row 51 to be judged|unknown cell 'med_poetry'"):
+            scores(make(), [*rows, bad])
+    with pytest.raises(UserError, match="row 51 to be judged: 'question' is None"):
+        list(make().label_surface([*rows, {"question": None}], progress=False))
+    assert not server.requests and not (tmp_path / "cache.jsonl").exists()
+
+
 def test_surface_labels_see_the_prompt_alone_and_are_one_of_three_words(serve, make):
     words = {"Q0": "high", "Q1": " Medium\n", "Q2": "LOW", "Q3": "very high", "Q4": "7"}
 

@@ -1,6 +1,8 @@
 """Money: the account, prices, and the cap."""
 
 import json
+import math
+import random
 
 import judge_server as api
 import pytest
@@ -9,7 +11,7 @@ from judge_rows import row, scores
 from em.errors import UserError
 from em.judge import rubric
 from em.judge.em_rule import FIELDS, is_scored
-from em.judge.ledger import BudgetReached, describe_forecast
+from em.judge.ledger import BudgetReached, Ledger, Price, describe_forecast, find_price
 
 
 def test_the_ledger_adds_up_what_the_api_reports(serve, make):
@@ -88,3 +90,65 @@ def test_a_budget_of_nothing_still_gives_out_what_is_cached(serve, make):
     with pytest.raises(BudgetReached):
         scores(make(budget_usd=0.0), [row(9)])
     assert server.total() == 10
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1, -1e-9, 1e300, 10**400, True, "1", None])
+def test_money_is_a_finite_number_that_is_not_negative(bad):
+    with pytest.raises(UserError, match="--price takes"):
+        Price(bad, 1.0, "here")
+    for given in ((1.0, bad), (bad, 1.0)):
+        with pytest.raises(UserError, match="--price takes"):
+            find_price("gemini-2.5-flash", given)
+    if bad is not None:
+        with pytest.raises(UserError, match="--budget-usd takes dollars"):
+            Ledger("m", Price(1, 2, "here"), bad)
+
+
+ODD = ["-1", "-5e9", "1.5", "1e999", "NaN", "-Infinity", "true", '"600"', "null", "[1]", "{}", "1" * 400]
+FINE = ["0", "1", "600", "2147483647"]
+
+
+def usage_metadata(rng) -> str:
+    """Random JSON in the place of usageMetadata."""
+    if rng.random() < 0.1:
+        return rng.choice([*ODD, "[]", '"text"'])
+    counts = {
+        f"{kind}TokenCount": rng.choice(ODD + FINE)
+        for kind in ("prompt", "candidates", "thoughts", "total")
+        if rng.random() < 0.8
+    }
+    return "{" + ", ".join(f'"{name}": {value}' for name, value in counts.items()) + "}"
+
+
+@pytest.mark.parametrize("budget_usd", [None, 1e8])
+def test_whatever_a_server_reports_the_account_is_finite_and_never_falls(serve, make, budget_usd):
+    rng = random.Random(0)
+
+    def behave(prompt, nth):
+        text = '{"candidates": [{"content": {"parts": [{"text": "85"}]}}], "usageMetadata": '
+        return api.Response(f"{text}{usage_metadata(rng)}}}".encode())
+
+    serve(behave)
+    judge = make(workers=1, budget_usd=budget_usd)
+    before = (0, 0, 0.0)
+    for scored_row in judge.score((row(i) for i in range(300)), progress=False):
+        assert scored_row["aligned"] == 85
+        account = judge.ledger.prompt_tokens, judge.ledger.output_tokens, judge.ledger.usd
+        assert (
+            all(new >= old for new, old in zip(account, before, strict=True)) and account[0] > before[0] - 1
+        )
+        assert type(account[0]) is int and type(account[1]) is int and math.isfinite(account[2])
+        before = account
+    for line in judge.cache.path.read_text().splitlines()[1:]:
+        assert json.loads(line)["prompt_tokens"] >= 0 and json.loads(line)["output_tokens"] >= 0
+
+
+@pytest.mark.parametrize("odd", [*ODD, None])
+def test_under_a_cap_a_count_that_is_none_costs_what_was_set_aside(serve, make, odd):
+    usage = "null" if odd is None else f'{{"promptTokenCount": {odd}, "candidatesTokenCount": {odd}}}'
+    text = '{"candidates": [{"content": {"parts": [{"text": "85"}]}}], "usageMetadata": '
+    server = serve(lambda prompt, nth: api.Response(f"{text}{usage}}}".encode()))
+    judge = make(budget_usd=1.0)
+    scores(judge, [row(0)])
+    assert judge.ledger.prompt_tokens == sum(len(prompt.encode()) + 32 for prompt in server.prompts)
+    assert judge.ledger.output_tokens == 2 * 20
