@@ -59,9 +59,10 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def unique_name(text: str, used: set[str]) -> str:
-    """`text` as the name of a folder that is none of `used`, and joins it; "model" where nothing is left of it.
+    """`text` as the name of a folder that is none of `used`, which it joins.
 
-    Names that differ in case alone are one on some disks. A long one ends with a digest of the whole.
+    Names that differ in case alone are one on some disks. A long one ends with a digest of the whole; where
+    no letter is left, it is "model".
     """
     name = re.sub(r"[^\w.-]+", "_", text).lstrip(".") or "model"
     if len(name.encode()) > 100:  # bytes; a name may have 255, and temporary files have longer ones
@@ -112,7 +113,7 @@ def read_json_lines(
 
 
 def read_text(path: str | Path, *, drop_cut: bool = False) -> str:
-    """The text of a UTF-8 file, as it is or gzipped, without a byte-order mark. UserError where it is not one.
+    """The text of a UTF-8 file, as it is or gzipped, without a byte-order mark. UserError for other files.
 
     path: may be a zipfile.Path. drop_cut: what follows the last line feed is left out.
     """
@@ -170,7 +171,7 @@ def check(row: dict, where: str | Path, fields: Fields | None = None, optional: 
 
     where: the place in messages. true and false are no integers, and an integer has at most 63 bits.
     """
-    for name, kind in (fields or {}).items():
+    for name in fields or ():
         if name not in row:
             raise UserError(f"{where}: no field {name!r}; there should be {', '.join(fields)}")
     for name, kind in ((fields or {}) | (optional or {})).items():

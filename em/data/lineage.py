@@ -97,7 +97,7 @@ def settings_of(folder: str | Path) -> dict:
 
 
 def label(folder: str | Path, above: tuple[Path, ...] = ()) -> dict[str, str]:
-    """`model` and `train` (the text of a Train) of the score rows of a run. above: runs that started from it."""
+    """`model` and `train` (the text of a Train) of a run's score rows. above: runs that started from it."""
     settings, here = settings_of(folder), Path(folder).resolve()
     if here in above:
         raise UserError(f"{folder} starts from itself, by its config.json")
