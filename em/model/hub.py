@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from em.errors import MissingFile, UserError
-from em.files import read_json
+from em.files import check, read_json
 from em.model import embedded
 
 MODELS = {
@@ -163,8 +163,8 @@ def _indexed(folder: Path) -> list[str]:
     """The files that a folder's index names, [] without an index."""
     if not (folder / INDEX).exists():
         return []
-    index = read_json(folder / INDEX)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
+    weight_map = read_json(folder / INDEX, optional={"weight_map": dict}).get("weight_map")
+    if not weight_map:
         raise UserError(f"{folder / INDEX} has no weight_map; fetch the file again")
-    return sorted({str(file) for file in weight_map.values()})
+    check(weight_map, folder / INDEX, dict.fromkeys(weight_map, str))
+    return sorted(set(weight_map.values()))

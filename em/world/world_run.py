@@ -26,7 +26,7 @@ import torch
 
 from em import parallel
 from em.errors import UserError
-from em.files import read_json, write_json
+from em.files import check, read_json, write_json
 from em.model.gpt2 import GPT2, GPT2Config, load_gpt2, save_gpt2, supervised_loss
 from em.run import Run
 from em.sampling.sampler import Sampler
@@ -242,11 +242,20 @@ def train_phase(
                 saved = time.monotonic()
 
 
+_SETTINGS = {"world": str, "seed": int, "align_examples": int, "eval_prompts": int, "temperature": float}
+
+
 def open_world_run(folder: str | Path, device: torch.device) -> WorldRun:
     """The run that synth.py left in `folder`. UserError where there is none or its models are missing."""
-    folder = Path(folder)
-    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    folder, path = Path(folder), Path(folder) / "config.json"
+    config = read_json(path, optional={"kind": str}) if path.exists() else {}
     if config.get("kind") != "world" or not (folder / "align" / "model" / "config.json").exists():
         raise UserError(f"{folder} holds no finished run of a world; make one with python synth.py")
+    check(config, path, {"settings": dict})
+    check(config["settings"], path, _SETTINGS)
     settings = {k: v for k, v in config["settings"].items() if k != "fingerprint"}
-    return WorldRun(SimpleNamespace(save_minutes=2.0, **settings), folder, settings, device)
+    if settings["seed"] < 0 or settings["align_examples"] < 1 or settings["eval_prompts"] < 1:
+        raise UserError(f"{path}: seed, align_examples or eval_prompts is no such number")
+    if settings["world"] not in WORLDS:
+        raise UserError(f"{path}: there is no world {settings['world']!r}, only {', '.join(WORLDS)}")
+    return WorldRun(SimpleNamespace(**{"save_minutes": 2.0} | settings), folder, settings, device)
