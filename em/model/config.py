@@ -106,7 +106,7 @@ class DecoderConfig:
                 f"{source}: {', '.join(wrong or ['num_hidden_layers'])} must be given as positive integers, "
                 f"{_MOST_LAYERS} layers and {_LARGEST} of anything else at most"
             )
-        if not given.get("rms_norm_eps", 0) > 0:
+        if not 0 < given.get("rms_norm_eps", 0) < 1:
             raise UserError(f"{source}: rms_norm_eps must be a number such as 1e-06")
         if given.get("hidden_act", "silu") != "silu":
             raise UserError(f"{source}: hidden_act {given['hidden_act']!r} is not supported (silu is)")

@@ -254,8 +254,11 @@ def open_world_run(folder: str | Path, device: torch.device) -> WorldRun:
     check(config, path, {"settings": dict})
     check(config["settings"], path, _SETTINGS)
     settings = {k: v for k, v in config["settings"].items() if k != "fingerprint"}
-    if settings["seed"] < 0 or settings["align_examples"] < 1 or settings["eval_prompts"] < 1:
-        raise UserError(f"{path}: seed, align_examples or eval_prompts is no such number")
+    if (
+        min(settings["seed"], settings["temperature"]) < 0
+        or min(settings["align_examples"], settings["eval_prompts"]) < 1
+    ):
+        raise UserError(f"{path}: seed, temperature, align_examples or eval_prompts is no such number")
     if settings["world"] not in WORLDS:
         raise UserError(f"{path}: there is no world {settings['world']!r}, only {', '.join(WORLDS)}")
     return WorldRun(SimpleNamespace(**{"save_minutes": 2.0} | settings), folder, settings, device)
