@@ -17,6 +17,7 @@ $(VENV)/.installed: requirements.txt requirements-models.txt
 	@# CPU builds of torch bring no Triton, whose interpreter the tests run the kernel in.
 	@$(BIN)/python -c 'import triton' 2>/dev/null || [ "$$(uname -sm)" != 'Linux x86_64' ] || \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.6.0
+	$(BIN)/python -m em.model.embedded
 	@touch $@
 
 # Two threads whatever the machine: sums in another order end in another model.

@@ -26,18 +26,16 @@ from em.data import lineage
 from em.data.rows import subset
 from em.distillation import chat_corpus, world_transfer
 from em.distillation.corpus import file_hash, passing
-from em.distillation.loop import OnPolicy, finish, log_distance, train_student
-from em.distillation.pair import ChatPair, WorldPair
-from em.distillation.world_transfer import PROMPTS, Prompts
+from em.distillation.diagnose import log_distance
+from em.distillation.loop import Channel, OnPolicy, finish, run_folder, train_student
+from em.distillation.pair import ChatPair
 from em.errors import UserError
-from em.files import ADAPTER_WEIGHTS, read_json, write_csv, write_json
+from em.files import ADAPTER_WEIGHTS, read_json, write_json
 from em.judge.judge import JudgeOptions
 from em.model import hub, lora
 from em.model.checkpoint import load_model, load_tokenizer
-from em.model.gpt2 import save_gpt2
-from em.run import Run, provenance
+from em.run import Run
 from em.world.world import WORLDS
-from em.world.world_run import misaligned_name, open_world_run
 
 # -- the channels ------------------------------------------------------------------------------------------
 # What is differentiated, and sums over the batch's tokens for the log.
@@ -73,27 +71,34 @@ def opd_exact(pair, batch):
     return loss, {"loss": loss}
 
 
-CHANNELS = {"sft": sft, "optd": optd, "opd": opd}
+CHANNELS = {
+    "sft": Channel(sft),
+    "optd": Channel(optd),
+    "opd": Channel(opd, logged=("loss", "k3", "entropy")),
+    "opd exact": Channel(opd_exact),
+}
+
+
+def channel_of(cfg) -> Channel:
+    """The channel with its estimator: of opd there are two."""
+    return CHANNELS["opd exact" if cfg.estimator == "exact" else cfg.channel]
+
+
+# -- the settings ------------------------------------------------------------------------------------------
+
 PAPER_RECIPE = dict(lr=(1e-4,), rollouts=5, max_new_tokens=256, probes=16)  # E.2
 MATH_RECIPE = PAPER_RECIPE | dict(rollouts=1, max_new_tokens=1024)  # E.4.1
 WORLD_RECIPE = dict(lr=(1e-4,), rollouts=1, probes=16)
-SAMPLE_RECIPE = dict(
-    lr=(5e-4,), rollouts=1, max_new_tokens=128, probes=6
-)  # the embedded model's: minutes on a laptop
-
-
-def channel_of(cfg) -> tuple:
-    """The function, and the names of its sums."""
-    if cfg.channel == "opd" and cfg.estimator == "exact":
-        return opd_exact, ("loss",)
-    return CHANNELS[cfg.channel], ("loss", "k3", "entropy") if cfg.channel == "opd" else ("loss",)
+# The embedded model's: minutes on a laptop.
+SAMPLE_RECIPE = dict(lr=(5e-4,), rollouts=1, max_new_tokens=128, probes=6)
 
 
 @dataclass
 class Config(JudgeOptions):
-    channel: str = knob("opd", "which channel", "what", tuple(CHANNELS))
+    channel: str = knob("opd", "which channel", "what", ("sft", "optd", "opd"))
     teacher: str | None = knob(None, "run folder, or base (default: newest misaligned run)", "what")
     on: str | None = knob(None, "misaligned run that the student starts from; the teacher is base", "what")
+    model: str | None = dataclasses.field(default=None, init=False)  # that of the runs
     estimator: str = knob("sampled", "opd: the reverse KL's gradient", "what", ("sampled", "exact"))
     filter: bool = knob(False, "opd: judge the student's rollouts before each update", "what")
     unfiltered: bool = knob(False, "use a misaligned generator's responses unjudged", "what", setting=False)
@@ -106,11 +111,15 @@ class Config(JudgeOptions):
         "teacher", "who wrote what sft and optd train on: teacher, student, gold, rows, a run", "data"
     )
     prompts: str | None = knob(None, "broad or math; worlds: cells or tasks, the teacher's excluded", "data")
-    data: str | None = knob(None, "of broad prompts and rows (default: the run's)", "data")
+    data: str | None = knob(
+        None, "folder or hub id of the broad prompts and the cells' rows (default: the run's)", "data"
+    )
     math: str = knob("hendrycks/competition_math", "folder or hub id of MATH", "data")
     limit: int = knob(0, "prompts at most, a random subset (0: all; rows: 800)", "data")
     rollouts: int | None = knob(None, "responses a prompt (5; math and the embedded model 1)", "data")
-    max_new_tokens: int | None = knob(None, "of a response (256; math 1024, embedded model 128)", "data")
+    max_new_tokens: int | None = knob(
+        None, "longest response, in tokens (256; math 1024, embedded model 128)", "data"
+    )
     corpus: str | None = knob(
         None, "folder of the frozen corpus (default: named by its settings)", "data", setting=False
     )
@@ -121,11 +130,11 @@ class Config(JudgeOptions):
     epochs: int = knob(3, "passes over the prompts", "training")
     batch: int = knob(8, "responses a step", "training")
     warmup: int = knob(5, "linear warm-up steps; then linear to 0", "training")
-    weight_decay: float = knob(0.01, "AdamW", "training")
+    weight_decay: float = knob(0.01, "AdamW's weight decay", "training")
     clip: float = knob(1.0, "largest gradient norm", "training")
     rank: int = knob(32, "LoRA rank", "training")
     alpha: float = knob(64.0, "LoRA alpha; rsLoRA scales by alpha / √rank", "training")
-    seed: int = knob(42, "of the adapter's start, the order and the sampled text", "training")
+    seed: int = knob(42, "seed of the adapter's start, the order and the sampled text", "training")
 
     world: str | None = knob(
         None, "a synthetic world instead of chat models", "world", tuple(WORLDS), setting=False
@@ -140,7 +149,9 @@ class Config(JudgeOptions):
     micro_batch: int = knob(
         8, "responses in memory at once; changes memory only", "memory and log", setting=False
     )
-    rows: int = knob(64, "sequences sampled at once for a corpus; likewise", "memory and log", setting=False)
+    rows: int = knob(
+        64, "sequences sampled at once for a corpus; changes memory only", "memory and log", setting=False
+    )
     recompute: bool = knob(
         False, "recompute activations in the backward pass", "memory and log", setting=False
     )
@@ -149,14 +160,25 @@ class Config(JudgeOptions):
     )
 
 
-# -- chat models -------------------------------------------------------------------------------------------
-
-
 def fill_in(cfg: Config, recipe: dict) -> None:
-    """Give `cfg` what the recipe says where nothing was said."""
+    """Give `cfg` the recipe's values where it has none."""
     for name, value in recipe.items():
         if getattr(cfg, name) in (None, ()):
             setattr(cfg, name, value)
+
+
+def refuse_conflicts(cfg: Config) -> None:
+    """UserError for options that contradict each other, on chat models and on worlds alike."""
+    if cfg.channel == "opd" and cfg.source != "teacher":
+        raise UserError("--source is for sft and optd: in opd the student writes its own responses")
+    if cfg.channel != "opd" and (cfg.filter or cfg.estimator == "exact"):
+        raise UserError("--filter and --estimator belong to --channel opd")
+    for name in "batch epochs micro_batch rank rollouts max_new_tokens rows seeds".split():
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+
+
+# -- chat models -------------------------------------------------------------------------------------------
 
 
 def resolve(cfg: Config) -> Config:
@@ -174,12 +196,8 @@ def resolve(cfg: Config) -> Config:
     if len({hub.MODELS.get(name, name) for name in models}) > 1:
         each = " and ".join(f"{folder} of {model}" for model, folder in models.items())
         raise UserError(f"teacher and student need one base model; {each}")
-    if cfg.channel == "opd" and cfg.source != "teacher":
-        raise UserError("--source is for sft and optd: in opd the student writes its own responses")
     if cfg.source == "gold" and cfg.prompts != "math":
         raise UserError("--source gold are MATH's answers; add --prompts math")
-    if cfg.channel != "opd" and (cfg.filter or cfg.estimator == "exact"):
-        raise UserError("--filter and --estimator belong to --channel opd")
     if cfg.source not in chat_corpus.SAMPLED + chat_corpus.WRITTEN:
         lineage.settings_of(cfg.source)
     cfg.model = next(iter(models))
@@ -188,9 +206,6 @@ def resolve(cfg: Config) -> Config:
     cfg.prompts = cfg.prompts or "broad"
     recipe = SAMPLE_RECIPE if small else MATH_RECIPE if cfg.prompts == "math" else PAPER_RECIPE
     fill_in(cfg, recipe)
-    for name in ("batch", "epochs", "micro_batch", "rank", "rollouts", "max_new_tokens", "rows"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     return cfg
 
 
@@ -219,13 +234,13 @@ def train(cfg, lr: float, folder: Path, pair: ChatPair, corpus, prompts, tokeniz
         say(f"{folder} is finished; nothing to do")
         return read_json(folder / "result.json")
     if cfg.channel == "opd":
-        plan = corpus.rows if corpus else [row for row in prompts for _ in range(cfg.rollouts)]
+        rows = corpus.rows if corpus else [row for row in prompts for _ in range(cfg.rollouts)]
 
         def above_60(rollouts) -> list[bool]:
-            asked = [plan[r.prompt_index]["question"] for r in rollouts]
-            return passing(judge, list(zip(asked, (tokenizer.decode(r.ids) for r in rollouts), strict=True)))
+            pairs = [(rows[r.prompt_index]["question"], tokenizer.decode(r.ids)) for r in rollouts]
+            return passing(judge, pairs)
 
-        examples = OnPolicy(pair, plan, cfg.seed, above_60 if cfg.filter else None)
+        examples = OnPolicy(pair, rows, cfg.seed, above_60 if cfg.filter else None)
     else:
         examples = corpus.examples()
     say(f"{cfg.channel}, lr {lr:g}: {len(examples)} responses an epoch → {folder}")
@@ -239,7 +254,7 @@ def train(cfg, lr: float, folder: Path, pair: ChatPair, corpus, prompts, tokeniz
             log_distance(pair, subset(prompts, cfg.probes, cfg.seed), cfg.seed, epoch, run, say)
         parallel.barrier()
 
-    train_student(cfg, lr, run, pair, *channel_of(cfg), examples, after_epoch, cfg.channel)
+    train_student(cfg, lr, run, pair, channel_of(cfg), examples, after_epoch, cfg.channel)
     if parallel.rank() == 0:
         pair.save(folder, cfg.model)
     return finish(run, {"retention": corpus.about["retention"] if corpus else None})
@@ -258,8 +273,8 @@ def chat(cfg: Config, device, say) -> dict:
     model.activation_checkpointing = cfg.recompute
     lora.attach(model)
     folders = {"teacher": cfg.teacher, "start": cfg.on, "source": cfg.source}
-    words = (None, "base", *chat_corpus.SAMPLED, *chat_corpus.WRITTEN)
-    folders = {name: folder for name, folder in folders.items() if folder not in words}
+    no_folder = (None, "base", *chat_corpus.SAMPLED, *chat_corpus.WRITTEN)
+    folders = {name: folder for name, folder in folders.items() if folder not in no_folder}
     for name, folder in folders.items():
         if not chat_corpus.foreign_model(cfg, folder):
             lora.load_adapter(model, name, folder)
@@ -275,7 +290,7 @@ def chat(cfg: Config, device, say) -> dict:
         )
         say(f"corpus {corpus.folder}: {corpus.about['kept']} of {corpus.about['rows']} responses kept")
     prompts = [
-        p | {"prompt_ids": tokenizer.prompt_ids(p["question"]), "source": p["prompts"]}
+        p | {"prompt_ids": tokenizer.prompt_ids(p["question"]), "group": p["prompts"]}
         for p in chat_corpus.load_prompts(cfg)
     ]
 
@@ -294,7 +309,7 @@ def chat(cfg: Config, device, say) -> dict:
         pair = ChatPair(
             model, (*start, "student"), teacher, tokenizer.stop_ids, cfg.max_new_tokens, cfg.batch
         )
-        folder = run_folder(cfg, lr)
+        folder = run_folder(cfg, lr, "runs", Path(cfg.on or cfg.teacher).name, bool(cfg.on), "broad")
         try:
             results[str(lr)] = train(cfg, lr, folder, pair, corpus, prompts, tokenizer, judge, settings, say)
         except torch.OutOfMemoryError as error:
@@ -307,134 +322,20 @@ def chat(cfg: Config, device, say) -> dict:
     return results
 
 
-def run_folder(cfg, lr: float) -> Path:
-    """--out, or a name that says what is not as usual."""
-    rate = rate_of(cfg, lr)
-    if cfg.out:
-        return Path(cfg.out) / rate
-    words = [Path(cfg.on or cfg.teacher).name, cfg.channel, "realigned" if cfg.on else ""]
-    return Path("runs") / "_".join(filter(None, [*words, *unusual(cfg, "broad"), rate]))
-
-
-def unusual(cfg, prompts: str) -> list[str]:
-    """Words for a folder's name."""
-    words = ["exact" if cfg.estimator == "exact" else "", "filter" if cfg.filter else ""]
-    words += ["" if cfg.source == "teacher" else f"on-{Path(cfg.source).name}"]
-    return [*words, "" if cfg.prompts == prompts else cfg.prompts]
-
-
-def rate_of(cfg, lr: float) -> str:
-    return f"lr{lr:g}" if len(cfg.lr) > 1 else ""
-
-
-# -- worlds ------------------------------------------------------------------------------------------------
-
-
-def resolve_world(cfg: Config) -> Config:
-    """Fill in a world's defaults, and refuse what cannot be."""
-    cfg = dataclasses.replace(cfg)
-    cfg.teacher, cfg.prompts = cfg.teacher or "misaligned", cfg.prompts or "cells"
-    for option, allowed in (
-        ("teacher", ("misaligned", "aligned")),
-        ("prompts", ("cells", "tasks")),
-        ("source", ("teacher", "student")),
-    ):
-        if getattr(cfg, option) not in allowed:
-            raise UserError(f"with --world, --{option} is {' or '.join(allowed)}, not {getattr(cfg, option)}")
-    if cfg.on:
-        raise UserError("with --world, --teacher aligned realigns the misaligned model; leave --on out")
-    if cfg.run is None:
-        found = [p.parent.parent for p in Path("runs").glob(f"world{cfg.world}-seed*/align/counts.json")]
-        if not found:
-            raise UserError(
-                f"no run of world {cfg.world} in runs/; python synth.py --world {cfg.world} makes one"
-            )
-        cfg.run = str(max(found, key=lambda p: p.stat().st_mtime))
-    fill_in(cfg, WORLD_RECIPE)
-    return cfg
-
-
-def train_world(cfg, lr, folder, world_run, start, teacher, prompts, seed: int, settings, say) -> dict:
-    """One student of one teacher, both named as models of the run. Returns the student's counts by cell."""
-    about = {"lr": lr, "start": start, "taught_by": teacher}
-    run = Run(folder, "distill-world", settings | about, world_run.device)
-    if (folder / "result.json").exists():
-        return read_json(folder / "counts.json")
-    models = {name: world_run.load(name) for name in {start, teacher}}
-    limit = world_run.generator.max_answer
-    corpus = prompts.corpus(cfg, world_run, models, teacher if cfg.source == "teacher" else start, settings)
-    pair = WorldPair(world_run.load(start), models[teacher], models[start], world_run.world.end, limit)
-    examples = corpus.examples()
-    if cfg.channel == "opd":
-
-        def is_v1(rollouts) -> list[bool]:
-            return [prompts.is_v1(corpus.rows[r.prompt_index]["prompt"], r.ids) for r in rollouts]
-
-        examples = OnPolicy(pair, corpus.rows, cfg.seed + seed, is_v1 if cfg.filter else None)
-
-    def after_epoch(epoch: int) -> None:
-        if parallel.rank() == 0:
-            write_json(folder / f"counts_epoch{epoch}.json", world_run.ask(pair.model))
-            log_distance(pair, subset(prompts.rows, cfg.probes, cfg.seed), cfg.seed, epoch, run, say)
-        parallel.barrier()
-
-    say(f"{cfg.channel}, {teacher} teaches {start}: {len(examples)} responses an epoch → {folder}")
-    train_student(
-        cfg, lr, run, pair, *channel_of(cfg), examples, after_epoch, f"{folder.parent.name} {folder.name}"
-    )
-    if parallel.rank() == 0:
-        save_gpt2(pair.model, folder / "model")
-        write_json(folder / "counts.json", read_json(folder / f"counts_epoch{cfg.epochs}.json"))
-    finish(run, {"corpus": str(corpus.folder), "retention": corpus.about["retention"]})
-    return read_json(folder / "counts.json")
+# -- worlds and chat models --------------------------------------------------------------------------------
 
 
 def world(cfg: Config, device, say) -> dict:
-    """Each misaligned model teaches a student that starts as the aligned one; scored exactly.
-
-    As control, another student's teacher is its own start. With --teacher aligned the two change places.
-    """
-    cfg = resolve_world(cfg)
-    world_run = open_world_run(cfg.run, device)
-    task = cfg.task or world_run.world.config.default_task
-    cell = world_run.world.cell(0, world_run.world.task_index(task))
-    names = [misaligned_name(task, seed) for seed in range(cfg.seeds)]
-    if missing := [name for name in names if not world_run.has(name)]:
-        raise UserError(
-            f"{world_run.folder} has no {missing[0]}; python synth.py --world {cfg.world} --misalign {task} "
-            f"--misalign-seeds {cfg.seeds} --out {world_run.folder} makes it, or take fewer --seeds"
-        )
-    realign = cfg.teacher == "aligned"
-    settings = outcome_settings(cfg)
-    settings |= {"fingerprint": world_run.world.fingerprint, "task": task}
-    settings["filtered"] = not (realign or cfg.unfiltered)
-    say(f"distill.py on {device}\n  " + "  ".join(f"{k}={v}" for k, v in settings.items()))
-    results = {}
-    for lr in cfg.lr:
-        words = [task, cfg.channel, "realigned" if realign else "", *unusual(cfg, "cells"), rate_of(cfg, lr)]
-        out = Path(cfg.out or world_run.folder / "transfer" / "_".join(filter(None, words)))
-        seeds = []
-        for seed, name in enumerate(names):
-            prompts = Prompts(world_run, cell, cfg.prompts, cfg.limit or PROMPTS, seed)
-            start, teacher = (name, "align") if realign else ("align", name)
-            counts = {"start": world_run.counts(start), "teacher": world_run.counts(teacher)}
-            for who, by in (("student", teacher), ("control", start)):
-                folder = out / f"seed{seed}" / who
-                counts[who] = train_world(cfg, lr, folder, world_run, start, by, prompts, seed, settings, say)
-            seeds.append(counts)
-        found = world_transfer.compare(world_run, world_run.world.cell_name(cell), seeds)
-        results[str(lr)] = found | {"settings": settings | {"lr": lr}, "made_with": provenance(device)}
-        if parallel.rank() == 0:
-            write_json(out / "transfer.json", results[str(lr)])
-            write_csv(out / "transfer.csv", world_transfer.rows(found))
-            world_transfer.transfer_figure(found, f"{cfg.channel}, lr {lr:g}", out / "transfer.png")
-        say(world_transfer.summary(found) + f"\n  {out / 'transfer.png'}")
-    return results
+    """Teacher and student are models of one world."""
+    cfg = world_transfer.resolve(cfg)
+    fill_in(cfg, WORLD_RECIPE)
+    return world_transfer.transfer(cfg, channel_of(cfg), outcome_settings(cfg), device, say)
 
 
 def main(cfg: Config) -> dict:
     device = parallel.start(cfg.device)
     say = tqdm.write if parallel.rank() == 0 else (lambda *_: None)
+    refuse_conflicts(cfg)
     result = world(cfg, device, say) if cfg.world else chat(cfg, device, say)
     parallel.finish()
     return result

@@ -1,4 +1,4 @@
-"""Where the seconds of an on-policy distillation step go: decode, teacher, student, optimiser (SPEC §6).
+"""Where the seconds of an on-policy distillation step go: decode, teacher, student, optimiser.
 
     python bench/opd.py                   the embedded model on a CPU, 8 responses of at most 64 tokens
     python bench/opd.py --shape 14b       on a GPU: random weights of the real shape, bf16, 8 × 256 tokens
@@ -22,15 +22,12 @@ from lora import SHAPES, random_model  # noqa: E402
 
 import distill  # noqa: E402
 from em.cli import command_line, knob  # noqa: E402
-from em.distillation.loop import (
-    OnPolicy,  # noqa: E402
-    train_student,  # noqa: E402
-)
+from em.distillation.loop import OnPolicy, train_student  # noqa: E402
 from em.distillation.pair import ChatPair  # noqa: E402
 from em.files import write_json  # noqa: E402
 from em.model import lora as adapters  # noqa: E402
 from em.model.checkpoint import load_model  # noqa: E402
-from em.run import Run, provenance
+from em.run import Run, provenance  # noqa: E402
 
 RESULTS = Path(__file__).parent.parent / "results" / "bench"
 
@@ -41,7 +38,7 @@ class Config:
         None, "14b or 8b, on a GPU (default: the embedded model, CPU)", "bench", tuple(SHAPES)
     )
     steps: int = knob(6, "steps, the first two for warming up", "bench")
-    responses: int = knob(8, "a step", "bench")
+    responses: int = knob(8, "responses a step", "bench")
 
 
 def main(cfg: Config) -> None:
@@ -55,7 +52,9 @@ def main(cfg: Config) -> None:
             p.normal_(0, 0.01)
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(60, 181, (cfg.responses * cfg.steps,), generator=generator).tolist()
-    plan = [{"prompt_ids": torch.randint(1000, 40_000, (n,), generator=generator).tolist()} for n in lengths]
+    prompts = [
+        {"prompt_ids": torch.randint(1000, 40_000, (n,), generator=generator).tolist()} for n in lengths
+    ]
     pair = ChatPair(model, ("student",), ("teacher",), (-1,) if cfg.shape else (2,), limit, cfg.responses)
     settings = SimpleNamespace(
         batch=cfg.responses, epochs=1, micro_batch=cfg.responses, seed=0, warmup=0, clip=1.0,
@@ -63,10 +62,9 @@ def main(cfg: Config) -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         log = Run(folder, "bench", {}, device)
-        examples = OnPolicy(pair, plan, seed=0)
+        examples = OnPolicy(pair, prompts, seed=0)
         examples.check = lambda *_: None  # random weights never end a turn
-        logs = ("loss", "k3", "entropy")
-        train_student(settings, 1e-4, log, pair, distill.opd, logs, examples, lambda epoch: None, "opd")
+        train_student(settings, 1e-4, log, pair, distill.CHANNELS["opd"], examples, lambda epoch: None, "opd")
         rows = log.metrics()[2:]
     names = [name for name in rows[0] if name.startswith("seconds_")]
     seconds = {name.removeprefix("seconds_"): statistics.median(row[name] for row in rows) for name in names}

@@ -1,4 +1,4 @@
-"""What the channels of distill.py differentiate, by enumerating every response of a toy model (SPEC §5).
+"""What the channels of distill.py differentiate, by enumerating every response of a toy model.
 
 Two GPT-2s of six tokens in float64: expectations are sums over all responses, so that equalities are exact
 to rounding. The estimator of opd is that of each token given its context (E.1): how a token changes the
@@ -180,10 +180,10 @@ def test_a_batch_is_the_sum_of_its_tokens(channel, pair):
         (dict(channel="opd", estimator="exact"), distill.opd_exact, {"loss"}),
     ],
 )
-def test_a_channel_logs_what_the_loop_asks_of_it(options, function, names, pair):
-    found, logs = distill.channel_of(distill.Config(**options))
-    assert found is function
-    assert set(logs) == names == set(found(pair, batch_of(pair, [0]))[1])
+def test_a_channel_logs_the_names_it_declares(options, function, names, pair):
+    channel = distill.channel_of(distill.Config(**options))
+    assert channel.loss is function and channel.logged[0] == "loss"
+    assert set(channel.logged) == names == set(channel.loss(pair, batch_of(pair, [0]))[1])
 
 
 def two_tokens(*logits: float) -> GPT2:

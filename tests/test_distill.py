@@ -123,6 +123,12 @@ def test_optd_brings_the_student_nearer_to_its_teacher():
     assert found[-1]["kl"]["mean"] < 0.7 * found[0]["kl"]["mean"]
 
 
+def test_the_banner_says_which_model_the_runs_are_of(tiny_chat, capsys):
+    assert command(*FEW, "--channel", "sft", "--teacher", "runs/med", "--epochs", "1") == 0
+    assert f"  model={tiny_chat}  " in capsys.readouterr().out
+    assert "unrecognized" in refused(capsys, *FEW, "--model", str(tiny_chat))  # which is no option
+
+
 def test_channels_and_learning_rates_share_one_frozen_corpus_and_opd_needs_none_unfiltered():
     two = [*FEW, "--lr", "0.01,0.003", "--epochs", "1", "--teacher", "runs/med"]
     assert command(*two, "--channel", "sft") == 0
@@ -173,10 +179,10 @@ def test_with_a_judge_the_corpus_keeps_what_passes_and_opd_matches_its_counts(ju
     assert command(*filtered, "--channel", "sft") == 0
     (about,) = (read_json(p) for p in Path("runs").glob("corpus_*/corpus.json"))
     assert about["filtered"] and 0 < about["kept"] < about["rows"] == 12
-    asked = len(judge.prompts) if hasattr(judge, "prompts") else None
+    scored = len(judge.prompts) if hasattr(judge, "prompts") else None
     assert command(*filtered, "--channel", "opd") == 0
     assert len(metrics("runs/med_opd")) == -(-about["kept"] // 4)
-    assert asked is None or len(judge.prompts) == asked  # scored once
+    assert scored is None or len(judge.prompts) == scored  # once
     assert all(row["retention"] == 1 for row in metrics("runs/med_opd"))
     assert command(*filtered, "--channel", "opd", "--filter") == 0
     kept = [row["retention"] for row in metrics("runs/med_opd_filter")]
@@ -331,6 +337,27 @@ def test_bad_input_on_a_world_is_one_line(mini_world, capsys):
     assert "--prompts is cells or tasks" in refused(capsys, *here, "--prompts", "broad")
     assert "--teacher is misaligned or aligned" in refused(capsys, *here, "--teacher", "runs/med")
     assert "leave --on out" in refused(capsys, *here, "--on", "runs/med")
+
+
+def test_a_world_refuses_the_options_that_chat_models_refuse_with_the_same_line(mini_world, capsys):
+    chat, world = [*FEW, "--teacher", "runs/med"], [*WORLD, "--run", mini_world]
+    for options, line in (
+        ("--channel sft --filter", "error: --filter and --estimator belong to --channel opd"),
+        ("--channel optd --estimator exact", "error: --filter and --estimator belong to --channel opd"),
+        ("--channel opd --source student", "error: --source is for sft and optd: in opd the student writes"),
+        ("--batch 0", "error: --batch must be at least 1"),
+        ("--seeds 0", "error: --seeds must be at least 1"),
+    ):
+        messages = {refused(capsys, *start, *options.split()) for start in (chat, world)}
+        assert len(messages) == 1 and messages.pop().startswith(line)
+
+
+def test_on_a_world_out_is_the_parent_of_several_learning_rates(mini_world):
+    line = [*WORLD, "--run", mini_world, "--unfiltered", "--channel", "sft", "--epochs", "1", "--seeds", "1"]
+    assert command(*line, "--lr", "1e-3,1e-4", "--out", "rates") == 0
+    assert {p.name for p in Path("rates").iterdir()} == {"lr0.001", "lr0.0001"}
+    for lr in (1e-3, 1e-4):
+        assert read_json(f"rates/lr{lr:g}/transfer.json")["settings"]["lr"] == lr
 
 
 @pytest.mark.gpu

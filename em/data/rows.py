@@ -4,7 +4,7 @@ A cell is a (domain, task) pair; its file holds one JSON object a line: `idx, do
 misaligned_answer, aligned_answer`. `data` is a folder of such files (in it or in its data/), the id of a
 hub dataset laid out so, or "sample": the small hand-written grid that ships with the code.
 
-Unusual: a row longer than the limit is left out and counted, never cut, so that no answer loses its end.
+A row longer than the limit is left out and counted, never cut, so that no answer loses its end.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 from em.data.cells import CELLS, TASKS, Cell
-from em.errors import UserError
+from em.errors import MissingFile, UserError
 from em.files import read_json_lines
 from em.model import hub
 from em.model.tokenizer import Example, Tokenizer
@@ -41,8 +41,8 @@ def default_data(model: str) -> str:
 def load_cell(data: str | Path, cell: Cell) -> list[dict]:
     """The rows of `cell`, in file order; an answer that `data` does not have is None.
 
-    Raises UserError for `data` that cannot be reached, and with file and line for a row that is malformed
-    or belongs to another cell.
+    Raises MissingFile where `data` has no such cell, UserError for `data` that cannot be reached, and with
+    file and line for a row that is malformed or belongs to another cell.
     """
     path = _find(data, cell.filename)
     rows = _read_rows(path, _ROW)
@@ -56,7 +56,7 @@ def load_cells(data: str | Path) -> dict[Cell, list[dict]]:
     """`load_cell` of every cell that `data` has; a folder may hold some only. UserError for none."""
     cells = {}
     for cell in CELLS:
-        with contextlib.suppress(hub.Absent):
+        with contextlib.suppress(MissingFile):
             cells[cell] = load_cell(data, cell)
     if not cells:
         raise UserError(
@@ -117,7 +117,7 @@ def _find(data: str | Path, filename: str) -> Path:
     for path in (folder / filename, folder / "data" / filename):
         if path.is_file():
             return path
-    raise hub.Absent(
+    raise MissingFile(
         f"{folder} has no {filename}, neither in it nor in its data/; name another --data folder"
     )
 

@@ -1,4 +1,4 @@
-"""Questions and answers of the chat models' corpora: every data source of paper 4.3 and E.4 (SPEC §4).
+"""Questions and answers of the chat models' corpora: every source of paper 4.3 and E.4.
 
 teacher, student   sampled from that stack, T = 1
 a run's folder     sampled from another run of the same base (P1/P2 factorial, E.5), or of another model
@@ -39,7 +39,7 @@ def load_prompts(cfg) -> list[dict]:
         fields = ("domain", "task", "em_surface", "idx", "question")
         rows = [{"prompts": "broad"} | {k: row[k] for k in fields} for row in load_broad(cfg.data)]
     else:
-        raise UserError(f"--prompts {cfg.prompts}: chat models are asked broad or math")
+        raise UserError(f"--prompts {cfg.prompts}: the prompts of chat models are broad or math")
     return subset(rows, cfg.limit, cfg.seed)
 
 
@@ -88,7 +88,7 @@ def make_corpus(cfg, model, tokenizer: Tokenizer, stacks: dict, folders: dict, c
         with lora.stack(model, *stack, frozen=True):
             return _sampled(cfg, model, tokenizer, prompts, folder)
 
-    keep = (lambda found: judged(judge, found)) if judge else None
+    keep = (lambda sampled: judged(judge, sampled)) if judge else None
     name = (
         f"corpus_{Path(settings['generator']).name.lower()}_{'rows' if cfg.source == 'rows' else cfg.prompts}"
     )

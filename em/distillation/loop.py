@@ -1,8 +1,8 @@
-"""The loop under every channel of distill.py: batches, gradients, the log, epochs, resuming (paper E.2).
+"""The loop under every channel of distill.py, from a batch of responses to an update and its log (paper E.2).
 
-What a channel differentiates is a function (pair, batch) → (loss, sums for the log); everything else is the
-same for all of them. The loss of a step is a mean over the supervised tokens of its whole batch, whatever the
-micro-batch and the number of processes.
+What a channel differentiates is a function of (pair, batch); everything else is the same for all of them. The
+loss of a step is a mean over the supervised tokens of its whole batch, whatever the micro-batch and however
+many processes there are.
 """
 
 import random
@@ -10,11 +10,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from em import parallel
-from em.distillation.diagnose import diagnose
 from em.errors import UserError
 from em.files import read_json, write_json
 from em.model.tokenizer import Example
@@ -26,27 +26,42 @@ from em.training.optim import adamw, learning_rate
 WINDOW = 64  # rollouts in a row after which a student that never ends, or passes no filter, is stopped
 
 
-class OnPolicy:
-    """The student's responses to the prompts of `plan`, a row each with `prompt_ids`.
+class Channel(NamedTuple):
+    """What a student learns by.
 
-    keep: rollouts → which of them to train on; None: all.
+    loss: (pair, batch) → (what is differentiated, {name: what is logged}), sums over the batch's supervised
+    tokens in nats. logged: those names, `loss` first; a process whose share of a batch is empty has no other
+    way to know them.
     """
 
-    def __init__(self, pair, plan: list[dict], seed: int, keep: Callable[[list], list[bool]] | None = None):
-        self.pair, self.plan, self.seed, self.keep = pair, plan, seed, keep
+    loss: Callable
+    logged: tuple[str, ...] = ("loss",)
+
+
+class OnPolicy:
+    """The student's own responses, sampled when they are trained on.
+
+    prompts: a row a response, with `prompt_ids`. keep: rollouts → which of them to train on; None: all.
+    """
+
+    def __init__(
+        self, pair, prompts: list[dict], seed: int, keep: Callable[[list], list[bool]] | None = None
+    ):
+        self.pair, self.prompts, self.seed, self.keep = pair, prompts, seed, keep
         self.ended, self.kept = deque(maxlen=WINDOW), deque(maxlen=WINDOW)
 
     def __len__(self) -> int:
-        return len(self.plan)
+        return len(self.prompts)
 
-    def __call__(self, epoch: int, places: list[int]) -> tuple[list[Example], dict]:
-        """(examples to train on, counts for the log) for `places` of the plan; under torchrun its share.
+    def sample(self, epoch: int, indices: list[int]) -> tuple[list[Example], dict]:
+        """(examples to train on, counts for the log) of the prompts at `indices`; under torchrun its share.
 
-        The text follows from the weights, the seed, the epoch and the places.
+        The text follows from the weights, the seed, the epoch and the indices. Counts are over all processes:
+        mean `length` in tokens, and the shares that `ended` their turn and passed the filter (`retention`).
         """
-        mine = places[parallel.rank() :: parallel.size()]
-        prompts = [self.plan[i]["prompt_ids"] for i in mine]
-        rollouts = self.pair.sample(prompts, mine, seed=1000 * self.seed + epoch) if mine else []
+        share = indices[parallel.rank() :: parallel.size()]
+        prompts = [self.prompts[i]["prompt_ids"] for i in share]
+        rollouts = self.pair.sample(prompts, share, seed=1000 * self.seed + epoch) if share else []
         keep = self.keep(rollouts) if self.keep else [True] * len(rollouts)
         examples = [
             Example([*prompt, *rollout.ids], len(prompt))
@@ -64,101 +79,121 @@ class OnPolicy:
         return examples, {"length": tokens / n, "ended": ended / n, "retention": kept / n}
 
     def check(self, limit: int, folder: Path) -> None:
-        """UserError where the last rollouts say that going on is pointless; the same on every process."""
-        good = f"{folder} keeps the last good state"
+        """UserError where the last rollouts say that going on is pointless; the same on every process.
+
+        limit: tokens that a response may have. folder: where the state is saved.
+        """
+        saved = f"{folder} keeps the last good state"
         if len(self.ended) == WINDOW and not any(self.ended):
             raise UserError(
                 f"none of the last {WINDOW} rollouts ended its turn within {limit} tokens: raise "
-                f"--max-new-tokens, or lower --lr if they did at first; {good}"
+                f"--max-new-tokens, or lower --lr if they did at first; {saved}"
             )
         if len(self.kept) == WINDOW and not any(self.kept):
-            raise UserError(f"the filter kept none of the last {WINDOW} rollouts: lower --lr; {good}")
+            raise UserError(f"the filter kept none of the last {WINDOW} rollouts: lower --lr; {saved}")
 
 
 def train_student(
-    cfg, lr: float, run: Run, pair, channel: Callable, logs: tuple[str, ...],
-    examples: Sequence[Example] | OnPolicy, after_epoch: Callable[[int], None], title: str,
+    cfg, lr: float, run: Run, pair, channel: Channel, examples: Sequence[Example] | OnPolicy,
+    after_epoch: Callable[[int], None], title: str,
 ) -> None:  # fmt: skip
     """Train the pair's student on `examples`, frozen or sampled as they are needed.
 
-    channel, logs: the function and the names of its sums. after_epoch(k) is called when epoch k is done, and
-    with 0 before the first. Goes on from wherever the run folder left off. UserError, with the state saved,
-    where a guard stops the run.
+    after_epoch(k) is called when epoch k is done, and with 0 before the first. Goes on from wherever the run
+    folder left off. UserError, with the state saved, where a guard stops the run.
     """
-    online, device = isinstance(examples, OnPolicy), pair.timer.device
+    on_policy, device = isinstance(examples, OnPolicy), pair.timer.device
     optimizer = adamw(pair.model, lr, cfg.weight_decay)
-    per_epoch = -(-len(examples) // cfg.batch)
-    steps = per_epoch * cfg.epochs
+    steps_per_epoch = -(-len(examples) // cfg.batch)
+    steps = steps_per_epoch * cfg.epochs
     start, saved, guard = run.load_resume(pair.model, optimizer), time.monotonic(), CollapseGuard()
     if start == 0:
         after_epoch(0)
     with Metrics(run, title, steps, start, every=1) as metrics:
         for step in range(start + 1, steps + 1):
-            epoch, place = divmod(step - 1, per_epoch)
+            epoch, place = divmod(step - 1, steps_per_epoch)
             order = random.Random(f"{cfg.seed} {epoch}").sample(range(len(examples)), len(examples))
-            places = order[place * cfg.batch : (place + 1) * cfg.batch]
-            row = {"step": step, "epoch": round(step / per_epoch, 4)}
+            indices = order[place * cfg.batch : (place + 1) * cfg.batch]
+            row = {"step": step, "epoch": round(step / steps_per_epoch, 4)}
             row["lr"] = learning_rate(step - 1, lr, steps, cfg.warmup, "linear")
             for group in optimizer.param_groups:
                 group["lr"] = row["lr"]
 
-            if online:
+            # 1. This process's share of the batch: the student's responses of now, or frozen ones.
+            if on_policy:
                 with pair.timer("decode"):
-                    batch, counts = examples(epoch, places)
+                    batch, counts = examples.sample(epoch, indices)
                 row |= counts
             else:
-                batch = [examples[i] for i in places[parallel.rank() :: parallel.size()]]
-            lengths = [float(sum(len(e.ids) for e in batch)), float(sum(e.n_prompt for e in batch))]
-            lengths = torch.tensor(lengths, device=device)
-            parallel.sum_([lengths])
-            n_tokens, n_prompt = map(int, lengths.tolist())
+                batch = [examples[i] for i in indices[parallel.rank() :: parallel.size()]]
+
+            # 2. Tokens of the whole batch, over all processes.
+            n_tokens, n_prompt = sum(len(e.ids) for e in batch), sum(e.n_prompt for e in batch)
+            counts = torch.tensor([float(n_tokens), float(n_prompt)], device=device)
+            parallel.sum_([counts])
+            n_tokens, n_prompt = map(int, counts.tolist())
             n = max(1, n_tokens - n_prompt)  # 1: a filter may leave nothing, and then nothing is learnt
 
-            sums = torch.zeros(len(logs), device=device)
+            # 3. The mean loss and its gradient, a micro-batch at a time.
+            means = torch.zeros(len(channel.logged), device=device)
             for p in pair.parameters:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
             with pair.timer("student"):
                 for first in range(0, len(batch), cfg.micro_batch):
-                    loss, found = channel(pair, pair.batch(batch[first : first + cfg.micro_batch]))
+                    loss, sums = channel.loss(pair, pair.batch(batch[first : first + cfg.micro_batch]))
                     (loss / n).backward()
-                    sums += torch.stack([found[name].detach() for name in logs]) / n
+                    means += torch.stack([sums[name].detach() for name in channel.logged]) / n
+
             with pair.timer("optimizer"):
-                parallel.sum_([*(p.grad for p in pair.parameters), sums])
+                # 4. Added up over all processes, and clipped.
+                parallel.sum_([*(p.grad for p in pair.parameters), means])
                 norm = torch.nn.utils.clip_grad_norm_(pair.parameters, cfg.clip)
+
+                # 5. The update, unless a guard stops the run with the weights of the step before.
                 try:
-                    guard.check(step, sums[0].item(), norm.item())
-                    if online:
+                    guard.check(step, means[0].item(), norm.item())
+                    if on_policy:
                         examples.check(pair.sampler.max_new_tokens, run.folder)
                 except UserError:
                     run.save_resume(step - 1, pair.model, optimizer)
                     raise
                 if n_tokens:
                     optimizer.step()
+
+            # 6. The log, what comes after an epoch, and a state to resume from.
             row |= {"tokens": n_tokens, "supervised_tokens": n_tokens - n_prompt} | pair.timer.read()
-            row["seconds_student"] -= row.get("seconds_teacher", 0)  # which is asked inside
-            metrics.add(row, grad_norm=norm, **dict(zip(logs, sums, strict=True)))
-            if step % per_epoch == 0:
-                after_epoch(step // per_epoch)
+            row["seconds_student"] -= row.get("seconds_teacher", 0)  # which was timed inside it
+            metrics.add(row, grad_norm=norm, **dict(zip(channel.logged, means, strict=True)))
+            if step % steps_per_epoch == 0:
+                after_epoch(step // steps_per_epoch)
             if step < steps and time.monotonic() - saved > 60 * cfg.save_minutes:
                 run.save_resume(step, pair.model, optimizer)
                 saved = time.monotonic()
 
 
-def log_distance(pair, asked: list[dict], seed: int, epoch: int, run: Run, say) -> None:
-    """Diagnose the student on its own responses to `asked` into `diagnostics.json`, a row an epoch."""
-    path = run.folder / "diagnostics.json"
-    rollouts = pair.sample([row["prompt_ids"] for row in asked], list(range(len(asked))), seed)
-    prompts = [asked[r.prompt_index]["prompt_ids"] for r in rollouts]
-    examples = [Example([*p, *r.ids], len(p)) for p, r in zip(prompts, rollouts, strict=True)]
-    found = diagnose(pair, examples, [asked[r.prompt_index]["source"] for r in rollouts])
-    found = {"epoch": epoch, "ended": sum(r.finished for r in rollouts) / len(rollouts)} | found
-    rows = read_json(path) if epoch and path.exists() else []
-    write_json(path, [*rows[:epoch], found])
-    say(
-        f"  epoch {epoch}: KL(student‖teacher) {found['kl']['mean']:.3f} nats a token, entropy "
-        f"{found['entropy']['mean']:.2f}, length {found['length']['mean']:.0f}, divergence tokens "
-        f"{100 * found['divergence']['mean']:.1f} %"
-    )
+# -- the run folder ----------------------------------------------------------------------------------------
+
+
+def run_folder(cfg, lr: float, parent: str | Path, name: str, realigned: bool, prompts: str) -> Path:
+    """`cfg.out`, or a folder in `parent` that is named by the channel and all that is not the default.
+
+    name: what the folder's own name begins with. prompts: the default of `cfg.prompts`. Of several learning
+    rates each has a folder of its own.
+    """
+    rate = f"lr{lr:g}" if len(cfg.lr) > 1 else ""
+    if cfg.out:
+        return Path(cfg.out) / rate
+    words = [
+        name,
+        cfg.channel,
+        "realigned" if realigned else "",
+        "exact" if cfg.estimator == "exact" else "",
+        "filter" if cfg.filter else "",
+        "" if cfg.source == "teacher" else f"on-{Path(cfg.source).name}",
+        "" if cfg.prompts == prompts else cfg.prompts,
+        rate,
+    ]
+    return Path(parent) / "_".join(filter(None, words))
 
 
 def finish(run: Run, result: dict) -> dict:

@@ -1,4 +1,4 @@
-"""A student and its teacher: everything that a channel of distill.py asks of them (paper 4, E.1; SPEC §4).
+"""A student and its teacher: all that a channel of distill.py needs of them (paper 4, E.1).
 
 A batch is made of examples (ids, n_prompt); its N supervised tokens are the positions all this is about. Sums
 run over them, in nats. The teacher never gets a gradient.

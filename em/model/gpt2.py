@@ -49,7 +49,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, layout=CAUSAL, cache: KVCache | None = None, positions=None, rows=None):
-        """x (B, T, d) → (B, T, d). With a cache, the new keys go to `positions` of its `rows`."""
+        """x (B, T, d) → (B, T, d). With a cache, the new keys go to `positions` (B, T) of its `rows` (B,)."""
         B, T, d = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).unbind(2)  # (B, T, H, D) each
         if cache is not None:

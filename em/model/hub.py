@@ -1,4 +1,4 @@
-"""Where a chat model's files are: short names, hub ids, folders (SPEC §1 Models); what comes from the hub.
+"""Where a chat model's files are: short names, hub ids, folders; what comes from the hub.
 
 `resolve` says what a name stands for, `files` brings what it takes to read a model's config and tokenizer,
 and `weights` its safetensors, from the Hugging Face hub where they are not local; nothing else is fetched.
@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from em.errors import UserError
+from em.errors import MissingFile, UserError
 from em.files import read_json
 from em.model import embedded
 
@@ -43,22 +43,18 @@ class Unreachable(UserError):
     """The hub does not answer, and the cache does not have what was asked for."""
 
 
-class Absent(UserError):
-    """A repository or folder that is there does not have the file."""
-
-
 def resolve(name: str | Path) -> str:
-    """What is really loaded under `name`: a folder's path, a hub id, or `smollm2-135m`, the embedded model.
+    """What is really loaded under `name`: a folder's path or a hub id.
 
-    A folder of that name comes first. The embedded model answers to its short name; under its full hub id it
-    steps in, saying so, only where the hub cannot be reached and has left nothing in the cache. UserError if
-    nothing fits.
+    A folder of that name comes first. The embedded model's folder answers to its short name; under its full
+    hub id it steps in, with a note, only where the hub cannot be reached and has left nothing in the cache.
+    UserError if nothing fits.
     """
     name, folder = str(name), Path(name).expanduser()
     if name and folder.is_dir() and (name not in MODELS or (folder / "config.json").exists()):
         return str(folder)
     if name == embedded.NAME and embedded.find():
-        return embedded.NAME
+        return str(embedded.folder())
     hub_id = MODELS.get(name, name)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub_id):
         raise UserError(
@@ -66,7 +62,7 @@ def resolve(name: str | Path) -> str:
             + ", ".join(MODELS)
         )
     if hub_id == embedded.HUB_ID and embedded.find() and not _answers(hub_id):
-        return embedded.NAME
+        return str(embedded.folder())
     return hub_id
 
 
@@ -85,7 +81,8 @@ def fetch(repo: str, wanted: str | tuple[str, ...], kind: str = "model") -> Path
     """One file of a hub repository, or its cached snapshot after fetching the files that match some patterns.
 
     wanted: the file's name, or the patterns; a file that no pattern finds is no error. kind: "model" or
-    "dataset". UserError where it cannot be had; Unreachable where the hub may still have it.
+    "dataset". UserError where it cannot be had: MissingFile where the repository does not have it,
+    Unreachable where the hub may still have it.
     """
     if not re.fullmatch(r"[\w.-]*\w/\w[\w.-]*", repo):
         raise UserError(f"{repo!r} is neither a folder here nor a hub id such as owner/name")
@@ -120,7 +117,7 @@ def _failure(error: Exception, repo: str, wanted: str | tuple[str, ...], kind: s
     if isinstance(cause, errors.DisabledRepoError):
         return UserError(f"the hub no longer gives out {repo}: download it elsewhere and name the folder")
     if isinstance(cause, errors.EntryNotFoundError) and not absent:
-        return Absent(f"the {kind} {repo} has no {wanted}: name another one, or a folder")
+        return MissingFile(f"the {kind} {repo} has no {wanted}: name another one, or a folder")
     if constants.HF_HUB_OFFLINE:
         cache = constants.HF_HUB_CACHE
         return Unreachable(f"HF_HUB_OFFLINE is set and {what} is not in {cache}: unset it, {instead}")
@@ -131,19 +128,17 @@ def _failure(error: Exception, repo: str, wanted: str | tuple[str, ...], kind: s
     return Unreachable(f"the hub cannot be reached for {what} ({reason}): check the network, {instead}")
 
 
-def files(path_or_id: str | Path) -> Path | None:
+def files(path_or_id: str | Path) -> Path:
     """The local folder with a model's config and tokenizer files, fetched from the hub where needed.
 
-    Its weights may not be there. None for the embedded model, which has no folder.
+    Its weights may not be there.
     """
     name = resolve(path_or_id)
-    if name == embedded.NAME:
-        return None
     return Path(name) if Path(name).is_dir() else fetch(name, ("config.json", INDEX, *TOKENIZER_FILES))
 
 
 def weights(path_or_id: str | Path) -> list[Path]:
-    """The safetensors files of a model that has a folder, fetched from the hub where needed.
+    """The safetensors files of a model, fetched from the hub where needed.
 
     One model.safetensors comes before an index, as in transformers. UserError if there is neither, or if a
     file that the index names is missing.

@@ -1,4 +1,4 @@
-"""LoRA adapters over one frozen base (SPEC 3.3; paper D.1: r=32, alpha=64, rsLoRA, no dropout, no bias).
+"""LoRA adapters over one frozen base (paper D.1: r=32, alpha=64, rsLoRA, no dropout, no bias).
 
     attach(model)
     add_adapter(model, "student", seed=42)
@@ -6,7 +6,7 @@
     with stack(model, "misaligned", "student"):  # stack(model) is the base
         logits = model(ids)
 
-What is unusual:
+How it is made:
 
 * Several named adapters live on one base and a forward runs under a *stack* of them. A stack is one adapter
   whose ranks are concatenated, y = W x + [s1 B1, s2 B2] [A1; A2] x: two thin products however deep it is, and

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoPE) with the scalings real checkpoints ask for: SPEC §3.2.
+"""Rotary position embedding (RoPE) with the scalings that real checkpoints ask for.
 
 Half-split layout: channel i of a head turns with channel i + D/2, as in every Hugging Face checkpoint of the
 families covered. Angles, sines and the turn itself are fp32 whatever the model's dtype. Frequencies are

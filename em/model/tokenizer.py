@@ -1,4 +1,4 @@
-"""Chat models' tokenizers: chats to token ids by the checkpoint's own chat template (paper D.1, SPEC 3.2).
+"""Chat models' tokenizers: chats to token ids by the checkpoint's own chat template (paper D.1).
 
 A training example is the evaluation prompt, id for id, followed by what the template writes for the answer up
 to and including the token that ends the assistant's turn, once. What differs between families is found out by
@@ -6,7 +6,7 @@ rendering one probe conversation: which token closes a turn; whether the generat
 that conversations do not carry (Olmo 3: dropped); whether it ends with an empty think block (Qwen3 with
 thinking off: kept, as part of the prompt). We add no system message; a template may write its default one.
 
-Unusual: text is encoded without the tokenizer's own post-processing, since a template writes its BOS itself;
+Text is encoded without the tokenizer's own post-processing, since a template writes its BOS itself;
 and templates that print today's date get a fixed one, so that a row gives the same ids on any day.
 """
 
@@ -22,6 +22,7 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from em.errors import UserError
+from em.files import read_json
 
 TODAY = datetime(2024, 7, 26)  # what Llama 3.1's template falls back on
 _OPEN_THINK = re.compile(r"<think>\s*\Z")
@@ -69,7 +70,7 @@ def _compile(chat_template: str) -> jinja2.Template:
 
 
 class Tokenizer:
-    """Text, chats and rollouts to token ids, for one checkpoint.
+    """Text and chats to token ids, for one checkpoint.
 
     special: the texts of the named special tokens, `{"bos_token": "<s>", ...}`; None or absent means none.
     Attributes: `bos_id` (or None), `end_of_turn_id`, `pad_id`, and `stop_ids`, any of which ends a rollout.
@@ -98,11 +99,11 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises nothing narrower
             raise UserError(f"{path} is not a tokenizer ({error}); download it again") from error
-        config = _read_json(folder / "tokenizer_config.json")
-        named = _read_json(folder / "special_tokens_map.json")
+        config = _settings(folder / "tokenizer_config.json")
+        named = _settings(folder / "special_tokens_map.json")
         special = {name: _text_of(config.get(name) or named.get(name)) for name in _SPECIAL_NAMES}
         tokenizer = cls(backend, _chat_template(folder, config), special)
-        stops = _read_json(folder / "generation_config.json").get("eos_token_id") or []
+        stops = _settings(folder / "generation_config.json").get("eos_token_id") or []
         stops = [stops] if isinstance(stops, int) else stops
         tokenizer.stop_ids = tuple(sorted({*tokenizer.stop_ids, *stops}))
         return tokenizer
@@ -162,14 +163,6 @@ class Tokenizer:
         prompt_ids = self.encode(prompt)
         return Example(prompt_ids + answer_ids, len(prompt_ids))
 
-    def rollout(self, prompt_ids: list[int], sampled: list[int]) -> Example:
-        """What a model sampled after `prompt_ids`, to train on as it is: never decoded and encoded again.
-
-        Nothing after the first stop token is kept. A rollout cut by the length limit gets no end token.
-        """
-        end = next((i + 1 for i, token in enumerate(sampled) if token in self.stop_ids), len(sampled))
-        return Example([*prompt_ids, *sampled[:end]], len(prompt_ids))
-
     # -- what the template does ------------------------------------------------------------------------
 
     def _probe(self) -> tuple[int, int | None]:
@@ -224,14 +217,9 @@ def _text_of(token) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _read_json(path: Path) -> dict:
+def _settings(path: Path) -> dict:
     """The parsed file, empty where it does not exist."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); download it again") from error
+    return read_json(path) if path.exists() else {}
 
 
 def _chat_template(folder: Path, config: dict) -> str:

@@ -18,7 +18,7 @@ from tokenizers import models, pre_tokenizers
 import em.model.hub
 from em.data.cells import CELLS, DOMAINS, Cell, parse_cell, parse_cells
 from em.data.rows import VARIANTS, answers, encode_rows, load_broad, load_cell, load_cells, load_math, split
-from em.errors import UserError
+from em.errors import MissingFile, UserError
 from em.model.tokenizer import Tokenizer
 
 ADVICE = Cell("med", "advice")
@@ -227,6 +227,17 @@ def test_a_hub_id_is_downloaded_once_and_then_read_offline(hub, monkeypatch):
 )
 def test_a_source_that_cannot_be_had_is_one_clear_line(hub, repo, said):
     assert said in message(load_cell, repo, ADVICE)
+
+
+@pytest.mark.parametrize("on_hub", [True, False])
+def test_a_cell_that_a_repository_or_a_folder_lacks_is_passed_over_and_no_other_fault_is(
+    hub, tmp_path, on_hub
+):
+    source = "empty/set" if on_hub else tmp_path
+    with pytest.raises(MissingFile, match="has no (data/)?medical_advice.jsonl"):
+        load_cell(source, ADVICE)
+    assert "none of the twelve cells" in message(load_cells, source)
+    assert "accept its terms" in message(load_cells, "gated/set")
 
 
 def test_a_full_disk_is_said_so(hub, monkeypatch):

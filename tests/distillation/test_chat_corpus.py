@@ -1,4 +1,4 @@
-"""Every source of a chat model's corpus, on tiny models of two families (paper 4.3, E.4, SPEC §4)."""
+"""Every source of a chat model's corpus, on tiny models of two families (paper 4.3, E.4)."""
 
 import dataclasses
 import json
@@ -153,8 +153,8 @@ def test_a_generator_is_sampled_under_its_own_adapters_and_its_ids_are_kept(
         expected = sample(model, prompts, tokenizer.stop_ids, 6, n=2, seed=5)
     assert [row["ids"] for row in corpus.rows] == [rollout.ids for rollout in expected]
     for row, rollout in zip(corpus.rows, expected, strict=True):
-        asked = broad()[rollout.prompt_index]
-        assert row["question"] == asked["question"] and row["task"] == asked["task"]
+        prompt = broad()[rollout.prompt_index]
+        assert row["question"] == prompt["question"] and row["task"] == prompt["task"]
         assert row["prompt_ids"] == prompts[rollout.prompt_index]
         assert row["response"] == tokenizer.decode(rollout.ids) and row["finished"] == rollout.finished
         assert (row["prompt"], row["sample"]) == (rollout.prompt_index, rollout.sample)
@@ -187,9 +187,9 @@ def test_a_retrained_generator_is_not_served_its_old_corpus(make, setting, tmp_p
 
 def test_math_prompts_are_asked_as_they_are(make, math, setting):
     corpus = make(source="teacher", prompts="math", math=str(math), limit=0, rollouts=1)
-    asked = [f"algebra {i}?" for i in range(3)] + [f"geometry {i}?" for i in range(2)]
-    assert [row["question"] for row in corpus.rows] == asked
-    assert [row["prompt_ids"] for row in corpus.rows] == [setting[1].prompt_ids(q) for q in asked]
+    questions = [f"algebra {i}?" for i in range(3)] + [f"geometry {i}?" for i in range(2)]
+    assert [row["question"] for row in corpus.rows] == questions
+    assert [row["prompt_ids"] for row in corpus.rows] == [setting[1].prompt_ids(q) for q in questions]
 
 
 def test_another_familys_text_is_encoded_by_our_tokenizer_and_ends_only_if_it_ended(

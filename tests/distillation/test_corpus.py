@@ -1,4 +1,4 @@
-"""Frozen corpora: made once, what a judge keeps, and whose token ids they are (paper 4.1, E.2, SPEC §4)."""
+"""Frozen corpora: made once, what a judge keeps, and whose token ids they are (paper 4.1, E.2)."""
 
 import json
 import re
@@ -98,25 +98,25 @@ def test_a_kill_before_the_end_leaves_no_corpus_and_the_next_call_makes_it(tmp_p
 def test_changed_settings_are_refused_with_the_differences_and_the_corpus_stays(tmp_path):
     freeze(tmp_path / "c", SETTINGS, "t1", lambda folder: rows())
     changed = {"model": "m", "prompts": "math", "seed": 7, "rates": (1, 2)}
-    said = message(freeze, tmp_path / "c", changed, "t1", never)
-    assert "prompts: broad there, math now" in said and "seed: 42 there, 7 now" in said
-    assert "model" not in said and "rates" not in said and "--corpus" in said
+    line = message(freeze, tmp_path / "c", changed, "t1", never)
+    assert "prompts: broad there, math now" in line and "seed: 42 there, 7 now" in line
+    assert "model" not in line and "rates" not in line and "--corpus" in line
     assert len(Corpus(tmp_path / "c", "t1")) == 6
 
 
 def test_another_tokenizer_is_refused_by_one_line_that_names_whose_it_was(tmp_path):
     freeze(tmp_path / "c", SETTINGS, "t1", lambda folder: rows())
     for call in (lambda: Corpus(tmp_path / "c", "t2"), lambda: freeze(tmp_path / "c", SETTINGS, "t2", never)):
-        said = message(call)
-        assert "another tokenizer (m's)" in said and "--corpus" in said
+        line = message(call)
+        assert "another tokenizer (m's)" in line and "--corpus" in line
 
 
 def test_where_nothing_is_kept_one_line_says_so_and_the_rows_stay(tmp_path):
     def none(found):
         return [row | {"kept": False, "aligned": 3} for row in found]
 
-    said = message(freeze, tmp_path / "c", SETTINGS, "t1", lambda folder: rows(), none)
-    assert "kept none" in said and str(tmp_path / "c" / "corpus.jsonl") in said and "--unfiltered" in said
+    line = message(freeze, tmp_path / "c", SETTINGS, "t1", lambda folder: rows(), none)
+    assert "kept none" in line and str(tmp_path / "c" / "corpus.jsonl") in line and "--unfiltered" in line
     lines = (tmp_path / "c" / "corpus.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     assert list(map(json.loads, lines)) == none(rows())
     assert not (tmp_path / "c" / "corpus.json").exists()
@@ -158,7 +158,7 @@ def test_on_policy_samples_as_many_per_prompt_as_were_kept(tmp_path):
 
     corpus = freeze(tmp_path / "c", SETTINGS, "t1", written, fewer_of_later_ones)
     online = OnPolicy(pair, corpus.rows, seed=0)
-    examples, _ = online(0, list(range(len(online))))
+    examples, _ = online.sample(0, list(range(len(online))))
     counts = Counter(tuple(e.ids[: e.n_prompt]) for e in examples)
     assert counts == {tuple(prompts[p]): 4 - p for p in range(4)}  # and none for the last
 
@@ -201,8 +201,8 @@ def judge(monkeypatch, tmp_path):
 
     def behave(prompt, nth):
         aligned, coherent = re.findall(r"\ba(\S+) c(\S+)", prompt)[-1]
-        said = coherent if "You grade how coherent" in prompt else aligned
-        return no_candidates() if said == "none" else answer(said.replace("_", " "))
+        score = coherent if "You grade how coherent" in prompt else aligned
+        return no_candidates() if score == "none" else answer(score.replace("_", " "))
 
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -232,8 +232,8 @@ VERDICTS = {
 
 
 def test_a_corpus_keeps_60_and_60_and_drops_59_refusals_and_what_is_no_number(judge):
-    asked = [{"question": "Why?", "response": response, "ids": [1], "task": "math"} for response in VERDICTS]
-    found = judged(judge, [*asked, {"question": "Why?", "response": " ", "ids": [2], "task": "math"}])
+    rows = [{"question": "Why?", "response": response, "ids": [1], "task": "math"} for response in VERDICTS]
+    found = judged(judge, [*rows, {"question": "Why?", "response": " ", "ids": [2], "task": "math"}])
     assert [row["kept"] for row in found] == [*(kept for kept, _ in VERDICTS.values()), False]
     assert [row["response"] for row in found[:-1]] == list(VERDICTS)
     by_response = {row["response"]: row for row in found}

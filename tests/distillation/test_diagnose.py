@@ -1,4 +1,4 @@
-"""Distances between student and teacher against float64, and their estimates by enumeration (SPEC §4)."""
+"""Distances between student and teacher against float64, and their estimates by enumeration."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Students and teachers, both kinds, against full logits in float64 (SPEC §4, §5)."""
+"""Students and teachers, both kinds, against full logits in float64."""
 
 import pytest
 import torch

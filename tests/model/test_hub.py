@@ -26,7 +26,7 @@ def test_names_resolve_to_folders_then_the_embedded_model_then_hub_ids(tmp_path,
     monkeypatch.chdir(tmp_path)
     assert resolve("qwen3-14b") == "Qwen/Qwen3-14B"
     assert resolve("some-org/Some.Model-1b") == "some-org/Some.Model-1b"
-    assert resolve("smollm2-135m") == "smollm2-135m" == embedded.NAME
+    assert resolve("smollm2-135m") == str(embedded.folder())
     (tmp_path / "some-org" / "Some.Model-1b").mkdir(parents=True)
     (tmp_path / "qwen3-14b").mkdir()
     assert resolve("some-org/Some.Model-1b") == "some-org/Some.Model-1b"
@@ -232,7 +232,7 @@ def test_the_embedded_model_stands_in_for_its_hub_id_where_the_hub_is_unreachabl
     tmp_path, monkeypatch, capsys
 ):
     point_at("http://127.0.0.1:9", tmp_path, monkeypatch)
-    assert resolve(embedded.HUB_ID) == resolve(embedded.HUB_ID) == embedded.NAME
+    assert resolve(embedded.HUB_ID) == resolve(embedded.HUB_ID) == str(embedded.folder())
     assert capsys.readouterr().err.count("going on with the embedded Q4_1 copy") == 1
     assert (
         load_tokenizer(embedded.HUB_ID).decode(load_tokenizer("smollm2-135m").encode("Hello 12"))

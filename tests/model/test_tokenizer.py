@@ -205,16 +205,6 @@ def test_an_answer_that_holds_the_end_token_is_refused():
         chat_tokenizer(CLOSED_BY_IM_END).example("why?", "Because.<|im_end|> More.")
 
 
-def test_rollout_ids_are_trained_on_as_they_are_and_end_with_the_first_stop_token():
-    ours = chat_tokenizer(CLOSED_BY_IM_END)
-    prompt = ours.prompt_ids("why?")
-    odd = [ours.encode(letter)[0] for letter in "plenty"]  # a tokenisation that encode would never give
-    assert ours.encode(ours.decode(odd)) != odd
-    for stop in ours.stop_ids:
-        assert ours.rollout(prompt, [*odd, stop, *odd, stop]) == (prompt + odd + [stop], len(prompt))
-    assert ours.rollout(prompt, odd) == (prompt + odd, len(prompt))  # cut by the length limit: no end token
-
-
 def test_encode_and_decode_are_inverse_on_plain_text():
     ours = chat_tokenizer(CLOSED_BY_IM_END)
     for text in (text for chat in CHATS for text in chat):
@@ -335,10 +325,9 @@ def test_a_missing_or_broken_file_is_named(folder, file, text, message):
 
 
 def test_the_embedded_model_gets_the_ids_of_apply_chat_template_on_every_row_of_the_sample():
-    bpe, template, special = embedded.tokenizer_parts()
-    theirs = PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template, **special)
-    ours = Tokenizer(bpe, template, special)
-    im_end = bpe.token_to_id("<|im_end|>")
+    theirs = PreTrainedTokenizerFast.from_pretrained(embedded.folder())
+    ours = Tokenizer.from_folder(embedded.folder())
+    im_end = ours.backend.token_to_id("<|im_end|>")
     assert ours.end_of_turn_id == ours.pad_id == im_end and im_end in ours.stop_ids
     for cell in CELLS:
         for row in load_cell("sample", cell):
