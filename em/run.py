@@ -116,6 +116,22 @@ class Run:
                 f"{self.option}"
             )
 
+    def pin(self, **digests: str) -> None:
+        """Digests of what the run is made from, where that is there only now, such as a corpus.
+
+        UserError where the run was begun from other ones.
+        """
+        before = self.config.get("made_from", {})
+        if changed := [name for name, digest in digests.items() if before.get(name, digest) != digest]:
+            raise UserError(
+                f"{self.folder} was begun with another {changed[0]}, of which only the name is the same; "
+                f"choose another {self.option}"
+            )
+        if digests.keys() - before.keys():
+            self.config["made_from"] = before | digests
+            if parallel.rank() == 0:
+                write_json(self.folder / "config.json", self.config)
+
     # -- metrics ---------------------------------------------------------------------------------------
 
     @property

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from em.data.cells import CELLS, parse_cell
 from em.errors import UserError
-from em.files import ADAPTER_WEIGHTS, read_json
+from em.files import ADAPTER_WEIGHTS, file_digest, read_record
 
 BASE = "base"
 STARTS = (*map(str, CELLS), BASE)  # what a run can start from, in the order of every table
@@ -69,16 +69,31 @@ def _place(name: str) -> int:
 # -- run folders -------------------------------------------------------------------------------------------
 
 
+_TEXTS = {"train": ("model", "cell", "variant"), "distill": ("model", "cell", "channel", "estimator")}
+
+
 def settings_of(folder: str | Path) -> dict:
     """Settings of a run that left an adapter. UserError for a folder that is something else."""
     folder = Path(folder)
-    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    settings = config.get("settings", {})
-    if config.get("kind") not in ("train", "distill") or "model" not in settings:
-        raise UserError(f"{folder} is not a run of train.py or distill.py")
+    try:
+        record = read_record(folder)
+    except UserError as error:
+        raise UserError(f"{folder} is not a run of train.py or distill.py: {error}") from error
+    settings = record["settings"]
+    if record["kind"] not in _TEXTS:
+        raise UserError(f"{folder} is not a run of train.py or distill.py, but a {record['kind']!r:.40}")
+    texts = {name: settings.get(name) for name in _TEXTS[record["kind"]]}
+    texts |= {name: settings[name] for name in ("data", "on") if settings.get(name) is not None}
+    if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
+        raise UserError(f"{folder / 'config.json'} is not of a run: {wrong[0]!r} is {texts[wrong[0]]!r:.40}")
     if not (folder / ADAPTER_WEIGHTS).exists():
         raise UserError(f"{folder} is not finished: give its command again")
     return settings
+
+
+def adapter_digest(folder: str | Path) -> str:
+    """16 hex digits of a run's adapter: its config, which scales it, and its weights."""
+    return file_digest(Path(folder) / "adapter_config.json", Path(folder) / ADAPTER_WEIGHTS)
 
 
 def label(folder: str | Path) -> dict[str, str]:
@@ -88,8 +103,8 @@ def label(folder: str | Path) -> dict[str, str]:
     if "channel" in settings:
         words = [settings["model"], settings["channel"]]
         words += ["exact"] if settings["estimator"] == "exact" else []
-        words += ["filtered online"] if settings["filter"] else []
-        words += ["realigned"] if settings["on"] else []
+        words += ["filtered online"] if settings.get("filter") else []
+        words += ["realigned"] if settings.get("on") else []
         words += [f"epoch {settings['epoch']}"] if "epoch" in settings else []
         return {"model": " ".join(words), "train": cell}
     if settings.get("on"):
@@ -105,9 +120,9 @@ def newest_misaligned(runs: str | Path = "runs") -> str:
     for path in Path(runs).glob("*/adapter_config.json"):
         if not all(path.with_name(name).exists() for name in (ADAPTER_WEIGHTS, "config.json")):
             continue
-        config = read_json(path.with_name("config.json"))
-        settings = config.get("settings", {})
-        if config.get("kind") == "train" and settings.get("variant") == "misaligned" and not settings["on"]:
+        record = read_record(path.parent)
+        settings = record["settings"]
+        if record["kind"] == "train" and settings.get("variant") == "misaligned" and not settings.get("on"):
             candidates.append((path.stat().st_mtime, str(path.parent)))
     if not candidates:
         raise UserError(
