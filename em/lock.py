@@ -49,8 +49,8 @@ class FolderLock:
 def _acquire(folder: Path, option: str, wait: bool):
     """(the open lock file or None where the file system has no locks, whether the folder is new)."""
     path, began, told = folder / NAME, time.monotonic(), False
-    made = not os.path.exists(folder)
     while True:
+        made = not os.path.exists(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = open(path, "ab+", buffering=0)
@@ -114,6 +114,7 @@ def _holder(file) -> str:
     try:
         file.seek(0)
         about = json.loads(file.read())
-        return f"process {about['pid']} on {about['host']} ({about['command'][:200]})"
-    except (OSError, ValueError, KeyError, TypeError):
+        command = " ".join(about["command"].split())[:200]
+        return f"process {about['pid']} on {about['host']} ({command})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "another process"
