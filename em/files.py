@@ -1,11 +1,12 @@
-"""Files: atomic writes, JSON, JSON lines and CSV.
+"""Files: atomic writes, lines that are appended, JSON, JSON lines, CSV, and digests of what is in them.
 
-Every file is written under a temporary name and renamed, so a reader never sees half of one.
+A file is written under a temporary name and renamed, so a reader never sees half of one; what grows line by
+line grows by whole lines.
 """
 
 import codecs
-import contextlib
 import csv
+import glob
 import gzip
 import hashlib
 import io
@@ -13,9 +14,10 @@ import json
 import math
 import os
 import re
+import shutil
 import types
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -26,19 +28,44 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"  # its presence means that a fine-
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary)` and rename the outcome to `path`. A full disk leaves the old file in place."""
+    """Call `write(temporary)` and rename the outcome to `path`. A full disk leaves the old file in place.
+
+    The temporary file has the name of `path`, in a folder of its own beside it, so that whatever a library
+    leaves there goes with it. What a killed process left of an earlier try is removed.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
+        for stray in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if not _is_written(stray):
+                shutil.rmtree(stray, ignore_errors=True)
+        scratch.mkdir()
+        write(scratch / path.name)
+        os.replace(scratch / path.name, path)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {reason}; free some space or choose --out") from error
+        raise _unwritable(path, error) from error
     finally:
-        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_written(scratch: Path) -> bool:
+    """Whether the process that made a temporary folder may still be writing in it."""
+    pid = scratch.name.split(".")[-2]
+    if not pid.isdecimal() or int(pid) == os.getpid():
+        return False  # our own is of a process before us that had our number
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's, but alive
+    return True
+
+
+def _unwritable(path: Path, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or error
+    return UserError(f"cannot write {path}: {reason}; free some space or choose --out")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,6 +85,63 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_text(path, text.getvalue())
 
 
+class Appender:
+    """Whole JSON lines at the end of a file, each handed to the system before `add` returns.
+
+    A line that a kill cut short is ended first, so that ours begin on a line of their own. UserError where
+    the file cannot be written, such as on a full disk.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "ab+", buffering=0)
+            size = self._file.seek(0, os.SEEK_END)
+            if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
+                self._write(b"\n")
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def add(self, rows: Iterable[dict]) -> None:
+        """Append one line a row, all in one write."""
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        try:
+            self._write(lines.encode("utf-8", "replace"))  # half a surrogate pair has no bytes
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def _write(self, data: bytes) -> None:
+        while data:  # a disk that fills up takes a part, and says why it takes no more
+            data = data[self._file.write(data) :]
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def file_digest(*paths: str | Path) -> str:
+    """16 hex digits of the bytes of files. UserError where one cannot be read."""
+    whole = hashlib.sha256()
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+    return whole.hexdigest()[:16]
+
+
+def json_digest(value) -> str:
+    """16 hex digits of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
 def unique_name(text: str, used: set[str]) -> str:
     """`text` as the name of a folder that is none of `used`, which it joins.
 
@@ -74,6 +158,11 @@ def unique_name(text: str, used: set[str]) -> str:
         name = f"{stem}-{number}"
     used.add(name.lower())
     return name
+
+
+def read_record(folder: str | Path) -> dict:
+    """The config.json of a run folder: its `kind`, a text, and `settings`, an object. UserError for less."""
+    return read_json(Path(folder) / "config.json", {"kind": str, "settings": dict})
 
 
 # -- reading -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from em.data.cells import CELLS, parse_cell
 from em.errors import UserError
-from em.files import ADAPTER_WEIGHTS, check, read_json
+from em.files import ADAPTER_WEIGHTS, check, file_digest, read_record
 
 BASE = "base"
 STARTS = (*map(str, CELLS), BASE)  # what a run can start from, in the order of every table
@@ -69,7 +69,6 @@ def _place(name: str) -> int:
 # -- run folders -------------------------------------------------------------------------------------------
 
 
-_CONFIG = {"kind": str, "settings": dict}
 _SHARED = {"model": str, "cell": str, "on": str | None}
 _SETTINGS = {
     "train": _SHARED | {"variant": str},
@@ -80,10 +79,13 @@ _SETTINGS = {
 def settings_of(folder: str | Path) -> dict:
     """Settings of a run that left an adapter. UserError for a folder that is something else."""
     folder, path = Path(folder), Path(folder) / "config.json"
-    config = read_json(path, optional=_CONFIG) if path.exists() else {}
-    settings, kind = config.get("settings", {}), config.get("kind")
-    if kind not in _SETTINGS or "model" not in settings:
-        raise UserError(f"{folder} is not a run of train.py or distill.py")
+    try:
+        record = read_record(folder)
+    except UserError as error:
+        raise UserError(f"{folder} is not a run of train.py or distill.py: {error}") from error
+    settings, kind = record["settings"], record["kind"]
+    if kind not in _SETTINGS:
+        raise UserError(f"{folder} is not a run of train.py or distill.py, but a {kind!r:.40}")
     check(settings, path, _SETTINGS[kind], {"data": str | None, "epoch": int})
     try:
         parse_train(settings["cell"])
@@ -96,6 +98,11 @@ def settings_of(folder: str | Path) -> dict:
     return settings
 
 
+def adapter_digest(folder: str | Path) -> str:
+    """16 hex digits of a run's adapter: its config, which scales it, and its weights."""
+    return file_digest(Path(folder) / "adapter_config.json", Path(folder) / ADAPTER_WEIGHTS)
+
+
 def label(folder: str | Path, above: tuple[Path, ...] = ()) -> dict[str, str]:
     """`model` and `train` (the text of a Train) of a run's score rows. above: runs that started from it."""
     settings, here = settings_of(folder), Path(folder).resolve()
@@ -105,8 +112,8 @@ def label(folder: str | Path, above: tuple[Path, ...] = ()) -> dict[str, str]:
     if "channel" in settings:
         words = [settings["model"], settings["channel"]]
         words += ["exact"] if settings["estimator"] == "exact" else []
-        words += ["filtered online"] if settings["filter"] else []
-        words += ["realigned"] if settings["on"] else []
+        words += ["filtered online"] if settings.get("filter") else []
+        words += ["realigned"] if settings.get("on") else []
         words += [f"epoch {settings['epoch']}"] if "epoch" in settings else []
         return {"model": " ".join(words), "train": cell}
     if settings.get("on"):
@@ -122,13 +129,9 @@ def newest_misaligned(runs: str | Path = "runs") -> str:
     for path in Path(runs).glob("*/adapter_config.json"):
         if not all(path.with_name(name).exists() for name in (ADAPTER_WEIGHTS, "config.json")):
             continue
-        config = read_json(path.with_name("config.json"), optional=_CONFIG)
-        settings = config.get("settings", {})
-        if (
-            config.get("kind") == "train"
-            and settings.get("variant") == "misaligned"
-            and not settings.get("on")
-        ):
+        record = read_record(path.parent)
+        settings = record["settings"]
+        if record["kind"] == "train" and settings.get("variant") == "misaligned" and not settings.get("on"):
             candidates.append((path.stat().st_mtime, str(path.parent)))
     if not candidates:
         raise UserError(
