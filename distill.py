@@ -11,6 +11,7 @@
 Each epoch leaves an adapter that evaluate.py takes. A killed run goes on when its command is given again.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -25,12 +26,12 @@ from em.cli import banner, command_line, knob, outcome_settings
 from em.data import lineage
 from em.data.rows import subset
 from em.distillation import chat_corpus, world_transfer
-from em.distillation.corpus import file_hash, passing
+from em.distillation.corpus import passing
 from em.distillation.diagnose import log_distance
 from em.distillation.loop import Channel, OnPolicy, finish, run_folder, train_student
 from em.distillation.pair import ChatPair
 from em.errors import UserError
-from em.files import ADAPTER_WEIGHTS, read_json, write_json
+from em.files import json_digest, read_json, write_json
 from em.judge.judge import JudgeOptions
 from em.model import hub, lora
 from em.model.checkpoint import load_model, load_tokenizer
@@ -232,12 +233,15 @@ def filtering(cfg, say) -> bool:
     return False
 
 
-def train(cfg, lr: float, folder: Path, pair: ChatPair, corpus, prompts, tokenizer, judge, settings, say):
+def train(cfg, lr: float, run: Run, pair: ChatPair, corpus, prompts, tokenizer, judge, say):
     """One run: a fresh student, `cfg.epochs` epochs, an adapter and a row of diagnostics after each."""
-    run = Run(folder, "distill", settings | {"lr": lr}, pair.timer.device)
+    folder = run.folder
     if (folder / "result.json").exists():
+        run.clear_resume()  # a kill may have come between the two
         say(f"{folder} is finished; nothing to do")
         return read_json(folder / "result.json")
+    if corpus:
+        run.pin(corpus=corpus.digest)
     if cfg.channel == "opd":
         rows = corpus.rows if corpus else [row for row in prompts for _ in range(cfg.rollouts)]
 
@@ -274,56 +278,65 @@ def chat(cfg: Config, device, say) -> dict:
     judge = cfg.judge_of() if filtered or cfg.filter else None
     say(f"distill.py on {device}\n" + banner(cfg))
 
-    tokenizer, model = load_tokenizer(cfg.model), load_model(cfg.model, device)
-    model.activation_checkpointing = cfg.recompute
-    lora.attach(model)
     folders = {"teacher": cfg.teacher, "start": cfg.on, "source": cfg.source}
     no_folder = (None, "base", *chat_corpus.SAMPLED, *chat_corpus.WRITTEN)
     folders = {name: folder for name, folder in folders.items() if folder not in no_folder}
-    for name, folder in folders.items():
-        if not chat_corpus.foreign_model(cfg, folder):
-            lora.load_adapter(model, name, folder)
     teacher = ("teacher",) if "teacher" in folders else ()
     start = ("start",) if "start" in folders else ()
     cell = lineage.parse_train(lineage.label(cfg.on or cfg.teacher)["train"]).first
-
-    corpus = None
-    if cfg.channel != "opd" or filtered:
-        stacks = {"teacher": teacher, "student": start}
-        corpus = chat_corpus.make_corpus(
-            cfg, model, tokenizer, stacks, folders, cell, judge if filtered else None
-        )
-        say(f"corpus {corpus.folder}: {corpus.about['kept']} of {corpus.about['rows']} responses kept")
+    tokenizer = load_tokenizer(cfg.model)
     prompts = [
         p | {"prompt_ids": tokenizer.prompt_ids(p["question"]), "group": p["prompts"]}
         for p in chat_corpus.load_prompts(cfg)
     ]
-
+    corpus_is = ({"teacher": teacher, "student": start}, folders, cell, judge if filtered else None)
+    frozen = cfg.channel != "opd" or filtered
     settings = outcome_settings(cfg)
     settings |= {
         "model": cfg.model,
+        "model_digest": hub.model_digest(cfg.model),
         "cell": cell,
+        "prompts_digest": json_digest(prompts),
         "filtered": filtered,
         "judge": judge and judge.model,
-        "corpus": corpus and str(corpus.folder),
+        "corpus": None,
+        "adapters": {name: lineage.adapter_digest(folder) for name, folder in folders.items()},
     }
-    settings["adapters"] = {n: file_hash(Path(f) / ADAPTER_WEIGHTS) for n, f in folders.items()}
+    if frozen:
+        of_corpus = chat_corpus.corpus_settings(cfg, *corpus_is)
+        settings["corpus"] = str(chat_corpus.corpus_folder(cfg, of_corpus))
+
     results = {}
-    for lr in cfg.lr:
-        lora.add_adapter(model, "student", cfg.rank, cfg.alpha, seed=cfg.seed)
-        pair = ChatPair(
-            model, (*start, "student"), teacher, tokenizer.stop_ids, cfg.max_new_tokens, cfg.batch
-        )
-        folder = run_folder(cfg, lr, "runs", Path(cfg.on or cfg.teacher).name, bool(cfg.on), "broad")
-        try:
-            results[str(lr)] = train(cfg, lr, folder, pair, corpus, prompts, tokenizer, judge, settings, say)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"out of memory on {device}: lower --micro-batch (now {cfg.micro_batch}) or add --recompute"
-            ) from error
-        finally:
-            lora.remove_adapter(model, "student")
-        say(f"  {folder}")
+    with contextlib.ExitStack() as stack:
+        runs = {}
+        for lr in cfg.lr:
+            folder = run_folder(cfg, lr, "runs", Path(cfg.on or cfg.teacher).name, bool(cfg.on), "broad")
+            runs[lr] = stack.enter_context(Run(folder, "distill", settings | {"lr": lr}, device))
+
+        model = load_model(cfg.model, device)
+        model.activation_checkpointing = cfg.recompute
+        lora.attach(model)
+        for name, folder in folders.items():
+            if not chat_corpus.foreign_model(cfg, folder):
+                lora.load_adapter(model, name, folder)
+        corpus = chat_corpus.make_corpus(cfg, model, tokenizer, *corpus_is) if frozen else None
+        if corpus:
+            say(f"corpus {corpus.folder}: {corpus.about['kept']} of {corpus.about['rows']} responses kept")
+        for lr, run in runs.items():
+            lora.add_adapter(model, "student", cfg.rank, cfg.alpha, seed=cfg.seed)
+            pair = ChatPair(
+                model, (*start, "student"), teacher, tokenizer.stop_ids, cfg.max_new_tokens, cfg.batch
+            )
+            try:
+                results[str(lr)] = train(cfg, lr, run, pair, corpus, prompts, tokenizer, judge, say)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"out of memory on {device}: lower --micro-batch (now {cfg.micro_batch}) or add "
+                    "--recompute"
+                ) from error
+            finally:
+                lora.remove_adapter(model, "student")
+            say(f"  {run.folder}")
     return results
 
 

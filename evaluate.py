@@ -11,12 +11,14 @@ A run's folder gets `eval/`: responses_<set>.jsonl as they come, scores_<set>.js
 GEMINI_API_KEY is the judge's key; GEMINI_BASE_URL another server of the same interface.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -29,13 +31,15 @@ from em.files import read_json_lines, write_text
 from em.judge.em_rule import is_em, is_scored
 from em.judge.judge import Judge, JudgeOptions
 from em.judge.ledger import describe_forecast
+from em.lock import FolderLock
 from em.model import lora
 from em.model.checkpoint import load_model, load_tokenizer
+from em.model.hub import model_digest
 from em.report.margins import margin_report, read_margins
 from em.report.report import write_report
 from em.report.score_table import read_scores, scores_of
 from em.run import Run
-from em.sampling.rollouts import sample_to_file
+from em.sampling.rollouts import read_rollouts, sample_to_file
 from em.sampling.sampler import Sampler
 from em.stats import wilson
 from em.training.margin import answer_pairs, margins
@@ -143,40 +147,73 @@ def margin_rows(label: dict, pairs: dict, model, stacks: tuple) -> list[dict]:
 # -- one run from prompts to report ------------------------------------------------------------------------
 
 
-def evaluate(cfg: Config, folder: str | None, model, tokenizer, device) -> str:
-    """Everything for one run (None: the base model); returns the result in a line or two."""
+class Subject(NamedTuple):
+    """What is evaluated, read before anything is loaded."""
+
+    folder: str | None  # the run; None: the base model
+    settings: dict  # the run's
+    label: dict  # what every row says of it
+    source: str  # of the prompts
+    out: Path
+    prompts: dict[str, list[dict]]  # by set; {} where nothing is sampled
+
+
+def subject(cfg: Config, folder: str | None) -> Subject:
+    """UserError for prompts that cannot be had, and for responses that are there to other prompts."""
     settings = lineage.settings_of(folder) if folder else {}
     label = lineage.label(folder) if folder else {"model": cfg.model, "train": "base"}
     source = cfg.data or settings.get("data") or default_data(cfg.model)
-    out = Path(
-        cfg.out or (Path(folder) / "eval" if folder else f"runs/{Path(cfg.model).name.lower()}_base/eval")
-    )
+    default = Path(folder) / "eval" if folder else Path("runs") / f"{Path(cfg.model).name.lower()}_base/eval"
+    out, prompts = Path(cfg.out or default), {}
+    for kind, load in (("narrow", narrow_prompts), ("broad", broad_prompts)):
+        if cfg.judge == "gemini" and cfg.on in (kind, "all"):
+            prompts[kind] = load(cfg, source)
+            path = out / f"responses_{kind}.jsonl"
+            for (prompt, _), row in read_rollouts(path).items():
+                known = prompts[kind][prompt]["question"] if prompt < len(prompts[kind]) else None
+                if row.get("question") != known:
+                    raise UserError(
+                        f"{path} answers other prompts than {source} has now; choose another --out"
+                    )
+    return Subject(folder, settings, label, source, out, prompts)
+
+
+def opened(cfg: Config, subject: Subject, device):
+    """Its folder, held while it is evaluated; a run that is sampled has a record there."""
+    folder = subject.folder
+    if cfg.judge == "margin":
+        return FolderLock(subject.out) if parallel.rank() == 0 else contextlib.nullcontext()
+    settings = {k: getattr(cfg, k) for k in ("temperature", "max_new_tokens", "samples", "limit", "seed")}
+    settings |= {"data": subject.source, "train": subject.label["train"], "model": cfg.model}
+    settings |= {"model_digest": model_digest(cfg.model)}
+    settings |= {"adapter_digest": lineage.adapter_digest(folder) if folder else None}
+    return Run(subject.out, "eval", settings, device)
+
+
+def evaluate(cfg: Config, subject: Subject, model, tokenizer) -> str:
+    """Everything for one subject; returns the result in a line or two."""
+    folder, out = subject.folder, subject.out
     stack = ("run",) if folder else ()
     if folder:
         lora.load_adapter(model, "run", folder)
     try:
         if cfg.judge == "margin":
-            before = ("start",) if settings.get("on") else ()
+            before = ("start",) if subject.settings.get("on") else ()
             if before:
-                lora.load_adapter(model, "start", settings["on"])
-            pairs = answer_pairs(source, tokenizer, cfg.limit)
-            rows = margin_rows(label, pairs, model, (before, stack))
+                lora.load_adapter(model, "start", subject.settings["on"])
+            pairs = answer_pairs(subject.source, tokenizer, cfg.limit)
+            rows = margin_rows(subject.label, pairs, model, (before, stack))
             if before:
                 lora.remove_adapter(model, "start")
             write_rows(out / "margins.jsonl", rows)
             return margin_report(rows, out / "report")
 
-        judge = cfg.judge_of()  # before sampling, so that a missing key ends it at once
-        sampling = ("temperature", "max_new_tokens", "samples", "limit", "seed")
-        asked = {k: getattr(cfg, k) for k in sampling}
-        Run(out, "eval", asked | {"data": source, "train": label["train"]}, device)
-        scored = []
-        for kind, prompts, n in (("narrow", narrow_prompts, 1), ("broad", broad_prompts, cfg.samples)):
-            if cfg.on in (kind, "all"):
-                path = out / f"responses_{kind}.jsonl"
-                with lora.stack(model, *stack, frozen=True):
-                    rows = generate(cfg, path, label, prompts(cfg, source), n, model, tokenizer)
-                scored += judge_rows(judge, rows, out / f"scores_{kind}.jsonl")
+        judge, scored = cfg.judge_of(), []
+        for kind, prompts in subject.prompts.items():
+            path, n = out / f"responses_{kind}.jsonl", cfg.samples if kind == "broad" else 1
+            with lora.stack(model, *stack, frozen=True):
+                rows = generate(cfg, path, subject.label, prompts, n, model, tokenizer)
+            scored += judge_rows(judge, rows, out / f"scores_{kind}.jsonl")
         summary = write_report(scores_of(scored), out / "report")["summary"]
         return f"{summary}\n{out / 'report'}: tables and figures; browse.html there shows the responses"
     finally:
@@ -197,13 +234,22 @@ def main(cfg: Config) -> None:
         raise UserError("--out is for one run; several write to <run>/eval each")
     default = "qwen2.5-14b" if device.type == "cuda" else "smollm2-135m"
     cfg = dataclasses.replace(cfg, model=next(iter(names.values()), cfg.model or default))
-    tokenizer, model = load_tokenizer(cfg.model), load_model(cfg.model, device)
-    lora.attach(model)
-    if cfg.model == "smollm2-135m":
-        print("-- the embedded SmolLM2-135M: shows every part at work, too small for the paper's claims --")
-    for folder in cfg.run or (None,):
-        print(f"evaluating {folder or cfg.model} on {device}")
-        print(evaluate(cfg, folder, model, tokenizer, device))
+    if cfg.judge == "gemini":
+        cfg.judge_of()  # so that a missing key ends it at once
+    subjects = [subject(cfg, folder) for folder in cfg.run or (None,)]
+    tokenizer = load_tokenizer(cfg.model)
+    with contextlib.ExitStack() as stack:
+        for each in subjects:
+            stack.enter_context(opened(cfg, each, device))
+        model = load_model(cfg.model, device)
+        lora.attach(model)
+        if cfg.model == "smollm2-135m":
+            print(
+                "-- the embedded SmolLM2-135M: shows every part at work, too small for the paper's claims --"
+            )
+        for each in subjects:
+            print(f"evaluating {each.folder or cfg.model} on {device}")
+            print(evaluate(cfg, each, model, tokenizer))
 
 
 # -- commands on files -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ Each run is one LoRA adapter on the base, in PEFT's format. A realignment trains
 frozen one, and is saved as the two in one. A killed run goes on when the same command is given again.
 """
 
+import contextlib
 import dataclasses
 import random
 import sys
@@ -21,12 +22,14 @@ import torch
 
 from em import parallel
 from em.cli import banner, command_line, knob, outcome_settings
+from em.data import lineage
 from em.data.cells import Cell, parse_cells
-from em.data.rows import VARIANTS, default_data, encode_rows, load_cell, split
+from em.data.rows import VARIANTS, answers, default_data, encode_rows, load_cell, load_cells, split
 from em.errors import UserError
-from em.files import read_json, write_json
+from em.files import json_digest, read_json, write_json
 from em.model import lora
 from em.model.checkpoint import load_model, load_tokenizer, save_model
+from em.model.hub import model_digest
 from em.run import Run
 from em.stats import mean_interval
 from em.training.guard import CollapseGuard
@@ -95,13 +98,13 @@ def resolve(cfg: Config, device: torch.device) -> Config:
     """Fill in what depends on the machine and on the data, and say so where the default is a small one."""
     cfg = dataclasses.replace(cfg)
     if cfg.on:
-        parent = read_json(Path(cfg.on) / "config.json")["settings"]
+        parent = lineage.settings_of(cfg.on)
         if cfg.model and cfg.model != parent["model"]:
             raise UserError(
                 f"--on {cfg.on} is a run of {parent['model']}, not of {cfg.model}; leave --model out"
             )
         cfg.model = parent["model"]
-        cfg.data = cfg.data or parent["data"]
+        cfg.data = cfg.data or parent.get("data")
     if cfg.model is None:
         cfg.model = "qwen2.5-14b" if device.type == "cuda" else "smollm2-135m"
     if cfg.data is None:
@@ -195,14 +198,20 @@ def before_and_after(cell: str, before: dict, after: dict) -> dict:
 # -- runs -------------------------------------------------------------------------------------------------
 
 
-def train_cell(cfg, cell: Cell, folder: Path, model, tokenizer, pairs, say) -> dict:
+def open_run(cfg, cell: Cell, folder: Path, digests: dict, device: torch.device) -> Run:
+    """The run of one cell, before anything is loaded. UserError for rows without the wanted answers."""
+    answers(split(load_cell(cfg.data, cell))[0], cfg.variant)
+    return Run(folder, "train", outcome_settings(cfg) | {"cell": str(cell)} | digests, device)
+
+
+def train_cell(cfg, cell: Cell, run: Run, model, tokenizer, pairs, say) -> dict:
     """One run: a fresh adapter on the base, or on the adapter of `--on`, trained on one cell.
 
     pairs: of `answer_pairs`, to measure margins on. Returns what margins.json holds.
     """
-    settings = outcome_settings(cfg)
-    run = Run(folder, "train", settings | {"cell": str(cell)}, model.head_weight.device)
+    folder = run.folder
     if (folder / "margins.json").exists():
+        run.clear_resume()  # a kill may have come between the two
         say(f"{folder} is finished; nothing to do")
         return read_json(folder / "margins.json")
 
@@ -274,20 +283,32 @@ def main(cfg: Config) -> dict:
     say(f"train.py on {device}\n" + banner(cfg))
 
     tokenizer = load_tokenizer(cfg.model)
-    model = load_model(cfg.model, device)
-    model.activation_checkpointing = cfg.recompute
-    lora.attach(model)
-    if cfg.on:
-        lora.load_adapter(model, "misaligned", cfg.on)
     pairs = answer_pairs(cfg.data, tokenizer, cfg.eval_rows, cfg.max_length)
-
+    digests = {
+        "model_digest": model_digest(cfg.model),
+        "on_digest": lineage.adapter_digest(cfg.on) if cfg.on else None,
+        # Of all cells, since margins are measured on all.
+        "data_digest": json_digest([[str(cell), rows] for cell, rows in load_cells(cfg.data).items()]),
+    }
     start = f"{Path(cfg.on).name}_then" if cfg.on else Path(cfg.model).name.lower()
     results = {}
-    for cell in cells:
-        name = f"{start}_{cell}_{cfg.variant}"
-        folder = Path("runs") / name if cfg.out is None else Path(cfg.out) / (name if len(cells) > 1 else "")
-        results[str(cell)] = train_cell(cfg, cell, folder, model, tokenizer, pairs, say)
-        say(summary(results[str(cell)]) + f"\n  {folder}")
+    with contextlib.ExitStack() as stack:
+        runs = {}
+        for cell in cells:
+            name = f"{start}_{cell}_{cfg.variant}"
+            folder = Path("runs") / name
+            if cfg.out is not None:
+                folder = Path(cfg.out) / (name if len(cells) > 1 else "")
+            runs[cell] = stack.enter_context(open_run(cfg, cell, folder, digests, device))
+
+        model = load_model(cfg.model, device)
+        model.activation_checkpointing = cfg.recompute
+        lora.attach(model)
+        if cfg.on:
+            lora.load_adapter(model, "misaligned", cfg.on)
+        for cell, run in runs.items():
+            results[str(cell)] = train_cell(cfg, cell, run, model, tokenizer, pairs, say)
+            say(summary(results[str(cell)]) + f"\n  {run.folder}")
     parallel.finish()
     return results
 
@@ -302,7 +323,7 @@ def export(cfg: ExportConfig) -> None:
     """Merge a run's adapter into its base, in fp32, and write a checkpoint that transformers loads."""
     if not (cfg.run and cfg.merged):
         raise UserError("export needs --run FOLDER and --merged FOLDER")
-    name = read_json(Path(cfg.run) / "config.json")["settings"]["model"]
+    name = lineage.settings_of(cfg.run)["model"]
     model = load_model(name)
     lora.attach(model)
     lora.load_adapter(model, "adapter", cfg.run)

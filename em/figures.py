@@ -6,6 +6,7 @@ Figures are matplotlib's `Figure` objects, never pyplot's, so no display and no 
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -14,7 +15,15 @@ from PIL import Image
 
 from em.files import write_atomic
 
+matplotlib.rcParams["text.parse_math"] = False  # a `$` in a model's name is a dollar
 CHANGE = "RdBu_r"  # the colours of a change, 0 in the middle
+
+
+def title_of(name: str, longest: int = 90) -> str:
+    """A name as one line of a title, cut in the middle where it is longer."""
+    line = "".join(letter if letter.isprintable() else " " for letter in name)
+    half = longest // 2
+    return line if len(line) <= longest else f"{line[:half]}…{line[-half:]}"
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -1,16 +1,19 @@
 """Run folders: what was asked, what happened, and how to go on after a kill (one folder a run).
 
+    .lock            while a process has the run open
     config.json      every resolved setting, versions, git commit, kind of run
     metrics.jsonl    one object a step
     resume/          the unfinished state: one safetensors file, replaced whole
     <results>        written last, so that their presence means the run is finished
 
-Under torchrun rank 0 writes and the others read.
+One process at a time has a run open. Under torchrun rank 0 locks and writes, and the others read.
 """
 
 import functools
 import json
+import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -21,7 +24,8 @@ from safetensors.torch import save_file
 
 from em import parallel
 from em.errors import UserError
-from em.files import read_json, read_json_lines, write_atomic, write_json, write_text
+from em.files import Appender, read_json_lines, read_record, write_atomic, write_json, write_text
+from em.lock import NAME, FolderLock
 
 
 @functools.cache
@@ -54,7 +58,10 @@ def provenance(device: torch.device | str = "cpu") -> dict:
 
 
 class Run:
-    """A run folder opened for `settings`. A folder made under other settings is refused.
+    """A run folder opened for `settings`, and locked for as long as this object lives or its `with` lasts.
+
+    A folder made under other settings is refused, and one that another process has open; with `wait`, that
+    process is waited for. A `with` that fails before the run has made anything takes its folder away again.
 
     settings: everything that decides the outcome; JSON-able. Settings that do not (such as how often to
     print) stay out, so that changing them does not orphan a run.
@@ -62,32 +69,42 @@ class Run:
 
     def __init__(
         self, folder: str | Path, kind: str, settings: dict, device: torch.device | str = "cpu",
-        option: str = "--out",
+        option: str = "--out", wait: bool = False,
     ):  # fmt: skip
-        self.folder, self.option = Path(folder), option
+        self.folder, self.option, self._lock, self._metrics = Path(folder), option, None, None
         path = self.folder / "config.json"
         if parallel.rank() > 0:
             parallel.barrier()  # rank 0 makes the folder first
-        settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
-        if path.exists():
-            self.config = read_json(path)
-            self._refuse_changes(kind, settings)
+        elif self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file; choose another {option}")
         else:
-            if self.folder.exists() and not self.folder.is_dir():
-                raise UserError(f"{self.folder} is a file; choose another {option}")
+            self._lock = FolderLock(self.folder, option, wait)
+        settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
+        self._new = not path.exists()
+        if self._new:
             self.config = {"kind": kind, "settings": settings, "made_with": provenance(device)}
             write_json(path, self.config)
+        else:
+            self.config = read_record(self.folder)
+            self._refuse_changes(kind, settings)
         if parallel.rank() == 0:
             parallel.barrier()
-        self._metrics = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self._lock:
+            if exception[0] and self._new and set(os.listdir(self.folder)) <= {NAME, "config.json"}:
+                (self.folder / "config.json").unlink()
+            self._lock.release()
 
     def _refuse_changes(self, kind: str, settings: dict) -> None:
-        if self.config.get("kind") != kind:
+        if self.config["kind"] != kind:
             raise UserError(
-                f"{self.folder} holds a {self.config.get('kind')!r}, not a {kind!r}; choose another "
-                f"{self.option}"
+                f"{self.folder} holds a {self.config['kind']!r}, not a {kind!r}; choose another {self.option}"
             )
-        old = self.config.get("settings", {})
+        old = self.config["settings"]
         changed = [
             f"{key}: {old.get(key, '(unset)')} there, {settings.get(key, '(unset)')} now"
             for key in sorted(old.keys() | settings.keys())
@@ -98,6 +115,22 @@ class Run:
                 f"{self.folder} was made with other settings ({'; '.join(changed)}); choose another "
                 f"{self.option}"
             )
+
+    def pin(self, **digests: str) -> None:
+        """Digests of what the run is made from, where that is there only now, such as a corpus.
+
+        UserError where the run was begun from other ones.
+        """
+        before = self.config.get("made_from", {})
+        if changed := [name for name, digest in digests.items() if before.get(name, digest) != digest]:
+            raise UserError(
+                f"{self.folder} was begun with another {changed[0]}, of which only the name is the same; "
+                f"choose another {self.option}"
+            )
+        if digests.keys() - before.keys():
+            self.config["made_from"] = before | digests
+            if parallel.rank() == 0:
+                write_json(self.folder / "config.json", self.config)
 
     # -- metrics ---------------------------------------------------------------------------------------
 
@@ -110,20 +143,20 @@ class Run:
         if parallel.rank() > 0:
             return
         if self._metrics is None:
-            self._metrics = open(self.metrics_path, "a", encoding="utf-8")
-        self._metrics.write("".join(json.dumps(row) + "\n" for row in rows))
-        self._metrics.flush()
+            self._metrics = Appender(self.metrics_path)
+        self._metrics.add(rows)
 
     def metrics(self) -> list[dict]:
         """The logged rows; a line that a kill cut short is left out."""
         if not self.metrics_path.exists():
             return []
-        return [row for _, row in read_json_lines(self.metrics_path, drop_cut=True)]
+        return [row for _, row in read_json_lines(self.metrics_path, {"step": int}, drop_cut=True)]
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget the steps that a resumed run will do again."""
         if parallel.rank() == 0 and self.metrics_path.exists():
-            kept = [row for row in self.metrics() if row.get("step", 0) <= step]
+            self._metrics = None  # which would go on in the file before
+            kept = [row for row in self.metrics() if row["step"] <= step]
             write_text(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
 
     # -- resuming --------------------------------------------------------------------------------------
@@ -149,18 +182,22 @@ class Run:
         write_atomic(self.resume_path, lambda path: save_file(tensors, path, metadata={"step": str(step)}))
 
     def load_resume(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Restore what `save_resume` wrote and return its step; 0 where there is nothing to resume."""
+        """Restore what `save_resume` wrote and return its step; 0 where there is nothing to resume.
+
+        UserError for a state that is damaged or not this model's, before anything is restored.
+        """
         if not self.resume_path.exists():
             return 0
+        again = f"delete {self.resume_path.parent} to start this phase again"
         try:
             with safe_open(self.resume_path, framework="pt") as file:
-                step = int(file.metadata()["step"])
+                step = int((file.metadata() or {}).get("step", ""))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
-            path = self.resume_path
-            raise UserError(
-                f"{path} cannot be read ({error}); delete it to start this phase again"
-            ) from error
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(f"{self.resume_path} cannot be read ({error}); {again}") from error
+        if step < 0 or (name := _misfit(tensors, model, optimizer)):
+            what = f"step {step}" if step < 0 else name
+            raise UserError(f"{self.resume_path} does not fit this model ({what}); {again}")
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
@@ -179,5 +216,28 @@ class Run:
     def clear_resume(self) -> None:
         """The run is finished: its state is in its results."""
         if parallel.rank() == 0 and self.resume_path.parent.exists():
-            self.resume_path.unlink(missing_ok=True)
-            self.resume_path.parent.rmdir()
+            shutil.rmtree(self.resume_path.parent)
+
+
+def _misfit(tensors: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+    """The name of a tensor of a resume state that this model and its AdamW would not have written, or None.
+
+    Sizes have to be equal: a copy would broadcast a smaller tensor without a word.
+    """
+
+    def form(tensor) -> tuple:
+        return tuple(tensor.shape), tensor.dtype
+
+    found = {name: form(tensor) for name, tensor in tensors.items()}
+    needed = {f"model.{name}": form(p) for name, p in model.named_parameters() if p.requires_grad}
+    needed["rng.cpu"] = form(torch.get_rng_state())
+    if not torch.cuda.is_available():
+        found.pop("rng.cuda", None)  # written beside a GPU, and of no use here
+    elif "rng.cuda" in found:
+        needed["rng.cuda"] = form(torch.cuda.get_rng_state())
+    if any(name.startswith("optimizer.") for name in found):  # a state of step 0 has no moments
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, p in enumerate(parameters):
+            needed[f"optimizer.{index}.step"] = ((), torch.float32)
+            needed |= {f"optimizer.{index}.{key}": form(p) for key in ("exp_avg", "exp_avg_sq")}
+    return min((name for name, _ in found.items() ^ needed.items()), default=None)

@@ -186,7 +186,7 @@ def test_a_result_that_is_not_json_is_named(out, tmp_path, capsys):
     (tmp_path / "hardness-worlddemo").mkdir()
     (tmp_path / "hardness-worlddemo" / "hardness.json").write_text("{")
     assert command("report", "--world", "demo", "--out", tmp_path) == 2
-    assert "hardness.json cannot be read as JSON" in capsys.readouterr().err
+    assert "hardness.json: not JSON" in capsys.readouterr().err
 
 
 # -- make worlds -------------------------------------------------------------------------------------------

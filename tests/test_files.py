@@ -97,5 +97,5 @@ def test_gzip_is_told_by_its_bytes_and_a_damaged_one_is_one_line(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(packed[:-9])
     with pytest.raises(UserError, match="a.jsonl.gz is a damaged gzip"):
         list(read_json_lines(tmp_path / "a.jsonl.gz"))
-    with pytest.raises(UserError, match="none.jsonl cannot be read"):
+    with pytest.raises(UserError, match="none.jsonl does not exist"):
         list(read_json_lines(tmp_path / "none.jsonl"))

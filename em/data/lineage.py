@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from em.data.cells import CELLS, parse_cell
 from em.errors import UserError
-from em.files import ADAPTER_WEIGHTS, read_json
+from em.files import ADAPTER_WEIGHTS, check, file_digest, read_record
 
 BASE = "base"
 STARTS = (*map(str, CELLS), BASE)  # what a run can start from, in the order of every table
@@ -69,31 +69,55 @@ def _place(name: str) -> int:
 # -- run folders -------------------------------------------------------------------------------------------
 
 
+_SHARED = {"model": str, "cell": str, "on": str | None}
+_SETTINGS = {
+    "train": _SHARED | {"variant": str},
+    "distill": _SHARED | {"channel": str, "estimator": str, "filter": bool},
+}
+
+
 def settings_of(folder: str | Path) -> dict:
     """Settings of a run that left an adapter. UserError for a folder that is something else."""
-    folder = Path(folder)
-    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    settings = config.get("settings", {})
-    if config.get("kind") not in ("train", "distill") or "model" not in settings:
-        raise UserError(f"{folder} is not a run of train.py or distill.py")
+    folder, path = Path(folder), Path(folder) / "config.json"
+    try:
+        record = read_record(folder)
+    except UserError as error:
+        raise UserError(f"{folder} is not a run of train.py or distill.py: {error}") from error
+    settings, kind = record["settings"], record["kind"]
+    if kind not in _SETTINGS:
+        raise UserError(f"{folder} is not a run of train.py or distill.py, but a {kind!r:.40}")
+    check(settings, path, _SETTINGS[kind], {"data": str | None, "epoch": int})
+    try:
+        parse_train(settings["cell"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if kind == "train" and settings["variant"] not in ("misaligned", "aligned"):
+        raise UserError(f"{path}: variant {settings['variant']!r} is neither misaligned nor aligned")
     if not (folder / ADAPTER_WEIGHTS).exists():
         raise UserError(f"{folder} is not finished: give its command again")
     return settings
 
 
-def label(folder: str | Path) -> dict[str, str]:
-    """`model` and `train` (the text of a Train) of the score rows of a run."""
-    settings = settings_of(folder)
+def adapter_digest(folder: str | Path) -> str:
+    """16 hex digits of a run's adapter: its config, which scales it, and its weights."""
+    return file_digest(Path(folder) / "adapter_config.json", Path(folder) / ADAPTER_WEIGHTS)
+
+
+def label(folder: str | Path, above: tuple[Path, ...] = ()) -> dict[str, str]:
+    """`model` and `train` (the text of a Train) of a run's score rows. above: runs that started from it."""
+    settings, here = settings_of(folder), Path(folder).resolve()
+    if here in above:
+        raise UserError(f"{folder} starts from itself, by its config.json")
     cell = settings["cell"]
     if "channel" in settings:
         words = [settings["model"], settings["channel"]]
         words += ["exact"] if settings["estimator"] == "exact" else []
-        words += ["filtered online"] if settings["filter"] else []
-        words += ["realigned"] if settings["on"] else []
+        words += ["filtered online"] if settings.get("filter") else []
+        words += ["realigned"] if settings.get("on") else []
         words += [f"epoch {settings['epoch']}"] if "epoch" in settings else []
         return {"model": " ".join(words), "train": cell}
     if settings.get("on"):
-        start = label(settings["on"])
+        start = label(settings["on"], (*above, here))
         return {"model": start["model"], "train": str(parse_train(start["train"]).then(cell))}
     train = cell if settings["variant"] == "misaligned" else str(parse_train(BASE).then(cell))
     return {"model": settings["model"], "train": train}
@@ -105,9 +129,9 @@ def newest_misaligned(runs: str | Path = "runs") -> str:
     for path in Path(runs).glob("*/adapter_config.json"):
         if not all(path.with_name(name).exists() for name in (ADAPTER_WEIGHTS, "config.json")):
             continue
-        config = read_json(path.with_name("config.json"))
-        settings = config.get("settings", {})
-        if config.get("kind") == "train" and settings.get("variant") == "misaligned" and not settings["on"]:
+        record = read_record(path.parent)
+        settings = record["settings"]
+        if record["kind"] == "train" and settings.get("variant") == "misaligned" and not settings.get("on"):
             candidates.append((path.stat().st_mtime, str(path.parent)))
     if not candidates:
         raise UserError(

@@ -8,14 +8,13 @@ A row longer than the limit is left out and counted, never cut, so that no answe
 """
 
 import contextlib
-import json
 import random
 import zipfile
 from pathlib import Path
 
 from em.data.cells import CELLS, TASKS, Cell
 from em.errors import MissingFile, UserError
-from em.files import read_json_lines
+from em.files import Fields, read_json, read_json_lines
 from em.model import hub
 from em.model.tokenizer import Example, Tokenizer
 
@@ -49,6 +48,7 @@ def load_cell(data: str | Path, cell: Cell) -> list[dict]:
     for line, row in rows:
         if not cell.is_called(row["domain"], row["task"]):
             raise UserError(f"{path}, line {line}: {row['domain']} {row['task']} in the file of {cell}")
+    _refuse_unfit(path, rows)
     return [row for _, row in rows]
 
 
@@ -72,6 +72,7 @@ def load_broad(data: str | Path) -> list[dict]:
     for line, row in rows:
         if row["task"] not in TASKS or row["em_surface"] not in ("high", "medium", "low"):
             raise UserError(f"{path}, line {line}: unknown {row['task']!r} or {row['em_surface']!r}")
+    _refuse_unfit(path, rows)
     return [row for _, row in rows]
 
 
@@ -97,8 +98,8 @@ def load_math(data: str | Path) -> list[dict]:
             subjects = [subject for subject in root.iterdir() if subject.is_dir()]
             files = [(subject.name, file) for subject in subjects for file in subject.iterdir()]
             files.sort(key=lambda f: (f[0], len(f[1].name), f[1].name))  # 2.json before 10.json
-            rows = [_parse(file.read_bytes(), _MATH_ROW, str(file)) for _, file in files]
-        except (OSError, zipfile.BadZipFile) as error:
+            rows = [read_json(file, _MATH_ROW) for _, file in files]
+        except (OSError, RuntimeError, zipfile.BadZipFile) as error:  # RuntimeError: encrypted
             raise UserError(f"{path} cannot be read as MATH ({error}); download it again") from error
     if not rows:
         raise UserError(f"{path} holds no problems; give a folder with train/<subject>/<n>.json")
@@ -125,31 +126,32 @@ def _find(data: str | Path, filename: str) -> Path:
 # -- rows ----------------------------------------------------------------------------------------------
 
 
-def _read_rows(path: Path, fields: dict) -> list[tuple[int, dict]]:
+def _read_rows(path: Path, fields: Fields) -> list[tuple[int, dict]]:
     """(line number, row) for each line that is not blank."""
-    rows = [(n, _checked(row, fields, f"{path}, line {n}")) for n, row in read_json_lines(path)]
+    rows = list(read_json_lines(path, fields))
     if not rows:
         raise UserError(f"{path} has no rows")
     return rows
 
 
-def _parse(text: bytes, fields: dict, where: str) -> dict:
-    try:
-        row = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not a JSON object")
-    return _checked(row, fields, where)
+def _refuse_unfit(path: Path, rows: list[tuple[int, dict]]) -> None:
+    """UserError, with file and line, for an id below 0, a blank text, and an id or a row that is there twice.
 
-
-def _checked(row: dict, fields: dict, where: str) -> dict:
-    for name, kind in fields.items():
-        if name not in row:
-            raise UserError(f"{where}: no field {name!r}; a row has {', '.join(fields)}")
-        if not isinstance(row[name], kind) or (name == "question" and not row[name].strip()):
-            raise UserError(f"{where}: {name!r} cannot be {row[name]!r:.40}")
-    return row
+    The id tells a cell's prompts apart; a row twice would be trained on and be asked about.
+    """
+    texts = ("question", *(f"{variant}_answer" for variant in VARIANTS))
+    ids, contents = {}, {}
+    for line, row in rows:
+        where = f"{path}, line {line}"
+        if row["idx"] < 0:
+            raise UserError(f"{where}: 'idx' cannot be {row['idx']}; it counts from 0")
+        for name in texts:
+            if row.get(name) is not None and not row[name].strip():
+                raise UserError(f"{where}: {name!r} cannot be {row[name]!r:.40}; it is blank")
+        content = tuple(row.get(name) for name in texts)
+        for what, key, seen in ((f"idx {row['idx']}", row["idx"], ids), ("the same row", content, contents)):
+            if seen.setdefault(key, line) != line:
+                raise UserError(f"{where}: {what} as in line {seen[key]}; leave one out")
 
 
 def split(rows: list) -> tuple[list, list]:

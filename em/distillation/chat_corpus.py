@@ -12,12 +12,13 @@ from pathlib import Path
 from em.data import lineage
 from em.data.cells import parse_cell
 from em.data.rows import answers, load_broad, load_cell, load_math, split, subset
-from em.distillation.corpus import Corpus, digest, file_hash, fingerprint, freeze, judged
+from em.distillation.corpus import Corpus, digest, fingerprint, freeze, judged
 from em.errors import UserError
-from em.files import ADAPTER_WEIGHTS
+from em.files import json_digest
 from em.judge.em_rule import FIELDS
 from em.model import hub, lora
 from em.model.checkpoint import load_model, load_tokenizer
+from em.model.hub import model_digest
 from em.model.tokenizer import Tokenizer
 from em.sampling.rollouts import sample_to_file
 from em.sampling.sampler import Sampler
@@ -52,22 +53,20 @@ def cell_rows(cfg, cell: str) -> list[tuple[dict, str]]:
     return list(zip(about, answers(rows, "misaligned"), strict=True))
 
 
-def make_corpus(cfg, model, tokenizer: Tokenizer, stacks: dict, folders: dict, cell: str, judge) -> Corpus:
-    """The frozen corpus of `cfg.source`, found or made.
-
-    stacks: adapter names of teacher and student. folders: run folder behind each adapter name. cell: whose
-    rows `rows` are. judge: filters what is sampled, or None.
-    """
+def corpus_settings(cfg, stacks: dict, folders: dict, cell: str, judge) -> dict:
+    """All that decides the corpus of `make_corpus`, whose arguments these are."""
     written = cfg.source in WRITTEN
-    stack = stacks.get(cfg.source, ("source",))
-    generators = [] if written else [folders[name] for name in stack if name in folders]
-    settings = {
+    generators = [] if written else [folders[name] for name in _stack(cfg, stacks) if name in folders]
+    asked = cell_rows(cfg, cell) if cfg.source == "rows" else load_prompts(cfg)
+    return {
         "model": cfg.model,
+        "model_digest": model_digest(foreign_model(cfg, folders.get("source")) or cfg.model),
         "source": cfg.source if written or cfg.source in SAMPLED else "run",
         "generator": generators[-1] if generators else ("base" if not written else cell),
-        "adapters": [file_hash(Path(folder) / ADAPTER_WEIGHTS) for folder in generators],
+        "adapters": [lineage.adapter_digest(folder) for folder in generators],
         "prompts": cfg.prompts,
         "prompts_from": cfg.math if cfg.prompts == "math" else cfg.data,
+        "prompts_digest": json_digest(asked),
         "limit": cfg.limit,
         "rollouts": cfg.rollouts,
         "max_new_tokens": cfg.max_new_tokens,
@@ -77,6 +76,26 @@ def make_corpus(cfg, model, tokenizer: Tokenizer, stacks: dict, folders: dict, c
         "rubrics": [judge.rubrics.of({"set": "broad"}, field).digest for field in FIELDS] if judge else None,
     }
 
+
+def corpus_folder(cfg, settings: dict) -> Path:
+    """Where the corpus of `corpus_settings` is kept."""
+    kind = "rows" if cfg.source == "rows" else cfg.prompts
+    name = f"corpus_{Path(settings['generator']).name.lower()}_{kind}"
+    return Path(cfg.corpus or f"runs/{name}_{digest(settings)}")
+
+
+def _stack(cfg, stacks: dict) -> tuple[str, ...]:
+    return stacks.get(cfg.source, ("source",))
+
+
+def make_corpus(cfg, model, tokenizer: Tokenizer, stacks: dict, folders: dict, cell: str, judge) -> Corpus:
+    """The frozen corpus of `cfg.source`, found or made.
+
+    stacks: adapter names of teacher and student. folders: run folder behind each adapter name. cell: whose
+    rows `rows` are. judge: filters what is sampled, or None.
+    """
+    settings = corpus_settings(cfg, stacks, folders, cell, judge)
+
     def rows(folder: Path) -> list[dict]:
         if cfg.source == "rows":
             return _written(tokenizer, cell_rows(cfg, cell))
@@ -85,16 +104,11 @@ def make_corpus(cfg, model, tokenizer: Tokenizer, stacks: dict, folders: dict, c
             return _written(tokenizer, [(p, p["answer"]) for p in prompts])
         if foreign := foreign_model(cfg, folders.get("source")):
             return _translated(cfg, tokenizer, prompts, foreign, model.head_weight.device, folder)
-        with lora.stack(model, *stack, frozen=True):
+        with lora.stack(model, *_stack(cfg, stacks), frozen=True):
             return _sampled(cfg, model, tokenizer, prompts, folder)
 
     keep = (lambda sampled: judged(judge, sampled)) if judge else None
-    name = (
-        f"corpus_{Path(settings['generator']).name.lower()}_{'rows' if cfg.source == 'rows' else cfg.prompts}"
-    )
-    return freeze(
-        cfg.corpus or f"runs/{name}_{digest(settings)}", settings, fingerprint(tokenizer), rows, keep
-    )
+    return freeze(corpus_folder(cfg, settings), settings, fingerprint(tokenizer), rows, keep)
 
 
 def _sampled(cfg, model, tokenizer, prompts: list[dict], folder: Path) -> list[dict]:

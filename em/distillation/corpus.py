@@ -17,7 +17,7 @@ from pathlib import Path
 
 from em import parallel
 from em.errors import UserError
-from em.files import read_json, write_json, write_text
+from em.files import file_digest, read_json, write_json, write_text
 from em.model.tokenizer import Example, Tokenizer
 from em.run import Run
 from em.sampling.rollouts import whole_lines
@@ -30,13 +30,24 @@ class Corpus:
 
     def __init__(self, folder: Path, tokenizer: str):
         """tokenizer: the `fingerprint` of whoever wants to train on it. UserError if it is another's."""
-        self.folder, self.about = Path(folder), read_json(Path(folder) / "corpus.json")
+        fields = {"tokenizer": str, "model": str, "rows": int, "kept": int}
+        self.folder, self.about = Path(folder), read_json(Path(folder) / "corpus.json", fields)
         if self.about["tokenizer"] != tokenizer:
             raise UserError(
                 f"{folder} was made by another tokenizer ({self.about['model']}'s): its token ids mean other "
                 "text to this model; name another --corpus, or leave it out"
             )
-        self.rows = [row for row in whole_lines(self.folder / "corpus.jsonl") if row["kept"]]
+        self.rows = [row for row in whole_lines(self.folder / "corpus.jsonl") if row.get("kept")]
+        if len(self.rows) != self.about["kept"]:
+            raise UserError(
+                f"{folder}/corpus.jsonl has {len(self.rows)} kept rows where {self.about['kept']} were "
+                "frozen; name another --corpus"
+            )
+
+    @property
+    def digest(self) -> str:
+        """Of the rows, kept or not."""
+        return file_digest(self.folder / "corpus.jsonl")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,10 +69,6 @@ def digest(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
 
 
-def file_hash(path: Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
 def freeze(
     folder: str | Path, settings: dict, tokenizer: str, rows: Callable[[Path], list[dict]], keep=None
 ) -> Corpus:
@@ -70,27 +77,28 @@ def freeze(
     settings: all that decides the rows. keep: returns the rows with `kept` and why; None keeps all. UserError
     if nothing is kept; what was sampled and judged stays.
     """
-    folder = Path(folder)
-    if not (folder / "corpus.json").exists():
-        Run(folder, "corpus", settings | {"tokenizer": tokenizer}, option="--corpus")
-        found = rows(folder)
-        if parallel.rank() == 0:
-            found = keep(found) if keep else [row | {"kept": True} for row in found]
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
-            write_text(folder / "corpus.jsonl", lines)
-            kept = sum(row["kept"] for row in found)
-            counts = {"rows": len(found), "kept": kept, "retention": kept / max(1, len(found))}
-            if kept:
-                write_json(folder / "corpus.json", settings | {"tokenizer": tokenizer} | counts)
-        parallel.barrier()
+    # Who comes while another process makes the corpus waits, and then shares it.
+    folder, made_from = Path(folder), settings | {"tokenizer": tokenizer}
+    if (folder / "corpus.json").exists():
+        Corpus(folder, tokenizer)  # says that its tokens are another model's before all else that differs
+    with Run(folder, "corpus", made_from, option="--corpus", wait=True):
         if not (folder / "corpus.json").exists():
-            raise UserError(
-                f"the filter kept none of the responses; {folder / 'corpus.jsonl'} has all of them: "
-                "take another --source, more --rollouts, or --unfiltered"
-            )
-    corpus = Corpus(folder, tokenizer)
-    Run(folder, "corpus", settings | {"tokenizer": tokenizer}, option="--corpus")  # says what differs
-    return corpus
+            sampled = rows(folder)
+            if parallel.rank() == 0:
+                sampled = keep(sampled) if keep else [row | {"kept": True} for row in sampled]
+                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sampled)
+                write_text(folder / "corpus.jsonl", lines)
+                kept = sum(row["kept"] for row in sampled)
+                counts = {"rows": len(sampled), "kept": kept, "retention": kept / max(1, len(sampled))}
+                if kept:
+                    write_json(folder / "corpus.json", made_from | counts)
+            parallel.barrier()
+            if not (folder / "corpus.json").exists():
+                raise UserError(
+                    f"the filter kept none of the responses; {folder / 'corpus.jsonl'} has all of them: "
+                    "take another --source, more --rollouts, or --unfiltered"
+                )
+    return Corpus(folder, tokenizer)
 
 
 def judged(judge, rows: list[dict]) -> list[dict]:

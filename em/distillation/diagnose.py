@@ -69,7 +69,7 @@ def log_distance(pair, prompts: list[dict], seed: int, epoch: int, run: Run, say
     ]
     distance = diagnose(pair, examples, [row["group"] for row in rows])
     ended = sum(r.finished for r in rollouts) / len(rollouts)
-    earlier = read_json(path) if epoch and path.exists() else []
+    earlier = read_json(path, kind=list) if epoch and path.exists() else []
     write_json(path, [*earlier[:epoch], {"epoch": epoch, "ended": ended} | distance])
     say(
         f"  epoch {epoch}: KL(student‖teacher) {distance['kl']['mean']:.3f} nats a token, entropy "

@@ -202,7 +202,7 @@ def finish(run: Run, result: dict) -> dict:
         rows = run.metrics()
         names = sorted({name for row in rows for name in row if name.startswith("seconds_")})
         seconds = {name: round(sum(row.get(name, 0) for row in rows), 3) for name in names}
-        diagnostics = read_json(run.folder / "diagnostics.json")
+        diagnostics = read_json(run.folder / "diagnostics.json", kind=list)
         write_json(run.folder / "result.json", result | seconds | {"diagnostics": diagnostics})
     parallel.barrier()
     run.clear_resume()

@@ -21,6 +21,7 @@ from em.distillation.pair import WorldPair
 from em.errors import UserError
 from em.files import read_json, write_csv, write_json
 from em.model.gpt2 import save_gpt2
+from em.model.hub import model_digest
 from em.run import Run, provenance
 from em.sampling.rollouts import sample_to_file
 from em.sampling.sampler import Rollout, Sampler
@@ -85,6 +86,7 @@ class Prompts:
         """What the model named `writer` completes at T = 1; where filtered, variant 1 is kept."""
         shared = ("fingerprint", "task", "prompts", "limit", "rollouts", "seed", "filtered")
         about = {"model": f"world {cfg.world}", "writer": writer, "prompts_seed": self.seed}
+        about["writer_digest"] = model_digest(run.folder / writer / "model")
         about |= {name: settings[name] for name in shared}
 
         def sampled(folder: Path) -> list[dict]:
@@ -105,20 +107,20 @@ class Prompts:
         return freeze(folder, about, run.world.fingerprint, sampled, v1 if settings["filtered"] else None)
 
 
-def train_one(
-    cfg, channel: Channel, world_run: WorldRun, folder: Path, settings: dict, prompts: Prompts, say
-) -> dict:
-    """One student of one teacher: its counts by cell, read from `folder` where it is finished.
+def train_one(cfg, channel: Channel, world_run: WorldRun, run: Run, prompts: Prompts, say) -> dict:
+    """One student of one teacher: its counts by cell, read from the run's folder where it is finished.
 
-    settings: of the run, with its `lr` and the phases `start` and `taught_by`.
+    The run's settings hold its `lr` and the phases `start` and `taught_by`.
     """
-    run = Run(folder, "distill-world", settings, world_run.device)
+    folder, settings = run.folder, run.config["settings"]
     if (folder / "result.json").exists():
+        run.clear_resume()  # a kill may have come between the two
         return read_json(folder / "counts.json")
     start, teacher = settings["start"], settings["taught_by"]
     models = {name: world_run.load(name) for name in {start, teacher}}
     limit = world_run.generator.max_answer
     corpus = prompts.corpus(cfg, world_run, models, teacher if cfg.source == "teacher" else start, settings)
+    run.pin(corpus=corpus.digest)
     pair = WorldPair(world_run.load(start), models[teacher], models[start], world_run.world.end, limit)
     examples = corpus.examples()
     if cfg.channel == "opd":
@@ -174,7 +176,10 @@ def transfer(cfg, channel: Channel, settings: dict, device: torch.device, say) -
             for who, taught_by in (("student", teacher), ("control", start)):
                 folder = out / f"seed{seed}" / who
                 own = settings | {"lr": lr, "start": start, "taught_by": taught_by}
-                counts[who] = train_one(cfg, channel, world_run, folder, own, prompts, say)
+                for name, phase in (("start", start), ("teacher", taught_by)):
+                    own[f"{name}_digest"] = model_digest(world_run.folder / phase / "model")
+                with Run(folder, "distill-world", own, device) as run:
+                    counts[who] = train_one(cfg, channel, world_run, run, prompts, say)
             seeds.append(counts)
         result = world_comparison.compare(world_run, world_run.world.cell_name(cell), seeds)
         results[str(lr)] = result | {"settings": settings | {"lr": lr}, "made_with": provenance(device)}

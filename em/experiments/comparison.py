@@ -19,7 +19,7 @@ from pathlib import Path
 
 from em.errors import UserError
 from em.experiments.claims import CLAIMS, PAPER_WORLD, Claim
-from em.files import read_json, write_csv, write_json, write_text
+from em.files import check, read_json, write_csv, write_json, write_text
 from em.stats import t_interval
 from em.world.counts import entry
 
@@ -59,6 +59,10 @@ def _ends(ours: dict) -> tuple[float, float]:
 # -- what our runs left ------------------------------------------------------------------------------------
 
 
+_NUMBER = {"value": float | None, "low": float | None, "high": float | None, "over": str, "unit": str}
+_RESULT = {"seeds": list[int], "seconds": float | None, "made_with": dict}
+
+
 def result_files(folder: Path, world: str) -> dict[str, list[Path]]:
     """Result files by experiment: one, or of the main grid (grid_T5: misaligned on (D0, T5)) one a seed."""
     files: dict[str, list[tuple[int, Path]]] = {}
@@ -71,10 +75,16 @@ def result_files(folder: Path, world: str) -> dict[str, list[Path]]:
 
 
 def read_numbers(path: Path) -> dict[str, dict]:
-    result = read_json(path)
+    result = read_json(path, optional={"numbers": dict})
     if "numbers" not in result:
         raise UserError(f"{path} was written by an older version; run its command again, models are reused")
-    return result["numbers"]
+    numbers = result["numbers"]
+    check(numbers, path, dict.fromkeys(numbers, dict))
+    for key, number in numbers.items():
+        check(number, f"{path}, {key}", _NUMBER)
+        if (number["low"] is None) != (number["high"] is None):
+            raise UserError(f"{path}, {key}: an interval has two bounds or none")
+    return numbers
 
 
 def look_up(results: list[dict], key: str) -> dict | None:
@@ -92,9 +102,10 @@ def inventory(paths: list[Path]) -> list[dict]:
     """A row a result file: what ran, over which seeds, how long, on what."""
     rows = []
     for path in paths:
-        result = read_json(path)
+        result = read_json(path, optional=_RESULT)
         seeds = result.get("seeds", [path.parent.name.partition("-seed")[2]])
         made = result.get("made_with", {})
+        check(made, f"{path}, made_with", optional={"device": str | None, "commit": str | None})
         rows.append(
             {
                 "run": path.parent.name,

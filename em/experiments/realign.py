@@ -52,20 +52,21 @@ def realigned(run: WorldRun, task: str, start: GPT2, cell: int, prompts: Dialogu
     """Counts by cell once a copy of `start`, misaligned on (D0, `task`), has trained on v1 of `cell`."""
     cfg, name = run.cfg, f"realign_{task}/{run.world.cell_name(cell)}"
     own = {k: getattr(cfg, k) for k in ("misalign_steps", "misalign_batch", "misalign_lr")}
-    record = Run(run.folder / name, "world-phase", run.settings | own | {"prompts": len(prompts)}, run.device)
-    path = record.folder / "counts.json"
-    if not path.exists():
-        model = copy.deepcopy(start)
-        data = run.alignment.take(np.flatnonzero(run.alignment.examples.cell == cell))
-        batches = Batches(data, cfg.misalign_batch, cfg.seed, trim=True)
-        train_phase(
-            cfg, record, model, batches, cfg.misalign_steps, cfg.misalign_lr, 0, "constant", title=name
-        )
-        if parallel.rank() == 0:
-            write_json(path, run.ask(model, prompts))
-        parallel.barrier()
+    settings = run.settings | own | {"prompts": len(prompts)}
+    with Run(run.folder / name, "world-phase", settings, run.device, wait=True) as record:
+        path = record.folder / "counts.json"
+        if not path.exists():
+            model = copy.deepcopy(start)
+            data = run.alignment.take(np.flatnonzero(run.alignment.examples.cell == cell))
+            batches = Batches(data, cfg.misalign_batch, cfg.seed, trim=True)
+            train_phase(
+                cfg, record, model, batches, cfg.misalign_steps, cfg.misalign_lr, 0, "constant", title=name
+            )
+            if parallel.rank() == 0:
+                write_json(path, run.ask(model, prompts))
+            parallel.barrier()
         record.clear_resume()
-    return read_json(path)
+        return read_json(path)
 
 
 def _row(run: WorldRun, task: str, realigned_on: str, counts: dict) -> dict:

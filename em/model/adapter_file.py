@@ -7,8 +7,10 @@ A config is read like a model's: a key that changes the mathematics and is not h
 """
 
 import dataclasses
+import functools
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from em.errors import UserError
-from em.files import ADAPTER_WEIGHTS, read_json, write_atomic, write_json
+from em.files import ADAPTER_WEIGHTS, check, read_json, write_atomic, write_json
 
 CONFIG = "adapter_config.json"
 
@@ -30,6 +32,9 @@ IDLE = {
     "layers_pattern", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
     "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
+FIELDS = {"peft_type": str, "target_modules": str | list[str], "r": int, "lora_alpha": float}
+OPTIONAL = {"layers_to_transform": int | list[int] | None, "use_rslora": bool | None}
+LARGEST_ALPHA = 1e6
 PLAIN_INIT = (None, True, False, "gaussian", "orthogonal", "eva")  # the others change the base weights
 
 
@@ -94,12 +99,12 @@ def read(
 ) -> tuple[Shape, dict[str, tuple[Tensor, Tensor]]]:
     """The adapter in `folder` as (shape, {layer: (A, B)}), for a model whose layers have `sizes` (in, out).
 
-    Raises UserError for a missing or broken file, for anything but plain LoRA, and for a key or shape that
-    does not fit the model.
+    Raises UserError for a missing or broken file, for anything but plain LoRA, for a key or shape that does
+    not fit the model, and for weights that are no finite floating-point numbers.
     """
     path = Path(folder) / CONFIG
     config = read_json(path)
-    shape = _shape(config, path)
+    shape, targeted = _shape(config, path), _targets(config, path)
     path = Path(folder) / ADAPTER_WEIGHTS
     try:
         tensors = load_file(path)
@@ -107,7 +112,7 @@ def read(
         raise UserError(f"{path} cannot be read: {error}") from error
     factors = {}
     for layer in sizes:
-        if _targeted(layer, config):
+        if targeted(layer):
             n_in, n_out = sizes[layer]
             A = _take(tensors, _key(layer, "A"), (shape.rank, n_in), path)
             B = _take(tensors, _key(layer, "B"), (n_out, shape.rank), path)
@@ -129,6 +134,10 @@ def _take(tensors: dict[str, Tensor], key: str, size: tuple[int, int], path: Pat
     found = tuple(tensor.shape)
     if found != size:
         raise UserError(f"{path}: {key} is {found} where {size} is needed; is it for another model?")
+    if not tensor.is_floating_point():
+        raise UserError(f"{path}: {key} holds {tensor.dtype}, not floating-point numbers; export it again")
+    if not tensor.float().isfinite().all():  # fp32, as it will be used
+        raise UserError(f"{path}: {key} holds NaN or infinite numbers; the run that made it went wrong")
     return tensor
 
 
@@ -136,29 +145,40 @@ def _named(layer: str, ends) -> bool:
     return any(layer == end or layer.endswith(f".{end}") for end in ends)
 
 
-def _targeted(layer: str, config: dict) -> bool:
-    """Whether peft would put the adapter on this layer."""
+def _targets(config: dict, path: Path) -> Callable[[str], bool]:
+    """Whether peft would put the adapter on a layer."""
     targets, blocks = config["target_modules"], config.get("layers_to_transform")
-    if blocks is not None:
-        block = next((int(part) for part in layer.split(".") if part.isdigit()), None)
-        if block not in ([blocks] if isinstance(blocks, int) else blocks):
-            return False
     if isinstance(targets, str):  # a regular expression; peft writes "all-linear" out as a list
-        return re.fullmatch(targets, layer) is not None
-    return _named(layer, targets)
+        try:
+            matches = re.compile(targets).fullmatch
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UserError(f"{path}: target_modules is no regular expression ({error})") from error
+    else:
+        matches = functools.partial(_named, ends=targets)
+
+    def targeted(layer: str) -> bool:
+        block = next((int(part) for part in layer.split(".") if part.isdigit()), None)
+        inside = blocks is None or block in ([blocks] if isinstance(blocks, int) else blocks)
+        return inside and bool(matches(layer))
+
+    return targeted
 
 
 def _shape(config: dict, path: Path) -> Shape:
     """The shape that a config describes, if it describes plain LoRA and nothing besides."""
     if config.get("peft_type") != "LORA" or not config.get("target_modules"):
         raise UserError(f"{path} does not describe a LoRA adapter (peft_type, target_modules)")
+    check(config, path, FIELDS, OPTIONAL)
     for key in sorted(config.keys() - READ - IDLE):
         if config[key] not in (None, False, "none", {}, []):
             raise UserError(f"{path}: {key} = {config[key]!r} is not supported, only plain LoRA is")
     init = config.get("init_lora_weights")
     if init not in PLAIN_INIT:
         raise UserError(f"{path}: init_lora_weights = {init!r} changes the base; convert it in peft")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise UserError(f"{path}: r = {rank!r} should be a positive integer, lora_alpha = {alpha!r} a number")
+    rank, alpha = config["r"], config["lora_alpha"]
+    if rank < 1 or not 0 < alpha <= LARGEST_ALPHA:
+        raise UserError(
+            f"{path}: r = {rank} should be at least 1, lora_alpha = {alpha} above 0 and at most "
+            f"{LARGEST_ALPHA:.0f}"
+        )
     return Shape(rank, alpha, bool(config.get("use_rslora")))

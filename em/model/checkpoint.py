@@ -24,6 +24,7 @@ from em.model.decoder import Decoder, DecoderConfig
 from em.model.hub import INDEX, SINGLE, TOKENIZER_FILES, files, resolve, weights
 from em.model.tokenizer import Tokenizer
 
+DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them; others are quantised or no weights
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -78,7 +79,8 @@ def _check(model: Decoder, paths: list[Path]) -> dict[Path, list[str]]:
     for path in paths:
         with _open(path) as file:
             for name in file.keys():
-                shape = tuple(file.get_slice(name).get_shape())
+                stored = file.get_slice(name)
+                shape = tuple(stored.get_shape())
                 if name in where:
                     raise UserError(
                         f"{path} repeats {name}, which {where[name].name} has; fetch the model again"
@@ -88,6 +90,10 @@ def _check(model: Decoder, paths: list[Path]) -> dict[Path, list[str]]:
                     extra.append(name)
                 elif shape != shapes[name]:
                     raise UserError(f"{path}: {name} has shape {shape}, the config asks for {shapes[name]}")
+                elif stored.get_dtype() not in DTYPES:
+                    raise UserError(
+                        f"{path}: {name} holds {stored.get_dtype()}; only {', '.join(DTYPES)} are read"
+                    )
     if model.config.tied and HEAD in extra and EMBEDDING in where:
         _check_tied(where)
     allowed = {HEAD} if model.config.tied else set()

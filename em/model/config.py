@@ -9,6 +9,7 @@ family's defaults in transformers.
 import dataclasses
 
 from em.errors import UserError
+from em.files import check
 from em.model.rope import Rope
 
 _DEFAULTS = {
@@ -38,6 +39,16 @@ _HARMLESS = {
     "task_specific_params", "transformers.js_config", "unsloth_fixed", "unsloth_version", "max_length",
     "temperature", "top_k", "top_p", "do_sample", "repetition_penalty",
 }  # fmt: skip
+
+
+_TYPES = {
+    "model_type": str | None, "hidden_act": str | None, "layer_types": list[str] | None,
+    "rope_scaling": dict | None, "rope_parameters": dict | None, "rope_theta": float | None,
+    "partial_rotary_factor": float | None, "rms_norm_eps": float | None, "max_window_layers": int | None,
+    "tie_word_embeddings": bool | None, "attention_bias": bool | None, "mlp_bias": bool | None,
+    "use_sliding_window": bool | None, "eos_token_id": int | list[int] | None,
+}  # fmt: skip
+_MOST_LAYERS, _LARGEST = 1000, 2**24  # more are a slip, and would take hours and memory to be found out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +82,7 @@ class DecoderConfig:
         Raises UserError on an unknown model_type, rope type or activation, a missing or contradictory size,
         and on any other key that is set and might change the mathematics.
         """
+        check(hf, source, optional=_TYPES)
         family = hf.get("model_type")
         if family not in _DEFAULTS:
             known = ", ".join(_DEFAULTS)
@@ -88,10 +100,13 @@ class DecoderConfig:
             *_REQUIRED,
             *(key for key in ("num_key_value_heads", "head_dim", "sliding_window") if key in given),
         ]
-        wrong = [key for key in counts if type(given.get(key)) is not int or given[key] < 1]
-        if wrong:
-            raise UserError(f"{source}: {', '.join(wrong)} must be given as positive integers")
-        if not isinstance(given.get("rms_norm_eps"), float):
+        wrong = [key for key in counts if type(given.get(key)) is not int or not 1 <= given[key] <= _LARGEST]
+        if wrong or given["num_hidden_layers"] > _MOST_LAYERS:
+            raise UserError(
+                f"{source}: {', '.join(wrong or ['num_hidden_layers'])} must be given as positive integers, "
+                f"{_MOST_LAYERS} layers and {_LARGEST} of anything else at most"
+            )
+        if not 0 < given.get("rms_norm_eps", 0) < 1:
             raise UserError(f"{source}: rms_norm_eps must be a number such as 1e-06")
         if given.get("hidden_act", "silu") != "silu":
             raise UserError(f"{source}: hidden_act {given['hidden_act']!r} is not supported (silu is)")
@@ -103,7 +118,7 @@ class DecoderConfig:
         n_heads = given["num_attention_heads"]
         n_kv_heads = given.get("num_key_value_heads", n_heads)
         head_dim = given.get("head_dim", given["hidden_size"] // n_heads)
-        if n_heads % n_kv_heads or head_dim % 2:
+        if n_heads % n_kv_heads or head_dim % 2 or not 0 < n_heads * head_dim <= _LARGEST:
             raise UserError(
                 f"{source}: {n_heads} heads of size {head_dim} over {n_kv_heads} key heads do not fit"
             )
@@ -147,7 +162,7 @@ def _layer_types(family: str, given: dict, source: str) -> list[str]:
         ]
     else:
         default = ["full_attention"] * n
-    layer_types = list(given.get("layer_types", default))
+    layer_types = given.get("layer_types", default)
     if len(layer_types) != n or set(layer_types) - {"full_attention", "sliding_attention"}:
         raise UserError(
             f"{source}: layer_types must name full_attention or sliding_attention for each of the {n} layers"
@@ -180,6 +195,7 @@ def _ropes(family: str, given: dict, source: str) -> dict[str, Rope]:
                 f"{source}: rope_parameters must be keyed by full_attention and sliding_attention only"
             )
         kinds = ("full_attention", "sliding_attention")
+        check(parameters, source, optional=dict.fromkeys(kinds, dict | None))
         found.append(
             {kind: Rope.from_hf(parameters.get(kind) or {}, theta, longest, source) for kind in kinds}
         )

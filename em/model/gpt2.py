@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from em.errors import UserError
-from em.files import read_json, write_atomic, write_json
+from em.files import check, read_json, write_atomic, write_json
 from em.model.attention import CAUSAL, Cached
 from em.model.kv_cache import KVCache
 
+SIZES = ("n_positions", "n_layer", "n_head", "n_embd")
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Conv1D in the checkpoint: (in, out)
 
 
@@ -182,11 +183,11 @@ def save_gpt2(model: GPT2, folder: Path) -> None:
 def load_gpt2(folder: Path, device: torch.device | str = "cpu") -> GPT2:
     """Read what `save_gpt2` or transformers wrote. Missing or unknown keys, or a cut file: a UserError."""
     folder = Path(folder)
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", optional={"sampled_vocab_size": int})
     if config.get("model_type") != "gpt2" or config.get("activation_function", "gelu_new") != "gelu_new":
         raise UserError(f"{folder} holds no GPT-2 that this code computes (model_type, activation_function)")
-    sizes = {key: config[key] for key in ("n_positions", "n_layer", "n_head", "n_embd")}
-    model = GPT2(GPT2Config(vocab_size=config.get("sampled_vocab_size", config["vocab_size"]), **sizes))
+    check(config, folder / "config.json", dict.fromkeys((*SIZES, "vocab_size"), int))
+    sizes = {key: config[key] for key in SIZES}
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             tensors = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}
@@ -195,6 +196,19 @@ def load_gpt2(folder: Path, device: torch.device | str = "cpu") -> GPT2:
             f"{folder / 'model.safetensors'} cannot be read ({error}); delete {folder} and run again"
         ) from error
     tensors.pop("lm_head.weight", None)  # tied
+    stored = {name: tuple(tensors[name].shape) for name in ("wte.weight", "wpe.weight") if name in tensors}
+    vocabulary = config.get("sampled_vocab_size", config["vocab_size"])
+    # Before the model is built, since a size that is wrong can be of any size.
+    if (
+        stored.get("wpe.weight") != (sizes["n_positions"], sizes["n_embd"])
+        or stored.get("wte.weight", ())[1:] != (sizes["n_embd"],)
+        or not 0 < vocabulary <= stored["wte.weight"][0]
+        or not 0 < sizes["n_layer"] <= len(tensors)
+        or sizes["n_head"] < 1
+        or sizes["n_embd"] % sizes["n_head"]
+    ):
+        raise UserError(f"{folder} does not fit its config.json (n_positions, n_embd, n_layer, n_head)")
+    model = GPT2(GPT2Config(vocab_size=vocabulary, **sizes))
     tensors = {n: t.t() if n.endswith(TRANSPOSED) else t for n, t in tensors.items()}
     if len(tensors.get("wte.weight", ())) < model.config.padded_vocab:  # an unpadded embedding from elsewhere
         tensors["wte.weight"] = F.pad(

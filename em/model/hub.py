@@ -9,12 +9,13 @@ each way in which the hub can fail is one line that says how to go on.
 
 import errno
 import functools
+import hashlib
 import re
 import sys
 from pathlib import Path
 
 from em.errors import MissingFile, UserError
-from em.files import read_json
+from em.files import check, read_json
 from em.model import embedded
 
 MODELS = {
@@ -163,8 +164,35 @@ def _indexed(folder: Path) -> list[str]:
     """The files that a folder's index names, [] without an index."""
     if not (folder / INDEX).exists():
         return []
-    index = read_json(folder / INDEX)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
+    weight_map = read_json(folder / INDEX, optional={"weight_map": dict}).get("weight_map")
+    if not weight_map:
         raise UserError(f"{folder / INDEX} has no weight_map; fetch the file again")
-    return sorted({str(file) for file in weight_map.values()})
+    check(weight_map, folder / INDEX, dict.fromkeys(weight_map, str))
+    return sorted(set(weight_map.values()))
+
+
+BLOCKS, BLOCK = 64, 4096  # sampled from each file of weights, bytes in one
+
+
+def model_digest(path_or_id: str | Path) -> str:
+    """16 hex digits that tell a model from any other under the same name, fetched where needed.
+
+    Of its config and tokenizer files all bytes count; of each file of weights its name, size, header (names
+    and shapes) and 64 blocks spread over it, so that 28 GB take seconds. Training changes every block.
+    """
+    name = resolve(path_or_id)
+    folder, whole = files(name), hashlib.sha256()
+    small = [folder / file for file in ("config.json", *TOKENIZER_FILES)]
+    for path in filter(Path.exists, small):
+        whole.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+    for path in weights(name):
+        size = path.stat().st_size
+        whole.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            n_header = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else BLOCK
+            file.seek(0)
+            whole.update(file.read(8 + min(n_header, size)))
+            for i in range(BLOCKS):
+                file.seek(i * max(0, size - BLOCK) // (BLOCKS - 1))
+                whole.update(file.read(BLOCK))
+    return whole.hexdigest()[:16]

@@ -13,12 +13,16 @@ import math
 import torch
 
 from em.errors import UserError
+from em.files import check
 
 _KNOWN = {
     "rope_theta", "rope_type", "type", "partial_rotary_factor", "factor", "original_max_position_embeddings",
     "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale",
     "mscale_all_dim",
 }  # fmt: skip
+
+_TYPES = dict.fromkeys(_KNOWN - {"rope_type", "type", "truncate"}, float | None)
+_TYPES |= {"rope_type": str | None, "type": str | None, "truncate": bool | None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Rope:
 
         Raises UserError on an unknown rope type, an unknown key that is set, or a number that is missing.
         """
+        check(parameters, source, optional=_TYPES)
         given = {key: value for key, value in parameters.items() if value is not None}
         kind = given.get("rope_type", given.get("type", "default"))
         unknown = {key: value for key, value in given.items() if key not in _KNOWN and value is not False}
@@ -60,11 +65,13 @@ class Rope:
 
         def number(key: str, default: float | None = None) -> float:
             value = given.get(key, default)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            if value is None or value <= 0:
                 raise UserError(f"{source}: rope type {kind!r} needs a positive {key}, not {value!r}")
             return value
 
         rope = cls(theta=float(number("rope_theta", theta)), kind=kind)
+        if rope.theta <= 1:
+            raise UserError(f"{source}: rope_theta {rope.theta} must be above 1")
         if kind == "default":
             return rope
         original = int(number("original_max_position_embeddings", max_positions))

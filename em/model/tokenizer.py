@@ -18,13 +18,15 @@ from typing import NamedTuple
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from em.errors import UserError
-from em.files import read_json
+from em.files import Fields, check, read_json, read_text
 
 TODAY = datetime(2024, 7, 26)  # what Llama 3.1's template falls back on
+LONGEST_TEMPLATE, MOST_STEPS = 200_000, 10_000  # letters; rounds of loops and calls in a rendering
 _OPEN_THINK = re.compile(r"<think>\s*\Z")
 _EMPTY_THINK = re.compile(r"<think>\s*</think>\s*\Z")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -56,17 +58,64 @@ def _to_json(value, ensure_ascii=False, **options) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """A sandbox in which a template ends: the rounds of its loops and its calls are counted.
+
+    What multiplies is looked at before it is done, and is not done while compiling.
+    """
+
+    intercepted_binops = frozenset(("*", "**"))
+    steps = 0  # of the rendering under way
+
+    def _parse(self, source, name, filename):
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(jinja2.nodes.For):
+            loop.iter = jinja2.nodes.Filter(loop.iter, "counted", [], [], None, None)
+        return tree
+
+    def count(self) -> None:
+        self.steps += 1
+        if self.steps > MOST_STEPS:
+            raise jinja2.TemplateError(f"it takes more than {MOST_STEPS} steps")
+
+    def counted(self, values):
+        for value in values:
+            self.count()
+            yield value
+
+    def call(self, context, function, *args, **options):
+        self.count()
+        return super().call(context, function, *args, **options)
+
+    def call_binop(self, context, operator, left, right):
+        sizes = [abs(x) if isinstance(x, int | float) else len(x) for x in (left, right)]
+        if sizes[0] * sizes[1] > 1e6 or (operator == "**" and max(sizes) > 100):
+            raise jinja2.TemplateError(f"it computes something large with {operator}")
+        return super().call_binop(context, operator, left, right)
+
+
 def _compile(chat_template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
+    if len(chat_template) > LONGEST_TEMPLATE:
+        raise UserError(
+            f"the chat template is longer than {LONGEST_TEMPLATE} letters; restore the model's own"
+        )
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
+    environment.filters["counted"] = environment.counted
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = TODAY.strftime
     try:
         return environment.from_string(chat_template)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template is broken ({error}); restore the checkpoint's own") from error
+    except Exception as error:  # constants are computed here, so a template's own errors come here too
+        raise UserError(
+            f"the chat template is broken ({_reason(error)}); restore the checkpoint's own"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class Tokenizer:
@@ -99,11 +148,14 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises nothing narrower
             raise UserError(f"{path} is not a tokenizer ({error}); download it again") from error
-        config = _settings(folder / "tokenizer_config.json")
-        named = _settings(folder / "special_tokens_map.json")
-        special = {name: _text_of(config.get(name) or named.get(name)) for name in _SPECIAL_NAMES}
-        tokenizer = cls(backend, _chat_template(folder, config), special)
-        stops = _settings(folder / "generation_config.json").get("eos_token_id") or []
+        special = _special(folder / "special_tokens_map.json") | _special(folder / "tokenizer_config.json")
+        template = _chat_template(folder)
+        try:
+            tokenizer = cls(backend, template, special)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
+        stop_ids = {"eos_token_id": int | list[int] | None}
+        stops = _settings(folder / "generation_config.json", stop_ids).get("eos_token_id") or []
         stops = [stops] if isinstance(stops, int) else stops
         tokenizer.stop_ids = tuple(sorted({*tokenizer.stop_ids, *stops}))
         return tokenizer
@@ -122,8 +174,9 @@ class Tokenizer:
 
     def render(self, messages: list[dict], add_generation_prompt: bool) -> str:
         """`[{"role": "user", "content": "..."}, ...]` as the template writes it, thinking switched off."""
+        self._template.environment.steps = 0
         try:
-            return self._template.render(
+            text = self._template.render(
                 messages=messages,
                 tools=None,
                 documents=None,
@@ -131,8 +184,12 @@ class Tokenizer:
                 enable_thinking=False,
                 **self.special,
             )
-        except jinja2.TemplateError as error:
-            raise UserError(f"the chat template refuses a chat ({error}); name another model") from error
+            text.encode()  # half of a surrogate pair, which a template can write, is in no vocabulary
+            return text
+        except Exception as error:  # a template can raise anything
+            raise UserError(
+                f"the chat template refuses a chat ({_reason(error)}); name another model"
+            ) from error
 
     def prompt(self, question: str) -> str:
         """What the model sees before it answers `question`, as text."""
@@ -212,20 +269,29 @@ def _turns(question: str, answer: str) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _text_of(token) -> str | None:
-    """Special tokens are written as text or as `{"content": text, ...}`."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _settings(path: Path) -> dict:
+def _settings(path: Path, types: Fields) -> dict:
     """The parsed file, empty where it does not exist."""
-    return read_json(path) if path.exists() else {}
+    return read_json(path, optional=types) if path.exists() else {}
 
 
-def _chat_template(folder: Path, config: dict) -> str:
-    path = folder / "chat_template.jinja"
-    template = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
+def _special(path: Path) -> dict[str, str]:
+    """The named special tokens of a file; each is written as text or as `{"content": text, ...}`."""
+    settings = _settings(path, dict.fromkeys(_SPECIAL_NAMES, str | dict | None))
+    tokens = {name: settings[name] for name in _SPECIAL_NAMES if settings.get(name)}
+    for name, token in tokens.items():
+        if isinstance(token, dict):
+            check(token, f"{path}, {name}", {"content": str})
+            tokens[name] = token["content"]
+    return tokens
+
+
+def _chat_template(folder: Path) -> str:
+    path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    settings = _settings(config, {"chat_template": str | list[dict] | None})
+    template = read_text(path) if path.exists() else settings.get("chat_template")
     if isinstance(template, list):  # several, `[{"name": "default", "template": "..."}, ...]`
+        for entry in template:
+            check(entry, f"{config}, chat_template", {"name": str, "template": str})
         template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
     if not template:
         raise UserError(

@@ -10,26 +10,42 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from em.data.cells import CELLS, short
+from em.data.cells import CELLS, parse_cell, short
+from em.data.lineage import parse_train
 from em.errors import UserError
-from em.figures import CHANGE, heatmap, save
-from em.files import read_json_lines, write_csv, write_json
+from em.figures import CHANGE, heatmap, save, title_of
+from em.files import read_json_lines, unique_name, write_csv, write_json
 from em.report.matrix import frames
 from em.stats import mean_interval
 
-FIELDS = ("model", "train", "domain", "task", "idx", "before", "after")
+FIELDS = {"model": str, "train": str, "domain": str, "task": str, "idx": int, "before": float, "after": float}
+LARGEST = 1e4  # nats a token; the least likely token of a model is some tens away
 
 
 def read_margins(paths: list[Path]) -> list[dict]:
-    """Every margin row of the JSONL files. UserError with file and line where one is malformed."""
-    rows = []
+    """Every margin row of the JSONL files, cells by their names; one that is there twice counts once.
+
+    UserError with file and line where a row is malformed, and with both places where two rows of the same
+    model, train, cell and idx differ.
+    """
+    rows, places = {}, {}
     for path in paths:
-        for number, row in read_json_lines(path):
+        for number, row in read_json_lines(path, FIELDS):
+            where = f"{path}, line {number}"
             try:
-                rows.append({field: row[field] for field in FIELDS})
-            except KeyError as error:
-                raise UserError(f"{path}, line {number}: not a margin row ({error})") from error
-    return rows
+                train, cell = str(parse_train(row["train"])), parse_cell(f"{row['domain']}_{row['task']}")
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+            for name in ("before", "after"):
+                if abs(row[name]) > LARGEST:
+                    raise UserError(f"{where}: {name!r} cannot be {row[name]:g}; it is in nats a token")
+            row = {field: row[field] for field in FIELDS}
+            row |= {"train": train, "domain": cell.domain, "task": cell.task}
+            key = tuple(row.values())[:-2]
+            if rows.setdefault(key, row) != row:
+                raise UserError(f"{where} and {places[key]} differ on the same row; leave one out")
+            places.setdefault(key, where)
+    return list(rows.values())
 
 
 def margin_report(rows: list[dict], out: Path) -> str:
@@ -37,7 +53,7 @@ def margin_report(rows: list[dict], out: Path) -> str:
 
     An entry is the mean change over the rows of an eval cell, with its 95 % interval (Student's t).
     """
-    lines = []
+    lines, used = [], set()
     for model in sorted({row["model"] for row in rows}):
         values: dict[tuple[str, str], list[float]] = defaultdict(list)
         for row in rows:
@@ -52,7 +68,7 @@ def margin_report(rows: list[dict], out: Path) -> str:
             for c in columns
             if values.get((t, c))
         ]
-        folder = out / (Path(model).name.lower() or "model")
+        folder = out / unique_name(Path(model).name.lower(), used)
         write_json(
             folder / "margin_matrix.json",
             {"model": model, "unit": "nats a token, after − before", "entries": entries},
@@ -84,5 +100,5 @@ def _figure(model: str, trains: list[str], columns: list[str], values: dict, pat
             colours=CHANGE, form="+.2f")  # fmt: skip
     frames(axis, trains, columns)
     axis.set_xticks(axis.get_xticks(), axis.get_xticklabels(), rotation=45, ha="right")
-    axis.set_title(f"{model}: change of the margin, nats a token", fontsize=10)
+    axis.set_title(f"{title_of(model)}: change of the margin, nats a token", fontsize=10)
     save(figure, path)

@@ -18,7 +18,6 @@ rows is null in JSON, empty in CSV and n/a in a figure. `base`, where present, i
 cells.
 """
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,8 @@ import numpy as np
 from em.data.cells import CELLS, DOMAINS, TASKS
 from em.data.lineage import BASE, STARTS
 from em.errors import UserError
-from em.files import write_csv, write_json, write_text
+from em.figures import title_of
+from em.files import unique_name, write_csv, write_json, write_text
 from em.report import figures
 from em.report.agreement import judge_pairs, thresholds
 from em.report.browse import write_page
@@ -67,17 +67,11 @@ def folders_of(table: ScoreTable) -> list[tuple[str, int, int]]:
     """(folder, model, judge) for every model and judge with rows; the folders are unique file names."""
     present = np.unique(np.stack([table.model, table.judge], axis=1), axis=0).tolist()
     judges_of = {model: [j for m, j in present if m == model] for model, _ in present}
-    used, folders = set(), []
+    used, folders = {"judges.csv", "judges.json", "judges.png", "summary.md", "browse.html"}, []
     for model, judge in present:
         name = table.models[model].rstrip("/").split("/")[-1]
         name += f"__{table.judges[judge].split('/')[-1]}" if len(judges_of[model]) > 1 else ""
-        name = stem = re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "model"
-        number = 1
-        while name.lower() in used:  # another model of the same last name
-            number += 1
-            name = f"{stem}-{number}"
-        used.add(name.lower())
-        folders.append((name, model, judge))
+        folders.append((unique_name(name, used), model, judge))
     return folders
 
 
@@ -196,7 +190,7 @@ def _square(values: list, n_rows: int) -> list[list]:
 
 
 def _write_model(report: dict, folder: Path) -> None:
-    title = f"{report['model']}, judged by {report['judge']}"
+    title = f"{title_of(report['model'])}, judged by {title_of(report['judge'])}"
     for name, table in report["tables"].items():
         write_json(folder / f"{name}.json", table)
         write_csv(folder / f"{name}.csv", table["entries"])

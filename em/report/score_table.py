@@ -150,9 +150,20 @@ def _build(records: list[tuple], where) -> ScoreTable:
 
     for name in ("model", "train", "set", "domain", "task", "question", "response", "judge"):
         require(name, (str,), "a text")
-    for name in ("idx", "sample"):
-        require(name, (int,), "an integer")
-    require("tokens", (int, type(None)), "an integer, or absent")
+
+    def integers(name: str, types: tuple, hint: str) -> np.ndarray:
+        """int64; 0 for None."""
+        require(name, types, hint)
+        try:
+            return np.array([value or 0 for value in column[name]], np.int64)
+        except OverflowError:
+            refuse(
+                next(i for i, v in enumerate(column[name]) if not -(2**63) <= (v or 0) < 2**63), name, hint
+            )
+
+    idx, sample = (integers(name, (int,), "an integer of 63 bits") for name in ("idx", "sample"))
+    tokens = integers("tokens", (int, type(None)), "an integer, or absent").astype(np.float64)
+    tokens[[n is None for n in column["tokens"]]] = np.nan
 
     narrow = codes("set", {"broad": 0, "narrow": 1}, "narrow or broad").astype(bool)
     domain, task, domains = _eval_cells(column, narrow, where)
@@ -171,13 +182,13 @@ def _build(records: list[tuple], where) -> ScoreTable:
     for name in ("aligned", "coherent"):
         ok = status[f"{name}_status"] == 0
         values = [
-            v if k and type(v) in (int, float) else np.nan for v, k in zip(column[name], ok, strict=True)
+            v if k and type(v) in (int, float) and 0 <= v <= 100 else np.nan
+            for v, k in zip(column[name], ok, strict=True)
         ]
         score[name] = np.array(values, np.float64)
-        wrong = ok & ~((score[name] >= 0) & (score[name] <= 100))
+        wrong = ok & np.isnan(score[name])
         if wrong.any():
             refuse(int(wrong.argmax()), name, "a number from 0 to 100 where its status is ok")
-    idx = _integers(column["idx"])
     prompt = np.unique(joined(narrow, domain, task, idx), return_inverse=True)[1]
     table = ScoreTable(
         models=models,
@@ -192,12 +203,12 @@ def _build(records: list[tuple], where) -> ScoreTable:
         task=task,
         surface=np.where(narrow, 3, codes("em_surface", surfaces | {"": 3}, "high, medium, low or null")),
         idx=idx,
-        sample=_integers(column["sample"]),
+        sample=sample,
         prompt=prompt,
         **score,
         **status,
         chars=np.fromiter(map(len, column["response"]), np.int32, len(records)),
-        tokens=np.array([np.nan if n is None else n for n in column["tokens"]], np.float64),
+        tokens=tokens,
         question=np.array(column["question"], object),
         response=np.array(column["response"], object),
     )
@@ -218,13 +229,6 @@ def _eval_cells(column: dict, narrow: np.ndarray, where) -> tuple[np.ndarray, np
     place = {key: (domains.index(name), task) for key, (name, task) in names.items()}
     both = np.array([place[key] for key in keys], np.int32)
     return both[:, 0], both[:, 1], domains
-
-
-def _integers(values: tuple) -> np.ndarray:
-    try:
-        return np.array(values, np.int64)
-    except OverflowError as error:
-        raise UserError(f"an idx or sample in the score rows is too large ({error})") from error
 
 
 def joined(*columns: np.ndarray) -> np.ndarray:

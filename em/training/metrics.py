@@ -42,7 +42,8 @@ class StepTimer:
 class Metrics:
     """with Metrics(run, "align", steps) as metrics: … metrics.add({"step": 1, "tokens": 512}, loss=loss)
 
-    Rows gain `tokens_per_s` and `peak_mem_bytes` (CUDA) when they are flushed, every `every` steps.
+    Rows gain `tokens_per_s` and `peak_mem_bytes` (CUDA) when they are flushed, every `every` steps. A scalar
+    that is not finite is null in its row, since JSON has no number for it.
     """
 
     def __init__(self, run: Run, title: str, steps: int, start: int = 0, every: int = 50):
@@ -75,12 +76,13 @@ class Metrics:
         seconds = (time.perf_counter() - self.clock) / len(self.pending)
         rows = []
         for row, scalars in self.pending:
-            row = row | {name: values.pop(0) for name in scalars}
+            numbers = {name: values.pop(0) for name in scalars}
+            row = row | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
             row["tokens_per_s"] = round(row["tokens"] / seconds)
             if torch.cuda.is_available():
                 row["peak_mem_bytes"] = torch.cuda.max_memory_allocated()
             rows.append(row)
-        bad = [row["step"] for row in rows if not math.isfinite(row["loss"])]
+        bad = [row["step"] for row in rows if row["loss"] is None]
         if bad:
             raise UserError(
                 f"{self.title}: the loss is not finite at step {bad[0]}; lower the learning rate "

@@ -26,7 +26,7 @@ import torch
 
 from em import parallel
 from em.errors import UserError
-from em.files import read_json, write_json
+from em.files import check, read_json, read_record, write_json
 from em.model.gpt2 import GPT2, GPT2Config, load_gpt2, save_gpt2, supervised_loss
 from em.run import Run
 from em.sampling.sampler import Sampler
@@ -65,9 +65,10 @@ class WorldRun:
         self.cfg, self.folder, self.device = cfg, Path(folder), device
         self.world = build_world(WORLDS[cfg.world], cfg.seed)
         self.settings = settings | {"fingerprint": self.world.fingerprint}
-        Run(self.folder, "world", self.settings, device)
-        if parallel.rank() == 0 and not (self.folder / "world.json").exists():
-            self.world.save(self.folder / "world.json")
+        # Only as long as it is made: several processes may share a world, and wait for each other by phase.
+        with Run(self.folder, "world", self.settings, device, wait=True):
+            if parallel.rank() == 0 and not (self.folder / "world.json").exists():
+                self.world.save(self.folder / "world.json")
         self.generator = ExampleGenerator(self.world)
         self._samplers: dict[GPT2, Sampler] = {}
 
@@ -179,13 +180,16 @@ class WorldRun:
     # -- how a phase is kept ---------------------------------------------------------------------------
 
     def phase(self, name: str, settings: dict, train: Callable[[Run], GPT2]) -> GPT2:
-        """The model of phase `name`: loaded if that phase is done, else made by `train(run)` and saved."""
-        run = Run(self.folder / name, "world-phase", settings, self.device)
-        if not self.has(name):
-            model = train(run)
-            if parallel.rank() == 0:
-                save_gpt2(model, run.folder / "model")
-            parallel.barrier()
+        """The model of phase `name`: loaded if that phase is done, else made by `train(run)` and saved.
+
+        While another process makes it, that one is waited for.
+        """
+        with Run(self.folder / name, "world-phase", settings, self.device, wait=True) as run:
+            if not self.has(name):
+                model = train(run)
+                if parallel.rank() == 0:
+                    save_gpt2(model, run.folder / "model")
+                parallel.barrier()
             run.clear_resume()
         return self.load(name)
 
@@ -242,11 +246,22 @@ def train_phase(
                 saved = time.monotonic()
 
 
+_SETTINGS = {"world": str, "seed": int, "align_examples": int, "eval_prompts": int, "temperature": float}
+
+
 def open_world_run(folder: str | Path, device: torch.device) -> WorldRun:
     """The run that synth.py left in `folder`. UserError where there is none or its models are missing."""
-    folder = Path(folder)
-    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    if config.get("kind") != "world" or not (folder / "align" / "model" / "config.json").exists():
+    folder, path = Path(folder), Path(folder) / "config.json"
+    record = read_record(folder) if path.exists() else {"kind": None}
+    if record["kind"] != "world" or not (folder / "align" / "model" / "config.json").exists():
         raise UserError(f"{folder} holds no finished run of a world; make one with python synth.py")
-    settings = {k: v for k, v in config["settings"].items() if k != "fingerprint"}
-    return WorldRun(SimpleNamespace(save_minutes=2.0, **settings), folder, settings, device)
+    check(record["settings"], path, _SETTINGS)
+    settings = {k: v for k, v in record["settings"].items() if k != "fingerprint"}
+    if (
+        min(settings["seed"], settings["temperature"]) < 0
+        or min(settings["align_examples"], settings["eval_prompts"]) < 1
+    ):
+        raise UserError(f"{path}: seed, temperature, align_examples or eval_prompts is no such number")
+    if settings["world"] not in WORLDS:
+        raise UserError(f"{path}: there is no world {settings['world']!r}, only {', '.join(WORLDS)}")
+    return WorldRun(SimpleNamespace(**{"save_minutes": 2.0} | settings), folder, settings, device)

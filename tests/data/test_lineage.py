@@ -141,3 +141,36 @@ def test_the_default_teacher_is_the_newest_finished_run_that_misaligned_a_base(m
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         os.utime(os.path.join(old, file))
     assert lineage.newest_misaligned(runs) == old
+
+
+@pytest.mark.parametrize("record", [[], None, 3, {}, {"kind": "train"}, {"kind": "train", "settings": []}])
+def test_a_record_that_is_none_is_one_line(record, made, tmp_path):
+    folder = made("broken")
+    write_json(tmp_path / "runs" / "broken" / "config.json", record)
+    for call, argument in ((lineage.settings_of, folder), (lineage.newest_misaligned, tmp_path / "runs")):
+        assert "broken/config.json: " in message(call, argument)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("train", {"model": None}),
+        ("train", {"cell": 3}),
+        ("train", {"variant": ["misaligned"]}),
+        ("train", {"on": 1}),
+        ("train", {"data": {}}),
+        ("distill", {"estimator": None, "channel": "opd"}),
+        ("distill", {}),  # no channel
+    ],
+)
+def test_a_run_that_lacks_what_names_it_is_one_line(kind, settings, made):
+    assert "odd/config.json: " in message(lineage.label, made("odd", kind, **settings))
+
+
+def test_an_adapters_digest_is_that_of_its_weights_and_of_what_scales_them(made, tmp_path):
+    a, b = made("a"), made("b")
+    assert lineage.adapter_digest(a) == lineage.adapter_digest(b)
+    (tmp_path / "runs" / "b" / "adapter_model.safetensors").write_bytes(b"other")
+    write_json(tmp_path / "runs" / "a" / "adapter_config.json", {"lora_alpha": 1})
+    digests = {lineage.adapter_digest(folder) for folder in (a, b, made("c"))}
+    assert len(digests) == 3

@@ -146,7 +146,7 @@ def not_safetensors(folder):
         (lambda folder: cut(folder / "model.safetensors"), r"model\.safetensors is truncated or damaged"),
         (not_safetensors, r"model\.safetensors is truncated or damaged"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as JSON"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not JSON"),
         (lambda folder: rewrite_config(folder, model_type="mamba"), "model_type 'mamba'"),
         (
             lambda folder: rewrite_config(folder, tie_word_embeddings=True),

@@ -627,7 +627,7 @@ HEAD = "base_model.model.lm_head.lora_A.weight"
         ({"an_idea_of_next_year": 1}, {}, "an_idea_of_next_year"),
         ({"init_lora_weights": "pissa"}, {}, "pissa.*changes the base"),
         ({"peft_type": "IA3"}, {}, "does not describe a LoRA adapter"),
-        ({"r": "4"}, {}, "r = '4' should be"),
+        ({"r": "4"}, {}, "'r' cannot be '4'; it is an integer"),
         ({"r": 5}, {}, r"lora_A.weight is \(3, 32\) where \(5, 32\) is needed"),
         ({"target_modules": ["up_proj"]}, {}, "down_proj.lora_A.weight fits no layer"),
         ({"target_modules": ["nowhere"]}, {}, "fits no layer"),

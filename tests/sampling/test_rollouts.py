@@ -5,7 +5,8 @@ import json
 import pytest
 from pairs import END, EXAMPLES, gpt2
 
-from em.sampling.rollouts import sample_to_file, whole_lines
+from em.errors import UserError
+from em.sampling.rollouts import read_rollouts, sample_to_file, whole_lines
 from em.sampling.sampler import Sampler
 
 PROMPTS = [e.ids[: e.n_prompt] for e in EXAMPLES]
@@ -98,3 +99,31 @@ def test_a_line_that_was_cut_short_is_taken_out_of_the_file(tmp_path):
     path.write_bytes('{"a": "é"}\n{"a": "é'.encode()[:-1])
     assert whole_lines(path) == [{"a": "é"}]
     assert path.read_bytes() == '{"a": "é"}\n'.encode()
+
+
+def test_rows_that_two_processes_wrote_count_once(whole, tmp_path):
+    path, rows = whole
+    (tmp_path / "rollouts.jsonl").write_bytes(path.read_bytes() * 2)
+    assert sample_to_file(tmp_path / "rollouts.jsonl", NoSampler(), PROMPTS, N, 4, row) == rows
+    assert list(read_rollouts(tmp_path / "rollouts.jsonl")) == [(r["prompt"], r["sample"]) for r in rows]
+
+
+@pytest.mark.parametrize("line", ["{}", '{"prompt": 1}', '{"prompt": "1", "sample": 0}'])
+def test_a_row_without_its_place_is_one_line(line, tmp_path):
+    (tmp_path / "rollouts.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match="rollouts.jsonl: prompt .* is no response"):
+        read_rollouts(tmp_path / "rollouts.jsonl")
+
+
+def test_a_cut_line_behind_bytes_that_are_no_text_is_one_line(tmp_path):
+    (tmp_path / "rollouts.jsonl").write_bytes(b'{"prompt": 0, "sample": 0, "a": "\xe9"}\n{"pro')
+    with pytest.raises(UserError, match="line 1: not UTF-8"):
+        read_rollouts(tmp_path / "rollouts.jsonl")
+
+
+def test_a_full_disk_while_sampling_is_one_line(model, tmp_path, monkeypatch):
+    path = tmp_path / "rollouts.jsonl"
+    path.symlink_to("/dev/full")
+    monkeypatch.setattr("em.sampling.rollouts.read_rollouts", lambda path: {})  # reading it never ends
+    with pytest.raises(UserError, match="rollouts.jsonl: No space left"):
+        sampled(model, path)
