@@ -187,13 +187,13 @@ def killed_and_continued(line, kills) -> None:
         process = start(line, killed_at=n)
         status, said = ended(process)
         assert status == -signal.SIGKILL, (n, status, said)
-        assert strays("."), "the kill left nothing: it tests nothing"
-    assert ended(start(line)) and not strays(".")
+        assert any(path.suffix == ".tmp" for path in strays(".")), "the kill hit no write"
+    assert ended(start(line))[0] == 0 and not strays(".")
 
 
 def test_train_killed_inside_its_writes_ends_with_the_same_bits_and_no_strays(tiny_chat, at):
-    # The record; a state; the metrics of a continued run, then a state; what only the end writes.
-    killed_and_continued([*TRAIN, "--model", tiny_chat, "--out", "new"], (1, 3, 1, 9, 11))
+    # The record; a state; another one; what only the end writes.
+    killed_and_continued([*TRAIN, "--model", tiny_chat, "--out", "new"], (1, 3, 9, 11))
     for name in ("adapter_model.safetensors", "margins.json"):
         assert Path("new", name).read_bytes() == Path("med", name).read_bytes()
     assert sorted(os.listdir("new")) == sorted(os.listdir("med"))
@@ -214,7 +214,7 @@ def test_evaluate_killed_inside_its_writes_ends_with_the_same_rows_and_no_strays
 def test_distill_killed_inside_its_writes_ends_with_the_same_bits_and_no_strays(channel, at):
     line = [*DISTILL[:-2], "--channel", channel]
     assert ended(start(line, "--corpus", "corpus1", "--out", "whole"))[0] == 0
-    killed_and_continued([*line, "--corpus", "corpus2", "--out", "new"], (1, 4, 8, 6))
+    killed_and_continued([*line, "--corpus", "corpus2", "--out", "new"], (1, 4, 8))
     for name in ("adapter_model.safetensors", "epoch2/adapter_model.safetensors", "diagnostics.json"):
         assert Path("new", name).read_bytes() == Path("whole", name).read_bytes()
     assert sorted(os.listdir("new")) == sorted(os.listdir("whole"))
@@ -223,11 +223,11 @@ def test_distill_killed_inside_its_writes_ends_with_the_same_bits_and_no_strays(
 
 
 def test_a_world_and_its_transfer_killed_inside_their_writes_end_with_the_same_bits_and_no_strays(at):
-    killed_and_continued([*SYNTH, "--out", "new"], (2, 9, 2, 70))
+    killed_and_continued([*SYNTH, "--out", "new"], (2, 9, 60))
     for path in Path("world").rglob("*.safetensors"):
         assert path.read_bytes() == Path("new", path.relative_to("world")).read_bytes()
     assert ended(start(WORLD, "--out", "whole"))[0] == 0
-    killed_and_continued([*WORLD, "--out", "transfer"], (1, 4, 9, 25))
+    killed_and_continued([*WORLD, "--out", "transfer"], (1, 9, 25))
     for path in Path("whole").rglob("*.safetensors"):
         assert path.read_bytes() == Path("transfer", path.relative_to("whole")).read_bytes()
     assert sorted(p.relative_to("whole") for p in Path("whole").rglob("*")) == sorted(
