@@ -263,10 +263,10 @@ def test_a_run_is_of_its_adapters_prompts_and_corpus_and_of_no_others_under_the_
     (data / "broad_dataset.jsonl").write_text(broad.replace("?", "??"))
     assert "prompts_digest: " in refused(capsys, *line)
     (data / "broad_dataset.jsonl").write_text(broad)
-    config = read_json("runs/med/adapter_config.json")
-    Path("runs/med/adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3}))
+    config = Path("runs/med/adapter_config.json").read_text()
+    Path("runs/med/adapter_config.json").write_text(json.dumps(json.loads(config) | {"lora_alpha": 3}))
     assert "adapters: " in refused(capsys, *line)
-    Path("runs/med/adapter_config.json").write_text(json.dumps(config))
+    Path("runs/med/adapter_config.json").write_text(config)
 
     kept = Path("corpus/corpus.jsonl").read_text()
     Path("corpus/corpus.jsonl").write_text("".join(kept.splitlines(keepends=True)[1:]))
@@ -280,11 +280,12 @@ def test_a_run_is_of_its_adapters_prompts_and_corpus_and_of_no_others_under_the_
 
 def test_what_cannot_be_is_refused_before_the_model_is_loaded_and_leaves_no_folder(capsys, monkeypatch):
     monkeypatch.setattr(distill, "load_model", None)  # whose call would be a traceback
+    Path("empty").mkdir()
     before = sorted(Path().rglob("*"))
     teacher = ["--teacher", "runs/med", "--channel", "sft", "--out", "new"]
     for line, says in (
         ([*FEW, *teacher, "--data", "nowhere"], "nowhere"),
-        ([*FEW, *teacher, "--prompts", "math", "--math", "runs"], "no problems"),
+        ([*FEW, *teacher, "--prompts", "math", "--math", "empty"], "no problems"),
         ([*FEW[1:], *teacher], "--unfiltered"),
     ):
         assert says in refused(capsys, *line)
