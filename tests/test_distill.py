@@ -4,14 +4,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from judge_server import KEY, JudgeServer, answer
+from processes import run_two, start
 from safetensors.torch import load_file, save_file
 
 import distill
@@ -21,7 +19,6 @@ from em.cli import command_line
 from em.data import lineage, rows
 from em.files import read_json
 
-ROOT = Path(__file__).parent.parent
 FEW = (
     "--unfiltered --rollouts 2 --max-new-tokens 8 --limit 6 --epochs 2 --batch 4 --rank 4 --alpha 8 "
     "--lr 0.01 --warmup 1 --probes 2 --device cpu"
@@ -201,35 +198,23 @@ def test_everything_filtered_away_is_one_line_and_what_was_sampled_stays(monkeyp
 
 
 def test_a_killed_run_continues_and_ends_with_the_same_bits():
-    line = [*FEW, "--channel", "opd", "--teacher", "runs/med", "--save-minutes", "0", "--epochs", "8"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def start(out):
-        full = [sys.executable, str(ROOT / "distill.py"), *line, "--out", out]
-        return subprocess.Popen(full, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-
-    whole, killed = start("whole"), start("killed")
-    saved, deadline = Path("killed/resume/state.safetensors"), time.monotonic() + 90
-    while not saved.exists():
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    line = ["distill.py", *FEW, "--channel", "opd", "--teacher", "runs/med", "--save-minutes", "0"]
+    line += ["--epochs", "8", "--out"]
+    uninterrupted, interrupted = start(*line, "whole"), start(*line, "killed")
+    interrupted.wait_for(Path("killed/resume/state.safetensors").exists)
+    assert interrupted.stop(signal.SIGKILL) == -signal.SIGKILL
     assert not Path("killed/result.json").exists()
-    assert start("killed").wait() == 0 and whole.wait() == 0
+    assert start(*line, "killed").wait() == 0 and uninterrupted.wait() == 0
     for name in ("adapter_model.safetensors", "epoch3/adapter_model.safetensors", "diagnostics.json"):
         assert Path("whole", name).read_bytes() == Path("killed", name).read_bytes()
     assert [row["step"] for row in metrics("killed")] == list(range(1, 25))
 
 
 def test_two_processes_make_the_update_of_one():
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for channel in ("optd", "opd"):
         line = [*FEW, "--channel", channel, "--teacher", "runs/med", "--epochs", "1", "--limit", "5"]
         assert command(*line, "--out", f"{channel}1", "--corpus", "corpus1") == 0
-        full = [*launcher, str(ROOT / "distill.py"), *line, "--out", f"{channel}2", "--corpus", "corpus2"]
-        assert subprocess.run(full, env=environment, capture_output=True).returncode == 0
+        run_two("distill.py", *line, "--out", f"{channel}2", "--corpus", "corpus2")
         one, two = (load_file(f"{channel}{n}/adapter_model.safetensors") for n in (1, 2))
         for name in one:
             torch.testing.assert_close(one[name], two[name], atol=2e-4, rtol=2e-3)

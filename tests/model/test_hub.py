@@ -19,9 +19,6 @@ from em.model import embedded, hub
 from em.model.checkpoint import load_model, load_tokenizer
 from em.model.hub import model_digest, resolve
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # -- names ---------------------------------------------------------------------------------------------------
 
 
