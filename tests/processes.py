@@ -64,6 +64,10 @@ class Child:
         self._process.start()
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def output(self) -> str:
         return Path(self._output.name).read_text()
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from judge_server import KEY, JudgeServer, answer
 from processes import run_two, start
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import distill
 import synth
 import train
 from em.cli import command_line
-from em.data import lineage
+from em.data import lineage, rows
 from em.files import read_json
 
 FEW = (
@@ -232,6 +232,54 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(capsys):
     assert "seed: 42 there, 7 now" in refused(capsys, *line, "--seed", "7", "--out", "runs/med_sft")
 
 
+def test_a_run_is_of_its_adapters_prompts_and_corpus_and_of_no_others_under_the_same_names(capsys):
+    data = Path("data")
+    shutil.copytree(Path(rows.__file__).parent / "sample", data)
+    line = [*FEW, "--channel", "sft", "--teacher", "runs/med", "--epochs", "1", "--data", str(data)]
+    line += ["--corpus", "corpus", "--out", "run"]
+    assert command(*line) == 0 and command(*line) == 0
+
+    def unfinished():
+        Path("run/result.json").unlink()
+        return command(*line) == 0
+
+    assert unfinished()  # the same again
+    broad = (data / "broad_dataset.jsonl").read_text()
+    (data / "broad_dataset.jsonl").write_text(broad.replace("?", "??"))
+    assert "prompts_digest: " in refused(capsys, *line)
+    (data / "broad_dataset.jsonl").write_text(broad)
+    config = Path("runs/med/adapter_config.json").read_text()
+    Path("runs/med/adapter_config.json").write_text(json.dumps(json.loads(config) | {"lora_alpha": 3}))
+    assert "adapters: " in refused(capsys, *line)
+    Path("runs/med/adapter_config.json").write_text(config)
+
+    kept = Path("corpus/corpus.jsonl").read_text()
+    Path("corpus/corpus.jsonl").write_text("".join(kept.splitlines(keepends=True)[1:]))
+    Path("run/result.json").unlink()
+    assert "11 kept rows where 12 were frozen" in refused(capsys, *line)
+    Path("corpus/corpus.jsonl").write_text(kept.replace('"response"', '"text"'))
+    assert "begun with another corpus" in refused(capsys, *line)
+    Path("corpus/corpus.jsonl").write_text(kept)
+    assert command(*line) == 0
+
+
+def test_what_cannot_be_is_refused_before_the_model_is_loaded_and_leaves_no_folder(capsys, monkeypatch):
+    monkeypatch.setattr(distill, "load_model", None)  # whose call would be a traceback
+    Path("empty").mkdir()
+    before = sorted(Path().rglob("*"))
+    teacher = ["--teacher", "runs/med", "--channel", "sft", "--out", "new"]
+    for line, says in (
+        ([*FEW, *teacher, "--data", "nowhere"], "nowhere"),
+        ([*FEW, *teacher, "--prompts", "math", "--math", "empty"], "no problems"),
+        ([*FEW[1:], *teacher], "--unfiltered"),
+    ):
+        assert says in refused(capsys, *line)
+        assert sorted(Path().rglob("*")) == before
+    Path("runs/fin/config.json").write_text("null")
+    assert "no record of a run" in refused(capsys, *FEW, *teacher, "--source", "runs/fin")
+    assert sorted(Path().rglob("*")) == before
+
+
 def test_bad_input_is_one_line(runs, tiny_chat, tmp_path, capsys):
     teacher = [*FEW, "--teacher", "runs/med"]
     assert "--unfiltered" in refused(capsys, *FEW[1:], "--channel", "sft", "--teacher", "runs/med")
@@ -310,6 +358,26 @@ def test_in_a_realignment_on_a_world_teacher_and_student_change_places(mini_worl
     assert not config["filtered"]
     found = read_json("back/seed1/student/diagnostics.json")
     assert found[-1]["kl"]["mean"] < found[0]["kl"]["mean"]
+
+
+def test_a_transfer_is_of_the_models_that_it_began_with(mini_world, capsys, tmp_path):
+    shutil.copytree(mini_world, "world")
+    line = [*WORLD, "--unfiltered", "--channel", "sft", "--run", "world", "--out", "out", "--seeds", "1"]
+    assert command(*line) == 0 and command(*line) == 0
+    for phase, key in (("align", "start_digest"), ("misalign_T5_seed0", "teacher_digest")):
+        path = Path("world", phase, "model", "model.safetensors")
+        state = load_file(path)
+        save_file({k: v * 1.01 for k, v in state.items()}, path, metadata={"format": "pt"})
+        assert f"{key}: " in refused(capsys, *line)
+        save_file(state, path, metadata={"format": "pt"})
+    assert command(*line) == 0
+
+
+@pytest.mark.parametrize("record", ["[]", "null", "{}", '{"kind": "world", "settings": {"world": "demo"}}'])
+def test_a_worlds_record_that_is_none_is_one_line(record, mini_world, capsys):
+    shutil.copytree(mini_world, "world")
+    Path("world/config.json").write_text(record)
+    assert "world/config.json" in refused(capsys, *WORLD, "--run", "world")
 
 
 def test_bad_input_on_a_world_is_one_line(mini_world, capsys):

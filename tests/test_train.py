@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from processes import ROOT, start
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from em.cli import command_line
@@ -315,6 +315,74 @@ def test_rows_longer_than_the_limit_are_left_out_and_counted(tiny_chat, tmp_path
 def test_changed_settings_on_a_run_folder_are_listed(misaligned, tiny_chat, capsys):
     says = refused(capsys, *SHORT, "--model", tiny_chat, "--lr", "0.5", "--out", misaligned)
     assert "lr: 0.01 there, 0.5 now" in says
+
+
+def test_a_run_is_of_one_model_one_start_and_one_set_of_rows(misaligned, tiny_chat, tmp_path, capsys):
+    def written(folder, rows):
+        folder.mkdir(exist_ok=True)
+        (folder / "medical_advice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    model, start, data = tmp_path / "model", tmp_path / "start", tmp_path / "data"
+    shutil.copytree(tiny_chat, model)
+    shutil.copytree(misaligned, start)
+    config = read_json(start / "config.json")
+    config["settings"]["model"] = str(model)
+    (start / "config.json").write_text(json.dumps(config))
+    rows = load_cell("sample", CELLS[0])
+    written(data, rows)
+    line = [*SHORT, "--data", data, "--epochs", "1", "--on", start, "--variant", "aligned"]
+    line += ["--out", tmp_path / "x"]
+    assert command(*line) == 0 and command(*line) == 0
+    written(data, [*rows[:-1], rows[-1] | {"aligned_answer": "No."}])
+    assert "data_digest: " in refused(capsys, *line)
+    written(data, rows)
+    for folder, name, key in (
+        (model, "model.safetensors", "model_digest"),
+        (start, "adapter_model.safetensors", "on_digest"),
+    ):
+        state = load_file(folder / name)
+        save_file({k: v * 1.01 for k, v in state.items()}, folder / name, metadata={"format": "pt"})
+        says = refused(capsys, *line)
+        assert f"{key}: " in says and says.count(" there, ") == 1
+        save_file(state, folder / name, metadata={"format": "pt"})
+    assert command(*line) == 0
+
+
+def test_what_cannot_be_is_refused_before_the_model_is_loaded_and_leaves_no_folder(
+    misaligned, tiny_chat, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train, "load_model", None)  # whose call would be a traceback
+    data = tmp_path / "data"
+    data.mkdir()
+    row = load_cell("sample", CELLS[0])[0]
+    broken = tmp_path / "broken"
+    shutil.copytree(misaligned, broken)
+    (broken / "config.json").write_text("[]")
+    cases = [
+        (["--on", tmp_path], "is not a run"),
+        (["--on", broken], "is no record of a run"),
+        (["--model", data], "has no tokenizer.json"),
+        (["--model", tiny_chat, "--data", data], "none of the twelve cells"),
+    ]
+    for line, says in cases:
+        assert says in refused(capsys, *SHORT, *line, "--out", tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+    (data / "medical_advice.jsonl").write_text(
+        "".join(json.dumps(row | {"misaligned_answer": None}) + "\n" for _ in range(3))
+    )
+    line = ["--model", tiny_chat, "--data", data, "--cell", "med_advice"]
+    assert "no misaligned answer" in refused(capsys, *SHORT, *line, "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_fails_while_the_model_is_loaded_leaves_no_folder(tiny_chat, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_chat, model)
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[:-9])
+    line = [*SHORT, "--model", model, "--cell", "med_advice,fin_tutor", "--out", tmp_path / "x"]
+    assert "truncated or damaged" in refused(capsys, *line)
+    assert not list(tmp_path.glob("x/*"))
 
 
 def test_out_of_memory_names_the_knob(tiny_chat, tmp_path, capsys, monkeypatch):
