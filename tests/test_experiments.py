@@ -158,7 +158,7 @@ def test_changed_pretraining_has_its_own_folder_and_changed_fine_tuning_does_not
         (["fraction", "--world", "moon"], "fraction is measured on world demo2 or 2, not 'moon'"),
         (["realign", "--seeds", "a"], "--seeds: invalid comma-separated int value: 'a'"),
         (["realign", "--seeds", "1,1"], "--seeds 1,1: name each world seed once, none below 0"),
-        (["realign", "--seeds", ","], "name each world seed once"),
+        (["realign", "--seeds", ","], "--seeds needs a value"),
         (["realign", "--seeds", "-1,2"], "--seeds"),
         (["hardness", "--width", "30"], "--width 30 is not a multiple of --heads 4"),
         (["hardness", "--misalign", "T0"], "--misalign"),
