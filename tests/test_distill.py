@@ -276,7 +276,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded_and_leaves_no_fold
         assert says in refused(capsys, *line)
         assert sorted(Path().rglob("*")) == before
     Path("runs/fin/config.json").write_text("null")
-    assert "no record of a run" in refused(capsys, *FEW, *teacher, "--source", "runs/fin")
+    assert "config.json: not a JSON object" in refused(capsys, *FEW, *teacher, "--source", "runs/fin")
     assert sorted(Path().rglob("*")) == before
 
 

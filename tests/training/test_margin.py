@@ -50,7 +50,8 @@ def test_margin_is_the_difference_of_the_means_per_token(model, examples):
 
 def test_answer_pairs_are_the_eval_rows_with_both_answers_in_order(tiny_chat, tmp_path):
     tokenizer, med, spo = load_tokenizer(tiny_chat), CELLS[0], CELLS[4]
-    rows = [row | {"idx": i} for i, row in enumerate(3 * load_cell("sample", med))]  # 60: 5 of them are eval
+    rows = enumerate(3 * load_cell("sample", med))  # 60: 5 of them are eval
+    rows = [row | {"idx": i, "question": f"{row['question']} ({i})"} for i, row in rows]
     held_out = [row["idx"] for row in split(rows)[1]]
     lacking = [row | ({"aligned_answer": None} if row["idx"] == held_out[0] else {}) for row in rows]
     (tmp_path / med.filename).write_text("\n".join(map(json.dumps, lacking)))
