@@ -35,7 +35,7 @@ def _server():
     preload = [__name__, "torch._dynamo", *(Path(name).stem for name in SCRIPTS)]  # AdamW imports Dynamo
     context.set_forkserver_preload(preload)
     with pytest.MonkeyPatch.context() as patch:
-        # Before Python 3.14 a server ignores sys.path, and passes over in silence what it cannot import.
+        # An older Python ignores sys.path here, and passes over in silence what it cannot import.
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         patch.setenv("OMP_NUM_THREADS", "1")
         multiprocessing.forkserver.ensure_running()
