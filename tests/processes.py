@@ -32,10 +32,10 @@ SCRIPTS = ("train.py", "distill.py", "evaluate.py", "synth.py")
 @functools.cache
 def _server():
     context = multiprocessing.get_context("forkserver")
-    preload = [__name__, "torch._dynamo", *(Path(name).stem for name in SCRIPTS)]  # AdamW needs the second
+    preload = [__name__, "torch._dynamo", *(Path(name).stem for name in SCRIPTS)]  # AdamW imports Dynamo
     context.set_forkserver_preload(preload)
     with pytest.MonkeyPatch.context() as patch:
-        # Older Pythons look for what to preload elsewhere, and start without it where it is not found.
+        # An older Python ignores sys.path here, and passes over in silence what it cannot import.
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         patch.setenv("OMP_NUM_THREADS", "1")
         multiprocessing.forkserver.ensure_running()

@@ -32,11 +32,15 @@ def test_an_interrupt_reaches_a_child_whatever_its_parent_ignores(tmp_path):
     assert child.stop(signal.SIGINT) == 1 and "KeyboardInterrupt" in child.output
 
 
-def test_a_child_has_one_thread_its_arguments_and_the_callers_folder_and_environment(tmp_path, monkeypatch):
-    code = "import os, sys, torch\nprint(torch.get_num_threads(), sys.argv[1:], os.getcwd(), os.environ['A'])"
+def test_a_child_has_torch_already_one_thread_its_arguments_and_the_callers_folder_and_environment(
+    tmp_path, monkeypatch
+):
+    code = "import os, sys\nprint(*(name in sys.modules for name in ('torch._dynamo', 'train', 'synth')))\n"
+    code += "import torch\nprint(torch.get_num_threads(), sys.argv[1:], os.getcwd(), os.environ['A'])\n"
     (tmp_path / "show.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("A", "a")
     one, other = start(tmp_path / "show.py", "x", 3), start(tmp_path / "show.py", A="b")
     assert [one.wait(), other.wait()] == [0, 0]
-    assert one.output == f"1 ['x', '3'] {tmp_path} a\n" and other.output == f"1 [] {tmp_path} b\n"
+    assert one.output == f"True True True\n1 ['x', '3'] {tmp_path} a\n"
+    assert other.output == f"True True True\n1 [] {tmp_path} b\n"
