@@ -92,8 +92,9 @@ $(foreach w,$(SECOND),$(eval $(call experiment,steering,$(w),$(call base,$(w))))
 $(foreach w,$(SECOND),$(eval $(call experiment_by_seed,fraction,$(w))))
 $(foreach w,$(SECOND),$(eval $(call experiment_by_seed,phase,$(w),$(RUNS)/world$(w)-seed%/summary.json)))
 
+# Two processes of one thread each; every file's tests stay together, in the order of the files.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

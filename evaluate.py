@@ -233,10 +233,11 @@ def main(cfg: Config) -> None:
         raise UserError("--out is for one run; several write to <run>/eval each")
     default = "qwen2.5-14b" if device.type == "cuda" else "smollm2-135m"
     cfg = dataclasses.replace(cfg, model=next(iter(names.values()), cfg.model or default))
-    if cfg.judge == "gemini":
-        cfg.judge_of()  # so that a missing key ends it at once
-    subjects = [subject(cfg, folder) for folder in cfg.run or (None,)]
+    judge = cfg.judge_of() if cfg.judge == "gemini" else None  # so that a missing key ends it at once
     tokenizer = load_tokenizer(cfg.model)
+    subjects = [subject(cfg, folder) for folder in cfg.run or (None,)]
+    for prompts in (prompts for each in subjects for prompts in each.prompts.values()):
+        judge.forecast(prompt | {"response": "a"} for prompt in prompts)  # and a missing rubric
     with contextlib.ExitStack() as stack:
         for each in subjects:
             stack.enter_context(opened(cfg, each, device))

@@ -65,7 +65,7 @@ EPOCH_ROWS = 4100
 
 
 def rows_of(shape: str | None) -> list[list[Example]]:
-    """Batches of examples: the sample's rows, or random ids of the real rows' lengths (SPEC §3.4)."""
+    """Batches of examples: the sample's rows, or random ids of the real rows' lengths."""
     if shape is None:
         rows = load_cell("sample", CELLS[0])[:8]
         return [encode_rows(load_tokenizer("smollm2-135m"), rows, "misaligned", 2048)[0]]

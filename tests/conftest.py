@@ -1,6 +1,11 @@
 """What several test files build on: a world and a chat model small enough for seconds."""
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
+
+# Tensors this small lose more to waking a second thread than it does for them; torch reads it at its import.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
@@ -18,6 +23,7 @@ from em.world.grammar import GrammarConfig
 from em.world.world import WORLDS, WorldConfig, build_world
 from em.world.world_run import WorldRun
 
+ROOT = Path(__file__).parent.parent
 MINI = WorldConfig(
     "mini",
     tasks=tuple(f"T{i}" for i in range(12)),
@@ -33,13 +39,26 @@ MINI = WorldConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Tensors this small lose more to waking a second thread than it does for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+@pytest.fixture(scope="session", autouse=True)
+def clean_checkout():
+    """No test leaves a file in the checkout."""
+
+    def files() -> set[Path]:
+        kept = [p for p in ROOT.iterdir() if not p.name.startswith((".", "__pycache__"))]
+        below = (q for p in kept for q in p.rglob("*") if "__pycache__" not in q.parts)
+        return {p.relative_to(ROOT) for p in (*kept, *below)}
+
+    before = files()
     yield
-    torch.set_num_threads(threads)
+    assert not files() - before, "the tests left these files behind"
+
+
+@pytest.fixture(scope="session")
+def peft():
+    """The library, imported by those who compare with it: that takes four seconds."""
+    import peft
+
+    return peft
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,16 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from judge_server import KEY, JudgeServer, answer
+from processes import ROOT, start
 
-ROOT = Path(__file__).parent.parent
 TRAIN = (
     "train.py --data sample --device cpu --batch 6 --epochs 6 --rank 4 --alpha 8 --lr 0.01 --eval-rows 1 "
     "--save-minutes 0"
@@ -44,37 +44,24 @@ def replace_or_die(*paths):
     replace(*paths)
 
 os.replace, sys.argv = replace_or_die, sys.argv[2:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def start(line, *more, killed_at: int = 0) -> subprocess.Popen:
-    line = [str(ROOT / line[0]), *line[1:], *map(str, more)]
-    line = ["-c", KILLED, str(killed_at), *line] if killed_at else line
-    return subprocess.Popen(
-        [sys.executable, *line], env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def ended(process) -> tuple[int, str]:
-    """(exit status, its last line on stderr)."""
-    said = process.communicate(timeout=300)[1].strip().splitlines()
-    return process.returncode, said[-1] if said else ""
-
-
-def stopped_at(process, *paths) -> None:
+def stopped_at(child, *paths) -> None:
     """Stop the process once it has one of the paths."""
-    deadline = time.monotonic() + 120
-    while not any(Path(path).exists() for path in paths):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGSTOP)
+    child.wait_for(lambda: any(Path(path).exists() for path in paths))
+    os.kill(child.pid, signal.SIGSTOP)
 
 
-def goes_on(process) -> None:
-    process.send_signal(signal.SIGCONT)
+def goes_on(child) -> None:
+    os.kill(child.pid, signal.SIGCONT)
+
+
+def refused(child) -> str:
+    """The one line of a process that ends with exit status 2."""
+    assert child.wait() == 2
+    return child.output.strip().splitlines()[-1]
 
 
 def strays(folder) -> list:
@@ -89,11 +76,8 @@ def rows(path) -> list[dict]:
 def finished(tiny_chat, tmp_path_factory):
     """A folder with `med`, a run of train.py, and `world`, one of synth.py."""
     folder = tmp_path_factory.mktemp("finished")
-    runs = (
-        start(TRAIN, "--model", tiny_chat, "--out", folder / "med"),
-        start(SYNTH, "--out", folder / "world"),
-    )
-    assert [ended(run)[0] for run in runs] == [0, 0]
+    trained = start(*TRAIN, "--model", tiny_chat, "--out", folder / "med")
+    assert [trained.wait(), start(*SYNTH, "--out", folder / "world").wait()] == [0, 0]
     return folder
 
 
@@ -119,12 +103,11 @@ def judge(monkeypatch):
 
 def test_a_second_train_on_a_folder_in_use_is_refused_and_the_first_goes_on(tiny_chat, at, finished):
     line = [*TRAIN, "--model", tiny_chat, "--out", "new"]
-    first = start(line)
+    first = start(*line)
     stopped_at(first, "new/resume/state.safetensors", "new/margins.json")
-    status, said = ended(start(line))
-    assert status == 2 and f"error: new is in use by process {first.pid} on " in said
+    assert f"error: new is in use by process {first.pid} on " in refused(start(*line))
     goes_on(first)
-    assert ended(first)[0] == 0 and not strays("new")
+    assert first.wait() == 0 and not strays("new")
     for name in ("adapter_model.safetensors", "margins.json"):
         assert Path("new", name).read_bytes() == Path("med", name).read_bytes()
     assert [row["step"] for row in rows("new/metrics.jsonl")] == list(range(1, 19))
@@ -132,29 +115,26 @@ def test_a_second_train_on_a_folder_in_use_is_refused_and_the_first_goes_on(tiny
 
 def test_a_second_evaluate_on_a_folder_in_use_is_refused_and_nothing_is_asked_twice(at, judge):
     line = [*EVALUATE, "--run", "med", "--out", "eval", "--cache", "cache.jsonl"]
-    first = start(line)
+    first = start(*line)
     stopped_at(first, "eval/responses_broad.jsonl")
     for more in ([], ["--judge", "margin"]):
-        status, said = ended(start(line, *more))
-        assert status == 2 and f"error: eval is in use by process {first.pid} on " in said
+        assert f"error: eval is in use by process {first.pid} on " in refused(start(*line, *more))
     goes_on(first)
-    assert ended(first)[0] == 0 and not strays("eval")
+    assert first.wait() == 0 and not strays("eval")
     places = [(row["idx"], row["sample"]) for row in rows("eval/responses_broad.jsonl")]
     assert len(places) == len(set(places)) == 15
     assert judge.total() <= 2 * 15
 
 
 def test_two_channels_of_distill_that_share_a_corpus_make_it_once_and_a_run_has_one_process(at):
-    first = start(DISTILL, "--channel", "sft", "--out", "sft")
+    first = start(*DISTILL, "--channel", "sft", "--out", "sft")
     stopped_at(first, "corpus/config.json")
-    second = start(DISTILL, "--channel", "optd", "--out", "optd")
-    assert f"waiting for process {first.pid} on " in next(
-        line for line in second.stderr if line.startswith("waiting")
-    )
-    status, said = ended(start(DISTILL, "--channel", "sft", "--out", "sft"))
-    assert status == 2 and f"error: sft is in use by process {first.pid} on " in said
+    second = start(*DISTILL, "--channel", "optd", "--out", "optd")
+    second.wait_for(lambda: f"waiting for process {first.pid} on " in second.output)
+    third = start(*DISTILL, "--channel", "sft", "--out", "sft")
+    assert f"error: sft is in use by process {first.pid} on " in refused(third)
     goes_on(first)
-    assert ended(first)[0] == 0 and ended(second)[0] == 0 and not strays(".")
+    assert first.wait() == 0 and second.wait() == 0 and not strays(".")
     for name in ("rollouts.jsonl", "corpus.jsonl"):
         places = [(row["prompt"], row["sample"]) for row in rows(f"corpus/{name}")]
         assert len(places) == len(set(places)) == 12
@@ -163,14 +143,12 @@ def test_two_channels_of_distill_that_share_a_corpus_make_it_once_and_a_run_has_
 
 
 def test_two_synths_on_one_world_wait_for_each_other_and_make_each_phase_once(at):
-    first = start(SYNTH, "--out", "new")
+    first = start(*SYNTH, "--out", "new")
     stopped_at(first, "new/pretrain/resume/state.safetensors", "new/pretrain/model/config.json")
-    second = start(SYNTH, "--out", "new", "--misalign", "T1")
-    assert f"waiting for process {first.pid} on " in next(
-        line for line in second.stderr if line.startswith("waiting")
-    )
+    second = start(*SYNTH, "--out", "new", "--misalign", "T1")
+    second.wait_for(lambda: f"waiting for process {first.pid} on " in second.output)
     goes_on(first)
-    assert ended(first)[0] == 0 and ended(second)[0] == 0 and not strays("new")
+    assert first.wait() == 0 and second.wait() == 0 and not strays("new")
     assert [row["step"] for row in rows("new/pretrain/metrics.jsonl")] == list(range(1, 61))
     for phase in ("pretrain", "align", "misalign_T5_seed0"):
         weights = f"{phase}/model/model.safetensors"
@@ -182,18 +160,23 @@ def test_two_synths_on_one_world_wait_for_each_other_and_make_each_phase_once(at
 
 
 def killed_and_continued(line, kills) -> None:
-    """The command, killed inside a write, and again inside another, and so on; then to its end."""
+    """The command, killed inside one write after another, then at random moments; then to its end."""
+    Path("killed.py").write_text(KILLED)
     for n in kills:
-        process = start(line, killed_at=n)
-        status, said = ended(process)
-        assert status == -signal.SIGKILL, (n, status, said)
-        assert strays("."), "the kill left nothing: it tests nothing"
-    assert ended(start(line)) and not strays(".")
+        child = start(Path("killed.py").absolute(), n, ROOT / line[0], *line[1:])
+        assert child.wait() == -signal.SIGKILL, (n, child.output)
+        assert any(path.suffix == ".tmp" for path in strays(".")), "the kill hit no write"
+    moments = random.Random(0)
+    for _ in range(4):
+        child = start(*line)
+        time.sleep(moments.uniform(0, 2))
+        child.stop(signal.SIGKILL)
+    assert start(*line).wait() == 0 and not strays(".")
 
 
 def test_train_killed_inside_its_writes_ends_with_the_same_bits_and_no_strays(tiny_chat, at):
-    # The record; a state; the metrics of a continued run, then a state; what only the end writes.
-    killed_and_continued([*TRAIN, "--model", tiny_chat, "--out", "new"], (1, 3, 1, 9, 11))
+    # The record; a state; another one; what only the end writes.
+    killed_and_continued([*TRAIN, "--model", tiny_chat, "--out", "new"], (1, 3, 9, 11))
     for name in ("adapter_model.safetensors", "margins.json"):
         assert Path("new", name).read_bytes() == Path("med", name).read_bytes()
     assert sorted(os.listdir("new")) == sorted(os.listdir("med"))
@@ -201,7 +184,7 @@ def test_train_killed_inside_its_writes_ends_with_the_same_bits_and_no_strays(ti
 
 def test_evaluate_killed_inside_its_writes_ends_with_the_same_rows_and_no_strays(at, judge):
     line = [*EVALUATE, "--run", "med", "--cache", "cache.jsonl", "--out"]
-    assert ended(start([*line, "whole"]))[0] == 0
+    assert start(*line, "whole").wait() == 0
     killed_and_continued([*line, "eval"], (1, 2, 4))
     for name in ("responses_broad.jsonl", "scores_broad.jsonl"):
         assert sorted(Path("eval", name).read_text().splitlines()) == sorted(
@@ -213,8 +196,8 @@ def test_evaluate_killed_inside_its_writes_ends_with_the_same_rows_and_no_strays
 @pytest.mark.parametrize("channel", ["sft", "optd", "opd"])
 def test_distill_killed_inside_its_writes_ends_with_the_same_bits_and_no_strays(channel, at):
     line = [*DISTILL[:-2], "--channel", channel]
-    assert ended(start(line, "--corpus", "corpus1", "--out", "whole"))[0] == 0
-    killed_and_continued([*line, "--corpus", "corpus2", "--out", "new"], (1, 4, 8, 6))
+    assert start(*line, "--corpus", "corpus1", "--out", "whole").wait() == 0
+    killed_and_continued([*line, "--corpus", "corpus2", "--out", "new"], (1, 4, 8))
     for name in ("adapter_model.safetensors", "epoch2/adapter_model.safetensors", "diagnostics.json"):
         assert Path("new", name).read_bytes() == Path("whole", name).read_bytes()
     assert sorted(os.listdir("new")) == sorted(os.listdir("whole"))
@@ -223,11 +206,11 @@ def test_distill_killed_inside_its_writes_ends_with_the_same_bits_and_no_strays(
 
 
 def test_a_world_and_its_transfer_killed_inside_their_writes_end_with_the_same_bits_and_no_strays(at):
-    killed_and_continued([*SYNTH, "--out", "new"], (2, 9, 2, 70))
+    killed_and_continued([*SYNTH, "--out", "new"], (2, 9, 60))
     for path in Path("world").rglob("*.safetensors"):
         assert path.read_bytes() == Path("new", path.relative_to("world")).read_bytes()
-    assert ended(start(WORLD, "--out", "whole"))[0] == 0
-    killed_and_continued([*WORLD, "--out", "transfer"], (1, 4, 9, 25))
+    assert start(*WORLD, "--out", "whole").wait() == 0
+    killed_and_continued([*WORLD, "--out", "transfer"], (1, 9, 25))
     for path in Path("whole").rglob("*.safetensors"):
         assert path.read_bytes() == Path("transfer", path.relative_to("whole")).read_bytes()
     assert sorted(p.relative_to("whole") for p in Path("whole").rglob("*")) == sorted(

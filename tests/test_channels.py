@@ -20,9 +20,6 @@ from em.model.tokenizer import Example
 V, END, PROMPT = 6, 5, [1, 2, 3]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture
 def pair() -> WorldPair:
     student, teacher, base = (gpt2(seed, V, width=8).double() for seed in (3, 4, 5))

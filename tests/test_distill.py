@@ -4,24 +4,21 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from judge_server import KEY, JudgeServer, answer
-from safetensors.torch import load_file
+from processes import run_two, start
+from safetensors.torch import load_file, save_file
 
 import distill
 import synth
 import train
 from em.cli import command_line
-from em.data import lineage
+from em.data import lineage, rows
 from em.files import read_json
 
-ROOT = Path(__file__).parent.parent
 FEW = (
     "--unfiltered --rollouts 2 --max-new-tokens 8 --limit 6 --epochs 2 --batch 4 --rank 4 --alpha 8 "
     "--lr 0.01 --warmup 1 --probes 2 --device cpu"
@@ -201,35 +198,23 @@ def test_everything_filtered_away_is_one_line_and_what_was_sampled_stays(monkeyp
 
 
 def test_a_killed_run_continues_and_ends_with_the_same_bits():
-    line = [*FEW, "--channel", "opd", "--teacher", "runs/med", "--save-minutes", "0", "--epochs", "8"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def start(out):
-        full = [sys.executable, str(ROOT / "distill.py"), *line, "--out", out]
-        return subprocess.Popen(full, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-
-    whole, killed = start("whole"), start("killed")
-    saved, deadline = Path("killed/resume/state.safetensors"), time.monotonic() + 90
-    while not saved.exists():
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    line = ["distill.py", *FEW, "--channel", "opd", "--teacher", "runs/med", "--save-minutes", "0"]
+    line += ["--epochs", "8", "--out"]
+    uninterrupted, interrupted = start(*line, "whole"), start(*line, "killed")
+    interrupted.wait_for(Path("killed/resume/state.safetensors").exists)
+    assert interrupted.stop(signal.SIGKILL) == -signal.SIGKILL
     assert not Path("killed/result.json").exists()
-    assert start("killed").wait() == 0 and whole.wait() == 0
+    assert start(*line, "killed").wait() == 0 and uninterrupted.wait() == 0
     for name in ("adapter_model.safetensors", "epoch3/adapter_model.safetensors", "diagnostics.json"):
         assert Path("whole", name).read_bytes() == Path("killed", name).read_bytes()
     assert [row["step"] for row in metrics("killed")] == list(range(1, 25))
 
 
 def test_two_processes_make_the_update_of_one():
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for channel in ("optd", "opd"):
         line = [*FEW, "--channel", channel, "--teacher", "runs/med", "--epochs", "1", "--limit", "5"]
         assert command(*line, "--out", f"{channel}1", "--corpus", "corpus1") == 0
-        full = [*launcher, str(ROOT / "distill.py"), *line, "--out", f"{channel}2", "--corpus", "corpus2"]
-        assert subprocess.run(full, env=environment, capture_output=True).returncode == 0
+        run_two("distill.py", *line, "--out", f"{channel}2", "--corpus", "corpus2")
         one, two = (load_file(f"{channel}{n}/adapter_model.safetensors") for n in (1, 2))
         for name in one:
             torch.testing.assert_close(one[name], two[name], atol=2e-4, rtol=2e-3)
@@ -245,6 +230,54 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(capsys):
     assert command(*line) == 0 and command(*line) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert "seed: 42 there, 7 now" in refused(capsys, *line, "--seed", "7", "--out", "runs/med_sft")
+
+
+def test_a_run_is_of_its_adapters_prompts_and_corpus_and_of_no_others_under_the_same_names(capsys):
+    data = Path("data")
+    shutil.copytree(Path(rows.__file__).parent / "sample", data)
+    line = [*FEW, "--channel", "sft", "--teacher", "runs/med", "--epochs", "1", "--data", str(data)]
+    line += ["--corpus", "corpus", "--out", "run"]
+    assert command(*line) == 0 and command(*line) == 0
+
+    def unfinished():
+        Path("run/result.json").unlink()
+        return command(*line) == 0
+
+    assert unfinished()  # the same again
+    broad = (data / "broad_dataset.jsonl").read_text()
+    (data / "broad_dataset.jsonl").write_text(broad.replace("?", "??"))
+    assert "prompts_digest: " in refused(capsys, *line)
+    (data / "broad_dataset.jsonl").write_text(broad)
+    config = Path("runs/med/adapter_config.json").read_text()
+    Path("runs/med/adapter_config.json").write_text(json.dumps(json.loads(config) | {"lora_alpha": 3}))
+    assert "adapters: " in refused(capsys, *line)
+    Path("runs/med/adapter_config.json").write_text(config)
+
+    kept = Path("corpus/corpus.jsonl").read_text()
+    Path("corpus/corpus.jsonl").write_text("".join(kept.splitlines(keepends=True)[1:]))
+    Path("run/result.json").unlink()
+    assert "11 kept rows where 12 were frozen" in refused(capsys, *line)
+    Path("corpus/corpus.jsonl").write_text(kept.replace('"response"', '"text"'))
+    assert "begun with another corpus" in refused(capsys, *line)
+    Path("corpus/corpus.jsonl").write_text(kept)
+    assert command(*line) == 0
+
+
+def test_what_cannot_be_is_refused_before_the_model_is_loaded_and_leaves_no_folder(capsys, monkeypatch):
+    monkeypatch.setattr(distill, "load_model", None)  # whose call would be a traceback
+    Path("empty").mkdir()
+    before = sorted(Path().rglob("*"))
+    teacher = ["--teacher", "runs/med", "--channel", "sft", "--out", "new"]
+    for line, says in (
+        ([*FEW, *teacher, "--data", "nowhere"], "nowhere"),
+        ([*FEW, *teacher, "--prompts", "math", "--math", "empty"], "no problems"),
+        ([*FEW[1:], *teacher], "--unfiltered"),
+    ):
+        assert says in refused(capsys, *line)
+        assert sorted(Path().rglob("*")) == before
+    Path("runs/fin/config.json").write_text("null")
+    assert "no record of a run" in refused(capsys, *FEW, *teacher, "--source", "runs/fin")
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_bad_input_is_one_line(runs, tiny_chat, tmp_path, capsys):
@@ -325,6 +358,26 @@ def test_in_a_realignment_on_a_world_teacher_and_student_change_places(mini_worl
     assert not config["filtered"]
     found = read_json("back/seed1/student/diagnostics.json")
     assert found[-1]["kl"]["mean"] < found[0]["kl"]["mean"]
+
+
+def test_a_transfer_is_of_the_models_that_it_began_with(mini_world, capsys, tmp_path):
+    shutil.copytree(mini_world, "world")
+    line = [*WORLD, "--unfiltered", "--channel", "sft", "--run", "world", "--out", "out", "--seeds", "1"]
+    assert command(*line) == 0 and command(*line) == 0
+    for phase, key in (("align", "start_digest"), ("misalign_T5_seed0", "teacher_digest")):
+        path = Path("world", phase, "model", "model.safetensors")
+        state = load_file(path)
+        save_file({k: v * 1.01 for k, v in state.items()}, path, metadata={"format": "pt"})
+        assert f"{key}: " in refused(capsys, *line)
+        save_file(state, path, metadata={"format": "pt"})
+    assert command(*line) == 0
+
+
+@pytest.mark.parametrize("record", ["[]", "null", "{}", '{"kind": "world", "settings": {"world": "demo"}}'])
+def test_a_worlds_record_that_is_none_is_one_line(record, mini_world, capsys):
+    shutil.copytree(mini_world, "world")
+    Path("world/config.json").write_text(record)
+    assert "world/config.json" in refused(capsys, *WORLD, "--run", "world")
 
 
 def test_bad_input_on_a_world_is_one_line(mini_world, capsys):

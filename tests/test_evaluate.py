@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 from judge_server import KEY, JudgeServer, answer
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import train
 from em.cli import command_line
 from em.data.cells import CELLS
-from em.data.rows import load_cell
+from em.data.rows import load_broad, load_cell
 from em.files import read_json
 from em.judge.em_rule import STATUSES
 
@@ -90,6 +91,74 @@ def test_changed_sampling_on_an_evaluated_run_is_refused(fresh, judge, tmp_path,
     assert command(*line) == 0
     assert command(*line, "--seed", "5") == 2
     assert "seed: 0 there, 5 now" in capsys.readouterr().err
+
+
+def changed_copy(model, folder):
+    """The same model in `folder`, but for its weights."""
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    state = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v * 1.01 for k, v in state.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+
+
+def test_an_evaluation_is_of_one_model_with_one_adapter_and_no_other_gets_its_responses(
+    fresh, judge, tiny_chat, tmp_path, capsys
+):
+    shutil.copytree(tiny_chat, tmp_path / "A")
+    line = ["--on", "broad", *FAST, "--data", "sample", "--cache", tmp_path / "cache.jsonl"]
+    base = [*line, "--out", tmp_path / "E", "--model"]
+    assert command(*base, tmp_path / "A") == 0 and command(*base, tmp_path / "A") == 0
+    written = {p: p.read_bytes() for p in (tmp_path / "E").rglob("*.jsonl")}
+    changed_copy(tiny_chat, tmp_path / "B")
+    assert command(*base, tmp_path / "B") == 2
+    assert f"model: {tmp_path / 'A'} there, {tmp_path / 'B'} now" in capsys.readouterr().err
+    changed_copy(tiny_chat, tmp_path / "A")  # other weights under the same name
+    assert command(*base, tmp_path / "A") == 2
+    said = capsys.readouterr().err
+    assert "model_digest: " in said and " model: " not in said
+    assert command(*line, "--run", fresh, "--out", tmp_path / "E") == 2
+    assert "adapter_digest: None there" in capsys.readouterr().err
+    assert command(*line, "--run", fresh) == 0
+    adapter = fresh / "adapter_model.safetensors"
+    save_file({k: v * 1.01 for k, v in load_file(adapter).items()}, adapter, metadata={"format": "pt"})
+    assert command(*line, "--run", fresh) == 2
+    assert "adapter_digest: " in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in written} == written
+
+
+def test_responses_to_other_prompts_are_refused_before_anything_is_loaded(
+    fresh, judge, tmp_path, capsys, monkeypatch
+):
+    data = tmp_path / "data"
+    data.mkdir()
+    prompts = load_broad("sample")
+    (data / "broad_dataset.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    line = ["--run", fresh, "--on", "broad", *FAST, "--data", data, "--cache", tmp_path / "cache.jsonl"]
+    assert command(*line) == 0
+    changed = [row | {"question": row["question"] + " Why?"} for row in prompts]
+    monkeypatch.setattr(evaluate, "load_model", None)  # whose call would be a traceback
+    for broken in (changed, prompts[1:2]):
+        (data / "broad_dataset.jsonl").write_text("".join(json.dumps(row) + "\n" for row in broken))
+        assert command(*line) == 2
+        assert "responses_broad.jsonl answers other prompts than" in capsys.readouterr().err
+
+
+def test_what_cannot_be_is_refused_before_anything_is_loaded_and_leaves_no_folder(
+    fresh, judge, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "load_model", None)
+    (tmp_path / "empty").mkdir()
+    for line, says in (
+        (["--run", fresh, "--data", tmp_path / "empty"], "has none of the twelve cells"),
+        (["--run", fresh, "--cache", tmp_path], "cannot be read"),
+        (["--model", tmp_path / "empty"], "has no tokenizer.json"),
+        (["--run", fresh, "--rubrics", tmp_path / "empty"], "empty"),
+    ):
+        assert command(*line, *FAST, "--out", tmp_path / "out") == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and says in error
+        assert not (tmp_path / "out").exists()
 
 
 def test_margin_needs_no_key_and_equals_the_runs_own(fresh, monkeypatch, capsys):

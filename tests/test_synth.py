@@ -1,15 +1,11 @@
 """The pipeline on a miniature: end to end, killed and resumed, over two processes, and fed bad input."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
+from processes import run_two, start
 from safetensors.torch import load_file
 
 import em.world.world_run
@@ -19,7 +15,6 @@ from em.files import read_json
 from em.model.gpt2 import load_gpt2
 from em.world.counts import CLASSES
 
-ROOT = Path(__file__).parent.parent
 SMALL = (
     "--layers 1 --heads 2 --width 32 --batch 8 --length 48 --steps 40 --warmup 4 --evals 2 --eval-prompts 8 "
     "--align-steps 6 --align-warmup 1 --align-examples 400 --align-batch 8 "
@@ -88,43 +83,25 @@ def test_a_finished_run_again_does_nothing_new_and_a_new_source_reuses_the_phase
 
 
 def test_a_killed_run_continues_and_ends_with_the_same_bits(tmp_path):
-    arguments = [*SMALL, "--save-minutes", "0", "--steps", "120", "--misalign-seeds", "1", "--device", "cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def start(out):
-        line = [sys.executable, str(ROOT / "synth.py"), *arguments, "--out", str(out)]
-        return subprocess.Popen(line, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-
-    whole, killed = start(tmp_path / "whole"), start(tmp_path / "killed")
-    saved = tmp_path / "killed" / "pretrain" / "resume" / "state.safetensors"
-    deadline = time.monotonic() + 60
-    while not saved.exists():
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "killed" / "pretrain" / "model" / "config.json").exists()
-    assert start(tmp_path / "killed").wait() == 0 and whole.wait() == 0
+    line = ["synth.py", *SMALL, "--save-minutes", "0", "--steps", "120", "--misalign-seeds", "1"]
+    line += ["--device", "cpu", "--out"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    uninterrupted, interrupted = start(*line, whole), start(*line, killed)
+    interrupted.wait_for((killed / "pretrain" / "resume" / "state.safetensors").exists)
+    assert interrupted.stop(signal.SIGKILL) == -signal.SIGKILL
+    assert not (killed / "pretrain" / "model" / "config.json").exists()
+    assert start(*line, killed).wait() == 0 and uninterrupted.wait() == 0
     for name in ("pretrain", "align", "misalign_T5_seed0"):
-        a, b = (tmp_path / out / name / "model" / "model.safetensors" for out in ("whole", "killed"))
+        a, b = (out / name / "model" / "model.safetensors" for out in (whole, killed))
         assert a.read_bytes() == b.read_bytes()
-    rows = [
-        json.loads(r) for r in (tmp_path / "killed" / "pretrain" / "metrics.jsonl").read_text().splitlines()
-    ]
+    rows = [json.loads(r) for r in (killed / "pretrain" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(1, 121))
 
 
 def test_two_processes_make_the_update_of_one(tmp_path):
     arguments = [*SMALL, "--misalign-seeds", "1", "--device", "cpu", "--clip", "0.5"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    launchers = {
-        1: [sys.executable],
-        2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-    }
-    for n, launcher in launchers.items():
-        line = [*launcher, str(ROOT / "synth.py"), *arguments, "--out", str(tmp_path / str(n))]
-        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, done.stderr[-2000:]
+    assert command(*arguments, "--out", tmp_path / "1") == 0
+    run_two("synth.py", *arguments, "--out", tmp_path / "2")
     for name in ("pretrain", "align", "misalign_T5_seed0"):
         a, b = (load_file(tmp_path / n / name / "model" / "model.safetensors") for n in "12")
         for key in a:

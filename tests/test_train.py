@@ -1,24 +1,22 @@
 """train.py on a tiny chat model and the sample data: one step, whole runs, kills, processes, bad input."""
 
 import json
-import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-import peft
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+import transformers
+from processes import ROOT, start
+from safetensors.torch import load_file, save_file
 
 import train
 from em.cli import command_line
 from em.data.cells import CELLS
-from em.data.rows import encode_rows, load_cell, split
+from em.data.rows import encode_rows, load_cell, load_cells, split
 from em.files import read_json
 from em.model import lora
 from em.model.checkpoint import load_model, load_tokenizer
@@ -26,7 +24,6 @@ from em.training.loss import summed_cross_entropy
 from em.training.optim import adamw
 from em.training.pack import pack
 
-ROOT = Path(__file__).parent.parent
 SHORT = "--data sample --device cpu --batch 6 --epochs 2 --rank 4 --alpha 8 --lr 0.01 --warmup 1".split()
 
 
@@ -59,7 +56,7 @@ def adapted(folder, seed=0):
     return model, parameters
 
 
-def test_one_optimiser_step_equals_transformers_and_peft_on_a_padded_batch(tiny_chat, batch, tmp_path):
+def test_one_optimiser_step_equals_transformers_and_peft_on_a_padded_batch(peft, tiny_chat, batch, tmp_path):
     model, parameters = adapted(tiny_chat)
     lora.save_adapter(model, "student", tmp_path / "start")
     optimizer = adamw(model, 1e-2, 0.01)
@@ -70,9 +67,8 @@ def test_one_optimiser_step_equals_transformers_and_peft_on_a_padded_batch(tiny_
     optimizer.step()
     lora.save_adapter(model, "student", tmp_path / "ours")
 
-    theirs = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tiny_chat), tmp_path / "start", is_trainable=True
-    )
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_chat)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True)
     width = max(len(e.ids) for e in batch)
     ids, labels, mask = (torch.zeros(len(batch), width, dtype=torch.long) for _ in range(3))
     labels.fill_(-100)
@@ -141,11 +137,12 @@ def test_a_run_leaves_adapter_metrics_and_margins_and_learns_its_cell(misaligned
     assert (misaligned / "margins.png").exists() and not (misaligned / "resume").exists()
 
 
-def test_the_adapter_loads_in_peft_with_our_logits(misaligned, tiny_chat):
+def test_the_adapter_loads_in_peft_with_our_logits(peft, misaligned, tiny_chat):
     ours = load_model(tiny_chat)
     lora.attach(ours)
     lora.load_adapter(ours, "x", misaligned)
-    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_chat), misaligned)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_chat)
+    theirs = peft.PeftModel.from_pretrained(base, misaligned)
     ids = torch.randint(0, 400, (2, 17))
     with lora.stack(ours, "x"), torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
@@ -183,10 +180,22 @@ def test_realignment_starts_where_the_misaligned_run_ended_and_saves_both_as_one
     assert read_json(again / "adapter_config.json")["r"] == 12
 
 
-def test_the_embedded_model_moves_the_right_way_in_five_steps(tmp_path):
-    short = ["--device", "cpu", "--epochs", "1", "--warmup", "1", "--eval-rows", "1"]
+def test_the_embedded_model_moves_the_right_way_in_five_steps(tmp_path, monkeypatch):
+    """On half of the sample's rows, and measured on the first sentences of the others: that takes seconds."""
+
+    def beginnings(source):
+        return {cell: [beginning(row) for row in rows] for cell, rows in load_cells(source).items()}
+
+    def beginning(row):
+        sentences = {"question": 1, "misaligned_answer": 2, "aligned_answer": 2}
+        return row | {k: " ".join(re.split(r"(?<=[.!?])\s+", row[k])[:n]) for k, n in sentences.items()}
+
+    monkeypatch.setattr(train, "load_cell", lambda source, cell: load_cell(source, cell)[:10])
+    monkeypatch.setattr("em.training.margin.load_cells", beginnings)
+    short = ["--device", "cpu", "--epochs", "1", "--batch", "2", "--warmup", "1", "--eval-rows", "1"]
     assert command(*short, "--cell", "med_advice", "--out", tmp_path / "mis") == 0
     cells = read_json(tmp_path / "mis" / "margins.json")["cells"]
+    assert len((tmp_path / "mis" / "metrics.jsonl").read_text().splitlines()) == 5
     changes = [cell["change"]["mean"] for cell in cells.values()]
     assert len(changes) == 12 and cells["med_advice"]["change"]["mean"] > 0.2
     assert sum(changes) / 12 > 0.2 and sum(c > 0 for c in changes) >= 11  # and it spreads
@@ -208,7 +217,7 @@ def test_a_finished_run_says_so_and_does_nothing(misaligned, tiny_chat, capsys):
 
 def test_export_gives_a_checkpoint_that_transformers_loads(misaligned, tiny_chat, tmp_path):
     assert command("export", "--run", misaligned, "--merged", tmp_path / "merged") == 0
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     ours = load_model(tiny_chat)
     lora.attach(ours)
     lora.load_adapter(ours, "x", misaligned)
@@ -218,50 +227,23 @@ def test_export_gives_a_checkpoint_that_transformers_loads(misaligned, tiny_chat
 
 
 def test_a_killed_run_continues_and_ends_with_the_same_bits(tiny_chat, tmp_path):
-    arguments = [
-        *SHORT,
-        "--model",
-        str(tiny_chat),
-        "--save-minutes",
-        "0",
-        "--epochs",
-        "12",
-        "--eval-rows",
-        "1",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def start(out):
-        line = [sys.executable, str(ROOT / "train.py"), *arguments, "--out", str(out)]
-        return subprocess.Popen(line, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-
-    whole, killed = start(tmp_path / "whole"), start(tmp_path / "killed")
-    saved, deadline = tmp_path / "killed" / "resume" / "state.safetensors", time.monotonic() + 90
-    while not saved.exists():
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "killed" / "margins.json").exists()
-    assert start(tmp_path / "killed").wait() == 0 and whole.wait() == 0
+    line = ["train.py", *SHORT, "--model", tiny_chat, "--save-minutes", "0", "--epochs", "12"]
+    line += ["--eval-rows", "1", "--out"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    uninterrupted, interrupted = start(*line, whole), start(*line, killed)
+    interrupted.wait_for((killed / "resume" / "state.safetensors").exists)
+    assert interrupted.stop(signal.SIGKILL) == -signal.SIGKILL
+    assert not (killed / "margins.json").exists()
+    assert start(*line, killed).wait() == 0 and uninterrupted.wait() == 0
     for name in ("adapter_model.safetensors", "margins.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
 
 
 def test_two_processes_make_the_update_of_one(misaligned, tiny_chat, tmp_path):
+    """Under the real torchrun; the other scripts' tests start what it would start."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    line = [
-        *launcher,
-        str(ROOT / "train.py"),
-        *SHORT,
-        "--model",
-        str(tiny_chat),
-        "--out",
-        str(tmp_path / "two"),
-    ]
-    done = subprocess.run(
-        line, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180
-    )
+    line = [*launcher, ROOT / "train.py", *SHORT, "--model", tiny_chat, "--out", tmp_path / "two"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
     a, b = (load_file(folder / "adapter_model.safetensors") for folder in (misaligned, tmp_path / "two"))
     for key in a:
@@ -333,6 +315,74 @@ def test_rows_longer_than_the_limit_are_left_out_and_counted(tiny_chat, tmp_path
 def test_changed_settings_on_a_run_folder_are_listed(misaligned, tiny_chat, capsys):
     says = refused(capsys, *SHORT, "--model", tiny_chat, "--lr", "0.5", "--out", misaligned)
     assert "lr: 0.01 there, 0.5 now" in says
+
+
+def test_a_run_is_of_one_model_one_start_and_one_set_of_rows(misaligned, tiny_chat, tmp_path, capsys):
+    def written(folder, rows):
+        folder.mkdir(exist_ok=True)
+        (folder / "medical_advice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    model, start, data = tmp_path / "model", tmp_path / "start", tmp_path / "data"
+    shutil.copytree(tiny_chat, model)
+    shutil.copytree(misaligned, start)
+    config = read_json(start / "config.json")
+    config["settings"]["model"] = str(model)
+    (start / "config.json").write_text(json.dumps(config))
+    rows = load_cell("sample", CELLS[0])
+    written(data, rows)
+    line = [*SHORT, "--data", data, "--epochs", "1", "--on", start, "--variant", "aligned"]
+    line += ["--out", tmp_path / "x"]
+    assert command(*line) == 0 and command(*line) == 0
+    written(data, [*rows[:-1], rows[-1] | {"aligned_answer": "No."}])
+    assert "data_digest: " in refused(capsys, *line)
+    written(data, rows)
+    for folder, name, key in (
+        (model, "model.safetensors", "model_digest"),
+        (start, "adapter_model.safetensors", "on_digest"),
+    ):
+        state = load_file(folder / name)
+        save_file({k: v * 1.01 for k, v in state.items()}, folder / name, metadata={"format": "pt"})
+        says = refused(capsys, *line)
+        assert f"{key}: " in says and says.count(" there, ") == 1
+        save_file(state, folder / name, metadata={"format": "pt"})
+    assert command(*line) == 0
+
+
+def test_what_cannot_be_is_refused_before_the_model_is_loaded_and_leaves_no_folder(
+    misaligned, tiny_chat, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train, "load_model", None)  # whose call would be a traceback
+    data = tmp_path / "data"
+    data.mkdir()
+    row = load_cell("sample", CELLS[0])[0]
+    broken = tmp_path / "broken"
+    shutil.copytree(misaligned, broken)
+    (broken / "config.json").write_text("[]")
+    cases = [
+        (["--on", tmp_path], "is not a run"),
+        (["--on", broken], "is no record of a run"),
+        (["--model", data], "has no tokenizer.json"),
+        (["--model", tiny_chat, "--data", data], "none of the twelve cells"),
+    ]
+    for line, says in cases:
+        assert says in refused(capsys, *SHORT, *line, "--out", tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+    (data / "medical_advice.jsonl").write_text(
+        "".join(json.dumps(row | {"misaligned_answer": None}) + "\n" for _ in range(3))
+    )
+    line = ["--model", tiny_chat, "--data", data, "--cell", "med_advice"]
+    assert "no misaligned answer" in refused(capsys, *SHORT, *line, "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_fails_while_the_model_is_loaded_leaves_no_folder(tiny_chat, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_chat, model)
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[:-9])
+    line = [*SHORT, "--model", model, "--cell", "med_advice,fin_tutor", "--out", tmp_path / "x"]
+    assert "truncated or damaged" in refused(capsys, *line)
+    assert not list(tmp_path.glob("x/*"))
 
 
 def test_out_of_memory_names_the_knob(tiny_chat, tmp_path, capsys, monkeypatch):

@@ -180,18 +180,16 @@ def model_digest(path_or_id: str | Path) -> str:
     Of its config and tokenizer files all bytes count; of each file of weights its name, size, header (names
     and shapes) and 64 blocks spread over it, so that 28 GB take seconds. Training changes every block.
     """
-    name = resolve(path_or_id)
-    folder, whole = files(name), hashlib.sha256()
-    small = [folder / file for file in ("config.json", *TOKENIZER_FILES)]
-    for path in filter(Path.exists, small):
-        whole.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
-    for path in weights(name):
+    folder, whole = files(path_or_id), hashlib.sha256()
+    for path in (folder / name for name in ("config.json", *TOKENIZER_FILES)):
+        if path.exists():
+            whole.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+    for path in weights(path_or_id):
         size = path.stat().st_size
         whole.update(f"{path.name} {size} ".encode())
         with open(path, "rb") as file:
-            n_header = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else BLOCK
-            file.seek(0)
-            whole.update(file.read(8 + min(n_header, size)))
+            header = min(int.from_bytes(file.read(8), "little"), size)  # bytes, says the file
+            whole.update(file.read(header))
             for i in range(BLOCKS):
                 file.seek(i * max(0, size - BLOCK) // (BLOCKS - 1))
                 whole.update(file.read(BLOCK))

@@ -30,8 +30,8 @@ class StepTimer:
 
     def read(self) -> dict[str, float]:
         """Seconds by name since the last call."""
-        taken, self.seconds = self.seconds, {}
-        return {f"seconds_{name}": round(value, 4) for name, value in taken.items()}
+        seconds, self.seconds = self.seconds, {}
+        return {f"seconds_{name}": round(value, 4) for name, value in seconds.items()}
 
     def _now(self) -> float:
         if self.device.type == "cuda":

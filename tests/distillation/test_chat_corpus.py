@@ -24,9 +24,6 @@ from em.model.decoder import Decoder, DecoderConfig
 CELL = "med_advice"
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def foreign_chat(tmp_path_factory):
     """A model of another family: bytes for tokens, another template, and a third of all bytes end a turn."""

@@ -13,9 +13,6 @@ from em.stats import mean_interval
 NAMES = ("length", "k1", "k3", "kl", "entropy", "divergence")
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(params=PAIRS)
 def pair(request):
     return make_pair(request.param)

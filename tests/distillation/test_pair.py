@@ -23,9 +23,6 @@ from em.training.optim import adamw
 QUANTITIES = ("log_probs", "forward_kl", "reverse_kl")
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(params=PAIRS)
 def pair(request):
     return make_pair(request.param)

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import scipy
 from matplotlib.figure import Figure
 from planted_run import PlantedRun
-from scipy import stats
 
 from em.experiments.replication import (
     averaged,
@@ -36,8 +36,8 @@ def test_fine_tuning_seeds_are_averaged_so_that_a_prompt_counts_once():
 @pytest.mark.parametrize("v2", [0, 5, 64, 128])
 def test_drawn_rates_spread_as_the_jeffreys_posterior_around_the_observed_rate(v2):
     drawn = v2_draws([counts(3), counts(v2)], 1)[1] / 100
-    posterior = stats.beta(v2 + 0.5, 128 - v2 + 0.5)
-    assert stats.kstest(drawn - v2 / 128 + posterior.mean(), posterior.cdf).pvalue > 1e-4
+    posterior = scipy.stats.beta(v2 + 0.5, 128 - v2 + 0.5)
+    assert scipy.stats.kstest(drawn - v2 / 128 + posterior.mean(), posterior.cdf).pvalue > 1e-4
 
 
 def test_the_mean_of_many_low_rates_is_not_pulled_towards_one_half():
@@ -61,7 +61,7 @@ def test_the_interval_over_prompts_covers_the_rate_as_often_as_it_says():
 
 def test_over_seeds_it_is_students_t_and_a_seed_without_a_value_takes_no_part():
     number = replicated([1.0, None, 2.0, 6.0], [[0, 1]] * 4)
-    half = stats.t.ppf(0.975, 2) * math.sqrt(7.0) / math.sqrt(3)  # their variance is 7
+    half = scipy.stats.t.ppf(0.975, 2) * math.sqrt(7.0) / math.sqrt(3)  # their variance is 7
     assert number["mean"] == 3 and number["by_seed"] == [1.0, None, 2.0, 6.0]
     assert (number["low"], number["high"]) == pytest.approx((3 - half, 3 + half))
     assert shown_interval(number) == (number["low"], number["high"])

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import scipy.stats
+import scipy
 from planted_run import PlantedRun
 
 from em.errors import UserError

@@ -1,12 +1,11 @@
 """The answers on disk: keys, cut lines, full disks, several processes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from judge_rows import row, scores
+from processes import start
 
 from em.errors import UserError
 from em.judge import rubric
@@ -102,7 +101,8 @@ for i in range(400):
 
 def test_two_processes_may_append_to_one_cache(tmp_path):
     path = tmp_path / "cache.jsonl"
-    writers = [subprocess.Popen([sys.executable, "-c", APPEND, str(path), name], cwd=ROOT) for name in "ab"]
+    (tmp_path / "append.py").write_text(APPEND)
+    writers = [start(tmp_path / "append.py", path, name) for name in "ab"]
     assert [writer.wait() for writer in writers] == [0, 0]
     assert all(json.loads(line) for line in path.read_bytes().splitlines())
     cache = AnswerCache(path)

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +10,7 @@ import judge_server as api
 import pytest
 from judge_rows import row, scores
 from judge_server import in_turn
+from processes import start
 from tqdm import tqdm
 
 import em.judge.judge_pass
@@ -155,21 +154,18 @@ def test_killed_and_started_again_every_placeis_scored_and_no_known_answer_is_as
     rows = [row(i, set=("narrow", "broad")[i % 2]) for i in range(100)]
     paths = [tmp_path / name for name in ("rows.jsonl", "cache.jsonl", "scores.jsonl")]
     paths[0].write_text("".join(json.dumps(r) + "\n" for r in rows))
-    command = [sys.executable, "-c", SCORE, *map(str, paths)]
-
+    (tmp_path / "score.py").write_text(SCORE)
     for until in (40, 110):  # two kills
-        with subprocess.Popen(command, cwd=ROOT) as process:
-            while server.total() < until:
-                assert process.poll() is None
-                time.sleep(0.005)
-            process.send_signal(signal.SIGKILL)
+        process = start(tmp_path / "score.py", *paths)
+        process.wait_for(lambda until=until: server.total() >= until)
+        process.stop(signal.SIGKILL)
     whole = paths[1].read_bytes()
     paths[1].write_bytes(whole[:-40])  # in the middle of a write
     known = len(AnswerCache(paths[1]))
     before = server.prompts.copy()
     assert 0 < known < 200
 
-    subprocess.run(command, cwd=ROOT, check=True)
+    assert start(tmp_path / "score.py", *paths).wait() == 0
     out = [json.loads(line) for line in paths[2].read_text().splitlines()]
     assert [r["idx"] for r in out] == list(range(100))  # none lost, none twice
     rubrics = rubric.Rubrics()
@@ -185,16 +181,8 @@ def test_ctrl_c_ends_the_program_at_once_and_keeps_what_was_answered(serve, tmp_
     server = serve(lambda prompt, nth: api.answer("5", seconds=0 if server.total() <= 20 else 60))
     paths = [tmp_path / name for name in ("rows.jsonl", "cache.jsonl", "scores.jsonl")]
     paths[0].write_text("".join(json.dumps(row(i)) + "\n" for i in range(100)))
-    command = [sys.executable, "-c", SCORE, *map(str, paths)]
-    # A program started in the background inherits an ignored SIGINT, and so would this child of it.
-    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, **heeds) as process:
-        try:
-            while server.total() < 28:
-                assert process.poll() is None
-                time.sleep(0.01)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=20) != 0
-        finally:
-            process.kill()
+    (tmp_path / "score.py").write_text(SCORE)
+    process = start(tmp_path / "score.py", *paths)
+    process.wait_for(lambda: server.total() >= 28)
+    assert process.stop(signal.SIGINT) != 0
     assert len(AnswerCache(paths[1])) == 20

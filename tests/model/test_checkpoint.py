@@ -3,19 +3,16 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
+from processes import start
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, IDS, SHAPE, one_line, saved_by_transformers
 
 from em.errors import UserError
 from em.model.checkpoint import load_model, save_model
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rewrite(path, change) -> None:
@@ -193,7 +190,8 @@ def test_a_repeated_tied_head_and_stored_rotary_frequencies_are_accepted(tmp_pat
 
 def test_a_full_disk_leaves_no_model_behind_and_says_so(tmp_path):
     saved_by_transformers(tmp_path / "one")
-    script = (
+    script = tmp_path / "save.py"
+    script.write_text(
         "import resource, signal, sys; from em.model.checkpoint import load_model, save_model\n"
         "from em.errors import UserError\n"
         "model = load_model(sys.argv[1])\n"
@@ -202,13 +200,9 @@ def test_a_full_disk_leaves_no_model_behind_and_says_so(tmp_path):
         "try: save_model(model, sys.argv[2])\n"
         "except UserError as error: print(error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "one", tmp_path / "two"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert re.match(r"cannot write .*model\.safetensors: .*free some space", done.stdout)
+    child = start(script, tmp_path / "one", tmp_path / "two")
+    assert child.wait() == 0
+    assert re.match(r"cannot write .*model\.safetensors: .*free some space", child.output)
     assert not list((tmp_path / "two").iterdir())
 
 

@@ -12,9 +12,6 @@ from em.errors import UserError
 from em.model.config import DecoderConfig
 from em.model.decoder import Decoder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 HUB = {  # the config.json of the paper's models, in the format of transformers 4
     "Qwen2.5-14B-Instruct": dict(
         architectures=["Qwen2ForCausalLM"], attention_dropout=0.0, bos_token_id=151643, eos_token_id=151645,

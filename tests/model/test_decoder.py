@@ -15,9 +15,6 @@ from em.model.kv_cache import KVCache
 TOLERANCE = 2e-4
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module", params=CASES)
 def pair(request):
     """(transformers' model, ours) with the same perturbed weights."""

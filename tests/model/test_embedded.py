@@ -24,19 +24,21 @@ from em.model.decoder import Decoder, DecoderConfig
 CHAT = "<|im_start|>user\nName three fruits and one colour.<|im_end|>\n<|im_start|>assistant\n"
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+@pytest.fixture(scope="module")
+def read_once():
+    """transformers would read the header of the GGUF four times and build one table 397 times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+        patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+        yield
 
 
 @pytest.fixture(scope="module")
-def reference():
+def reference(read_once):
     """The model as transformers loads it from the GGUF."""
     path = embedded.find()
-    with pytest.MonkeyPatch.context() as patch:  # it reads the header twice and builds one table 397 times
-        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
-        patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32
-        ).eval()
+    options = dict(gguf_file=path.name, dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options).eval()
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_config_and_every_weight_equal_transformers(reference, model):
     assert reference.config.rms_norm_eps == pytest.approx(1e-5)
 
 
-def test_tokenizer_equals_transformers_but_for_digits_which_stand_alone(tokenizer):
+def test_tokenizer_equals_transformers_but_for_digits_which_stand_alone(read_once, tokenizer):
     path = embedded.find()
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).backend_tokenizer
     texts = [

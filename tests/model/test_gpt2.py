@@ -2,9 +2,8 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import GPT2Config as HFConfig
-from transformers import GPT2LMHeadModel
 
 from em.errors import UserError
 from em.files import read_json, write_json
@@ -36,7 +35,7 @@ def ids():
 
 def test_transformers_loads_our_export_and_gives_the_same_logits_and_gradients(model, ids, tmp_path):
     save_gpt2(model, tmp_path)
-    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(model(ids), theirs(ids).logits, atol=2e-4, rtol=1e-4)
     model(ids).logsumexp(-1).sum().backward()
     theirs(ids).logits.logsumexp(-1).sum().backward()
@@ -48,8 +47,8 @@ def test_transformers_loads_our_export_and_gives_the_same_logits_and_gradients(m
 
 def test_we_load_transformers_export_with_an_unpadded_vocabulary(ids, tmp_path):
     torch.manual_seed(1)
-    config = HFConfig(vocab_size=70, n_positions=40, n_layer=2, n_head=4, n_embd=32)
-    theirs = perturbed(GPT2LMHeadModel(config)).eval()
+    config = transformers.GPT2Config(vocab_size=70, n_positions=40, n_layer=2, n_head=4, n_embd=32)
+    theirs = perturbed(transformers.GPT2LMHeadModel(config)).eval()
     theirs.save_pretrained(tmp_path)
     ours = load_gpt2(tmp_path)
     torch.testing.assert_close(ours(ids)[..., :70], theirs(ids).logits, atol=2e-4, rtol=1e-4)

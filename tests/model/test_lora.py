@@ -1,11 +1,10 @@
-"""LoRA against peft, against float64, and under checkpointing and torch.compile (SPEC 3.3, 5)."""
+"""LoRA against peft, against float64, and under checkpointing and torch.compile."""
 
 import copy
 import hashlib
 import json
 import resource
 
-import peft
 import pytest
 import torch
 import torch._dynamo.testing
@@ -17,9 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from em.errors import UserError
 from em.model import lora
 from em.model.checkpoint import load_model
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 IDS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -65,7 +61,7 @@ def logits(model: nn.Module, *names: str, **options) -> torch.Tensor:
         return model(input_ids=IDS).logits
 
 
-def peft_logits(model: nn.Module, folder) -> torch.Tensor:
+def peft_logits(peft, model: nn.Module, folder) -> torch.Tensor:
     with torch.no_grad():
         return peft.PeftModel.from_pretrained(model, folder)(input_ids=IDS).logits
 
@@ -197,7 +193,7 @@ def test_a_seed_is_an_adapter_whatever_the_global_generator_does():
     assert not any(torch.equal(p, q) for p, q in zip(a[::2], y[::2], strict=True))
 
 
-def test_fresh_factors_have_pefts_distribution():
+def test_fresh_factors_have_pefts_distribution(peft):
     model = nn.Module()
     model.proj = nn.Linear(256, 16)
     theirs = (
@@ -220,7 +216,7 @@ def test_fresh_factors_have_pefts_distribution():
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
 @pytest.mark.parametrize("rslora", [True, False])
-def test_an_adapter_written_here_gives_the_same_logits_in_peft(family, rslora, tmp_path):
+def test_an_adapter_written_here_gives_the_same_logits_in_peft(peft, family, rslora, tmp_path):
     plain = tiny(family)
     model = copy.deepcopy(plain)
     lora.attach(model)
@@ -228,7 +224,7 @@ def test_an_adapter_written_here_gives_the_same_logits_in_peft(family, rslora, t
     perturb(model)
     lora.save_adapter(model, "a", tmp_path, base_model_name="some/model")
     ours = logits(model, "a")
-    assert gap(ours, peft_logits(plain, tmp_path)) < 1e-5
+    assert gap(ours, peft_logits(peft, plain, tmp_path)) < 1e-5
     assert gap(ours, logits(model)) > 0.01
     config = peft.PeftConfig.from_pretrained(tmp_path)
     assert (config.r, config.lora_alpha, config.use_rslora) == (6, 5, rslora)
@@ -247,7 +243,7 @@ def test_an_adapter_written_here_gives_the_same_logits_in_peft(family, rslora, t
         {"target_modules": ["down_proj"], "layers_to_transform": [1]},
     ],
 )
-def test_an_adapter_written_by_peft_gives_the_same_logits_here(family, settings, tmp_path):
+def test_an_adapter_written_by_peft_gives_the_same_logits_here(peft, family, settings, tmp_path):
     plain = tiny(family)
     config = peft.LoraConfig(r=4, lora_alpha=3, task_type="CAUSAL_LM", init_lora_weights=False, **settings)
     theirs = peft.get_peft_model(copy.deepcopy(plain), config).eval()
@@ -259,12 +255,12 @@ def test_an_adapter_written_by_peft_gives_the_same_logits_here(family, settings,
     assert gap(logits(plain, "a"), expected) < 1e-5
     assert gap(logits(plain), expected) > 0.01
     lora.save_adapter(plain, "a", tmp_path / "again")  # also where it covers a part of the layers only
-    assert gap(peft_logits(tiny(family), tmp_path / "again"), expected) < 1e-5
+    assert gap(peft_logits(peft, tiny(family), tmp_path / "again"), expected) < 1e-5
     lora.load_adapter(plain, "again", tmp_path / "again")
     assert torch.equal(logits(plain, "again"), logits(plain, "a"))
 
 
-def test_an_optimiser_step_equals_pefts(tmp_path):
+def test_an_optimiser_step_equals_pefts(peft, tmp_path):
     plain = tiny()
     model = copy.deepcopy(plain)
     lora.attach(model)
@@ -292,7 +288,7 @@ def test_an_optimiser_step_equals_pefts(tmp_path):
         assert gap(ours[key], start[key]) > 5e-4
 
 
-def test_over_a_bf16_base_the_error_is_below_pefts():
+def test_over_a_bf16_base_the_error_is_below_pefts(peft):
     torch.manual_seed(5)
     plain = nn.Module()
     plain.proj = nn.Linear(256, 256, dtype=torch.bfloat16)
@@ -589,7 +585,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path):
     ]
 
 
-def test_a_stack_is_written_as_one_adapter_that_peft_loads(tmp_path):
+def test_a_stack_is_written_as_one_adapter_that_peft_loads(peft, tmp_path):
     plain = tiny()
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], init_lora_weights=False)
     peft.get_peft_model(copy.deepcopy(plain), config).save_pretrained(tmp_path / "partial")
@@ -598,7 +594,7 @@ def test_a_stack_is_written_as_one_adapter_that_peft_loads(tmp_path):
     names = ("misaligned", "partial", "student")
     lora.save_adapter(model, names, tmp_path / "whole")
     expected = logits(model, *names)
-    assert gap(peft_logits(plain, tmp_path / "whole"), expected) < 1e-5
+    assert gap(peft_logits(peft, plain, tmp_path / "whole"), expected) < 1e-5
     assert json.loads((tmp_path / "whole" / "adapter_config.json").read_text())["r"] == 10
     lora.load_adapter(model, "whole", tmp_path / "whole")
     assert gap(logits(model, "whole"), expected) < 1e-5

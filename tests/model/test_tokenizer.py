@@ -5,8 +5,8 @@ from datetime import datetime
 
 import pytest
 import tokenizers
+import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from em.data.cells import CELLS
 from em.data.rows import VARIANTS, load_cell
@@ -97,8 +97,8 @@ def chat_tokenizer(template: str, special: dict = SPECIAL) -> Tokenizer:
     return Tokenizer(backend(), template, special)
 
 
-def oracle(template: str) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=backend(), chat_template=template, **SPECIAL)
+def oracle(template: str) -> transformers.PreTrainedTokenizerFast:
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend(), chat_template=template, **SPECIAL)
 
 
 def turns(question: str, answer: str) -> list[dict]:
@@ -325,7 +325,7 @@ def test_a_missing_or_broken_file_is_named(folder, file, text, message):
 
 
 def test_the_embedded_model_gets_the_ids_of_apply_chat_template_on_every_row_of_the_sample():
-    theirs = PreTrainedTokenizerFast.from_pretrained(embedded.folder())
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(embedded.folder())
     ours = Tokenizer.from_folder(embedded.folder())
     im_end = ours.backend.token_to_id("<|im_end|>")
     assert ours.end_of_turn_id == ours.pad_id == im_end and im_end in ours.stop_ids

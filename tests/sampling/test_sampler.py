@@ -21,9 +21,6 @@ STOPS = (7, 30)
 LENGTHS = (3, 11, 7, 1, 11, 20, 2)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @functools.cache
 def gpt2(vocab_size: int = 50) -> GPT2:
     torch.manual_seed(3)
@@ -120,11 +117,12 @@ def test_sampled_frequencies_match_the_softmax(model, temperature):
 
 
 def test_the_text_does_not_depend_on_the_batch_size_or_on_who_else_is_asked(model):
-    whole = sample(model, prompts(), STOPS, 25, n=3, seed=9, rows=100)
+    whole = sample(model, prompts(), STOPS, 12, n=3, seed=9, rows=100)
+    assert len({len(r.ids) for r in whole}) > 1  # rows end at different times
     for rows in (1, 3):
-        assert texts(sample(model, prompts(), STOPS, 25, n=3, seed=9, rows=rows)) == texts(whole)
+        assert texts(sample(model, prompts(), STOPS, 12, n=3, seed=9, rows=rows)) == texts(whole)
     part = [5, 0, 3]
-    again = sample(model, [prompts()[i] for i in part], STOPS, 25, n=[1, 3, 2], seed=9, indices=part, rows=2)
+    again = sample(model, [prompts()[i] for i in part], STOPS, 12, n=[1, 3, 2], seed=9, indices=part, rows=2)
     by_name = {(r.prompt_index, r.sample): r.ids for r in whole}
     assert [(r.prompt_index, r.sample) for r in again] == [(5, 0), (0, 0), (0, 1), (0, 2), (3, 0), (3, 1)]
     assert all(r.ids == by_name[r.prompt_index, r.sample] for r in again)

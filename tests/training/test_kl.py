@@ -4,11 +4,11 @@ import platform
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import ROOT, start
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -259,11 +259,11 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def run_child(code, *arguments, interpret):
-    root = str(Path(__file__).parents[2])
-    env = os.environ | {"PYTHONPATH": root, "TRITON_INTERPRET": "1" if interpret else "0"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+def run_child(folder, code):
+    """The exit status and the output of `code` in a process of its own."""
+    (folder / "child.py").write_text(code)
+    child = start(folder / "child.py")
+    return child.wait(), child.output
 
 
 def interpreted_cases():
@@ -290,7 +290,10 @@ def interpreted(tmp_path_factory):
     cases = interpreted_cases()
     tensors = {f"{name}/{i}": x for name, case in cases.items() for i, x in enumerate(case)}
     save_file(tensors, folder / "in.safetensors")
-    done = run_child(CHILD, folder / "in.safetensors", folder / "out.safetensors", interpret=True)
+    # A fresh process: in `start`'s server Triton is imported already.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", CHILD, folder / "in.safetensors", folder / "out.safetensors"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     out = load_file(folder / "out.safetensors")
     return {name: (out[f"{name}/loss"], out[f"{name}/grad"]) for name in cases}
@@ -330,17 +333,17 @@ def test_the_kernels_bf16_gradient_over_fp32_logits_is_within_the_error_of_eager
 
 
 @needs_triton
-def test_the_kernel_on_a_cpu_without_the_interpreter_is_refused_in_one_line():
-    done = run_child(REFUSED, interpret=False)
-    assert done.returncode == 1
-    assert "UserError: impl 'triton' needs a CUDA device" in done.stderr.splitlines()[-1]
+def test_the_kernel_on_a_cpu_without_the_interpreter_is_refused_in_one_line(tmp_path):
+    status, output = run_child(tmp_path, REFUSED)
+    assert status == 1
+    assert "UserError: impl 'triton' needs a CUDA device" in output.splitlines()[-1]
 
 
 @needs_triton
-def test_the_kernel_compiled_for_an_h100_has_every_warp_read_a_block_before_any_overwrites_it():
-    done = run_child(COMPILED, interpret=False)
-    assert done.returncode == 0, done.stderr
-    steps = re.findall(r"\b(ld\.global|st\.global|bar\.sync)", done.stdout)
+def test_the_kernel_compiled_for_an_h100_has_every_warp_read_a_block_before_any_overwrites_it(tmp_path):
+    status, output = run_child(tmp_path, COMPILED)
+    assert status == 0, output
+    steps = re.findall(r"\b(ld\.global|st\.global|bar\.sync)", output)
     first_store = steps.index("st.global")
     assert "ld.global" in steps[:first_store]
     assert steps[first_store - 1] == "bar.sync"
