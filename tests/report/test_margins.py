@@ -18,7 +18,7 @@ def row(train: str, cell: str, idx: int, before: float, after: float, model: str
 
 
 def test_two_rows_have_the_interval_of_student_t_not_of_a_normal(tmp_path):
-    """results/sample_grid's med_advice: changes 0.916 ± 0.1125 standard errors; 1.96 gave [0.70, 1.14]."""
+    """The two rows of results/sample_grid on med_advice, 0.916 ± 0.1125, for which 1.96 gave [0.70, 1.14]."""
     changes = (0.9160 - 0.1125, 0.9160 + 0.1125)
     rows = [row("med_advice", "med_advice", i, -0.5, -0.5 + change) for i, change in enumerate(changes)]
     rows += [row("med_advice", "fin_tutor", 0, 0.1, 0.4)]
