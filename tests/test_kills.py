@@ -1,6 +1,6 @@
-"""kill -9 at random moments of every script: the same command after it ends as if nothing had happened.
+"""kill -9 and Ctrl-C at random moments of every script: the same command after it ends as if nothing was.
 
-The suite kills each command once; `KILLS=20 python -m pytest tests/test_kills.py` does it twenty times.
+The suite stops each command once; `KILLS=20 python -m pytest tests/test_kills.py` does it twenty times.
 """
 
 import json
@@ -71,26 +71,39 @@ def outcome(folder: Path) -> dict[str, object]:
     return {str(p.relative_to(folder)): content(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("name", LINES)
-def test_killed_anywhere_and_started_again_it_ends_with_the_same_bits_and_rows(name, place, monkeypatch):
-    def run_in(folder: Path):
-        folder.mkdir(exist_ok=True)
-        monkeypatch.chdir(folder)
-        return start(*LINES[name].split())
-
+@pytest.fixture(scope="module", params=LINES)
+def whole(request, place):
+    """(name, seconds, outcome) of each command that nothing interrupts."""
     began = time.monotonic()
-    whole = run_in(place / f"{name}-whole")
-    assert whole.wait() == 0, whole.output
-    seconds = time.monotonic() - began
-    expected = outcome(place / f"{name}-whole")
+    with pytest.MonkeyPatch.context() as patch:
+        child = run_in(place / f"{request.param}-whole", request.param, patch)
+        assert child.wait() == 0, child.output
+    return request.param, time.monotonic() - began, outcome(place / f"{request.param}-whole")
 
-    for kill in range(KILLS):
-        moment = random.Random(f"{name} {kill}").random() * seconds
-        folder = place / f"{name}-{kill}"
-        child = run_in(folder)
+
+def run_in(folder: Path, name: str, monkeypatch):
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    return start(*LINES[name].split())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
+def test_stopped_anywhere_and_started_again_it_ends_with_the_same_bits_and_rows(
+    signum, whole, place, monkeypatch
+):
+    name, seconds, expected = whole
+    for stop in range(KILLS):
+        # Ctrl-C within the first moments meets Python's own start, which has no line of ours.
+        least = 0 if signum == signal.SIGKILL else 0.3
+        moment = max(least, random.Random(f"{name} {signum} {stop}").random() * seconds)
+        folder = place / f"{name}-{signum}-{stop}"
+        child = run_in(folder, name, monkeypatch)
         time.sleep(moment)
-        child.stop(signal.SIGKILL)
-        again = run_in(folder)
+        status = child.stop(signum)
+        if signum == signal.SIGINT and status != 0:  # 0: it had ended
+            said = [line for line in child.output.splitlines() if "stopped" in line or "Traceback" in line]
+            assert status == 130 and len(said) == 1 and said[0].startswith("stopped;"), (moment, child.output)
+        again = run_in(folder, name, monkeypatch)
         assert again.wait() == 0, (moment, again.output)
         found = outcome(folder)
         assert found.keys() == expected.keys(), moment  # nothing lost, no strays
