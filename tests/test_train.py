@@ -360,7 +360,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded_and_leaves_no_fold
     (broken / "config.json").write_text("[]")
     cases = [
         (["--on", tmp_path], "is not a run"),
-        (["--on", broken], "is no record of a run"),
+        (["--on", broken], "config.json: not a JSON object"),
         (["--model", data], "has no tokenizer.json"),
         (["--model", tiny_chat, "--data", data], "none of the twelve cells"),
     ]
