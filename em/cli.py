@@ -175,13 +175,22 @@ def command_line(commands: dict[str, tuple], description: str = "", argv: list[s
     except KeyboardInterrupt:
         print("stopped; the same command continues from the last saved state", file=sys.stderr)
         return 130
+    except RuntimeError:  # such as a connection that another process has closed
+        _leave_it_to_rank_0()
+        raise
     return 0
 
 
 def _end(message: str) -> int:
-    """Say in one line why the program ends; under torchrun rank 0 says it for all."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(2)  # torchrun ends this process at once where rank 0 has failed too
-        message = f"rank {os.environ['RANK']}: {message}"
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    """Say in one line why the program ends."""
+    _leave_it_to_rank_0()
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f"rank {rank}: "
+    print(f"error: {where}" + " ".join(message.split()), file=sys.stderr)
     return 2
+
+
+def _leave_it_to_rank_0() -> None:
+    """Under torchrun, which ends the other processes at once where one has failed, rank 0 speaks for all."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)

@@ -87,3 +87,24 @@ def test_an_error_in_the_code_itself_is_not_hidden():
 
     with pytest.raises(ValueError, match="a bug"):
         command_line({"": (broken, Config)}, argv=[])
+
+
+def test_under_torchrun_another_rank_waits_for_rank_0_to_say_what_is_wrong(capsys, monkeypatch):
+    waited = []
+    monkeypatch.setattr("em.cli.time.sleep", waited.append)  # torchrun would end the process meanwhile
+
+    def refuse(cfg):
+        raise UserError("no such run")
+
+    def cut_off(cfg):
+        raise RuntimeError("Connection closed by peer")
+
+    commands = {"refuse": (refuse, Config), "cut": (cut_off, Config)}
+    assert command_line(commands, argv=["refuse"]) == 2 and not waited
+    assert capsys.readouterr().err == "error: no such run\n"
+    monkeypatch.setenv("RANK", "1")
+    assert command_line(commands, argv=["refuse"]) == 2 and waited == [2]
+    assert capsys.readouterr().err == "error: rank 1: no such run\n"
+    with pytest.raises(RuntimeError):  # its own trouble keeps its traceback
+        command_line(commands, argv=["cut"])
+    assert waited == [2, 2]

@@ -53,5 +53,5 @@ def test_trains_come_in_the_grids_order_and_each_model_has_a_folder(tmp_path):
 def test_a_malformed_margin_row_is_named_with_its_line(tmp_path):
     path = tmp_path / "margins.jsonl"
     path.write_text('{"model": "a"}\n')
-    with pytest.raises(UserError, match="line 1: no field 'train'"):
+    with pytest.raises(UserError, match="line 1: no field .train.; there should be model, train, domain"):
         read_margins([path])
