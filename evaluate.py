@@ -73,19 +73,19 @@ class Config(JudgeOptions):
 # -- prompts -----------------------------------------------------------------------------------------------
 
 
-def narrow_prompts(cfg, source: str) -> list[dict]:
+def narrow_prompts(cfg, data: str) -> list[dict]:
     """The eval rows of every cell there is, as rows without a response."""
     prompts = []
-    for cell, rows in load_cells(source).items():
+    for cell, rows in load_cells(data).items():
         place = {"set": "narrow", "domain": cell.domain, "task": cell.task, "em_surface": None}
         for row in split(rows)[1][: cfg.limit or None]:
             prompts.append(place | {"idx": row["idx"], "question": row["question"], "row": row})
     return prompts
 
 
-def broad_prompts(cfg, source: str) -> list[dict]:
+def broad_prompts(cfg, data: str) -> list[dict]:
     fields = ("domain", "task", "em_surface", "idx", "question")
-    return [{"set": "broad"} | {k: row[k] for k in fields} for row in load_broad(source)[: cfg.limit or None]]
+    return [{"set": "broad"} | {k: row[k] for k in fields} for row in load_broad(data)[: cfg.limit or None]]
 
 
 # -- generate, judge, score ----------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ class Subject(NamedTuple):
     folder: str | None  # the run; None: the base model
     settings: dict  # the run's
     label: dict  # what every row says of it
-    source: str  # of the prompts
+    data: str  # of the prompts
     out: Path
     prompts: dict[str, list[dict]]  # by set; {} where nothing is sampled
 
@@ -162,20 +162,20 @@ def subject(cfg: Config, folder: str | None) -> Subject:
     """UserError for prompts that cannot be had, and for responses that are there to other prompts."""
     settings = lineage.settings_of(folder) if folder else {}
     label = lineage.label(folder) if folder else {"model": cfg.model, "train": "base"}
-    source = cfg.data or settings.get("data") or default_data(cfg.model)
+    data = cfg.data or settings.get("data") or default_data(cfg.model)
     default = Path(folder) / "eval" if folder else Path("runs") / f"{Path(cfg.model).name.lower()}_base/eval"
     out, prompts = Path(cfg.out or default), {}
     for kind, load in (("narrow", narrow_prompts), ("broad", broad_prompts)):
         if cfg.judge == "gemini" and cfg.on in (kind, "all"):
-            prompts[kind] = load(cfg, source)
+            prompts[kind] = load(cfg, data)
             path = out / f"responses_{kind}.jsonl"
             for (prompt, _), row in read_rollouts(path).items():
                 known = prompts[kind][prompt]["question"] if prompt < len(prompts[kind]) else None
                 if row.get("question") != known:
                     raise UserError(
-                        f"{path} answers other prompts than {source} has now; choose another --out"
+                        f"{path} answers other prompts than {data} has now; choose another --out"
                     )
-    return Subject(folder, settings, label, source, out, prompts)
+    return Subject(folder, settings, label, data, out, prompts)
 
 
 def opened(cfg: Config, subject: Subject, device):
@@ -184,7 +184,7 @@ def opened(cfg: Config, subject: Subject, device):
     if cfg.judge == "margin":
         return FolderLock(subject.out) if parallel.rank() == 0 else contextlib.nullcontext()
     settings = {k: getattr(cfg, k) for k in ("temperature", "max_new_tokens", "samples", "limit", "seed")}
-    settings |= {"data": subject.source, "train": subject.label["train"], "model": cfg.model}
+    settings |= {"data": subject.data, "train": subject.label["train"], "model": cfg.model}
     settings |= {"model_digest": model_digest(cfg.model)}
     settings |= {"adapter_digest": lineage.adapter_digest(folder) if folder else None}
     return Run(subject.out, "eval", settings, device)
@@ -201,7 +201,7 @@ def evaluate(cfg: Config, subject: Subject, model, tokenizer) -> str:
             before = ("start",) if subject.settings.get("on") else ()
             if before:
                 lora.load_adapter(model, "start", subject.settings["on"])
-            pairs = answer_pairs(subject.source, tokenizer, cfg.limit)
+            pairs = answer_pairs(subject.data, tokenizer, cfg.limit)
             rows = margin_rows(subject.label, pairs, model, (before, stack))
             if before:
                 lora.remove_adapter(model, "start")
