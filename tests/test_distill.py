@@ -116,7 +116,7 @@ def test_a_channel_leaves_an_adapter_an_epoch_a_log_and_diagnostics(channel, tin
 def test_optd_brings_the_student_nearer_to_its_teacher():
     more = [*FEW, "--epochs", "6"]
     assert command(*more, "--channel", "optd", "--teacher", "runs/med") == 0
-    found = read_json("runs/med_optd/diagnostics.json")
+    found = read_json("runs/med_optd/diagnostics.json", kind=list)
     assert found[-1]["kl"]["mean"] < 0.7 * found[0]["kl"]["mean"]
 
 
@@ -152,7 +152,7 @@ def test_realignment_starts_from_the_misaligned_run_and_saves_both_as_one():
     assert command(*FEW[1:], "--channel", "optd", "--on", "runs/med") == 0  # no filter to speak of
     out = Path("runs/med_optd_realigned")
     assert read_json(out / "adapter_config.json")["r"] == 8
-    found = read_json(out / "diagnostics.json")
+    found = read_json(out / "diagnostics.json", kind=list)
     assert found[-1]["kl"]["mean"] < found[0]["kl"]["mean"]  # towards the base
     assert found[0]["divergence"]["mean"] == 0  # whose argmax is its own
     assert lineage.label(out)["train"] == "med_advice" and "realigned" in lineage.label(out)["model"]
@@ -342,11 +342,11 @@ def test_a_world_has_a_student_and_a_control_for_every_seed(mini_world, channel)
             folder = Path(channel, f"seed{seed}", who)
             assert read_json(folder / "counts.json") == found["seeds"][seed][who]
             assert (folder / "model" / "model.safetensors").exists()
-            assert len(read_json(folder / "diagnostics.json")) == 3
+            assert len(read_json(folder / "diagnostics.json", kind=list)) == 3
     assert (Path(channel) / "transfer.png").stat().st_size > 10_000
     assert len((Path(channel) / "transfer.csv").read_text().splitlines()) == 1 + 2 * 20
-    first, last = (read_json(folder / "diagnostics.json")[i]["kl"]["mean"] for i in (0, -1))
-    apart = read_json(folder.parent / "student" / "diagnostics.json")[0]["kl"]["mean"]
+    first, last = (read_json(folder / "diagnostics.json", kind=list)[i]["kl"]["mean"] for i in (0, -1))
+    apart = read_json(folder.parent / "student" / "diagnostics.json", kind=list)[0]["kl"]["mean"]
     assert first == 0 and (channel == "sft" or last < 0.1 * apart)  # a control stays beside its teacher
 
 
@@ -356,7 +356,7 @@ def test_in_a_realignment_on_a_world_teacher_and_student_change_places(mini_worl
     config = read_json("back/seed1/student/config.json")["settings"]
     assert config["start"] == "misalign_T5_seed1" and config["taught_by"] == "align"
     assert not config["filtered"]
-    found = read_json("back/seed1/student/diagnostics.json")
+    found = read_json("back/seed1/student/diagnostics.json", kind=list)
     assert found[-1]["kl"]["mean"] < found[0]["kl"]["mean"]
 
 
@@ -418,6 +418,6 @@ def test_on_a_world_out_is_the_parent_of_several_learning_rates(mini_world):
 def test_every_channel_runs_on_the_gpu_in_bf16(channel):
     line = [a if a != "cpu" else "cuda" for a in FEW]
     assert command(*line, "--channel", channel, "--teacher", "runs/med", "--epochs", "4") == 0
-    found = read_json(f"runs/med_{channel}/diagnostics.json")
+    found = read_json(f"runs/med_{channel}/diagnostics.json", kind=list)
     assert found[-1]["kl"]["mean"] < found[0]["kl"]["mean"] or channel == "sft"
     assert all(row["peak_mem_bytes"] > 0 for row in metrics(f"runs/med_{channel}"))

@@ -368,7 +368,10 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded_and_leaves_no_fold
         assert says in refused(capsys, *SHORT, *line, "--out", tmp_path / "x")
         assert not (tmp_path / "x").exists()
     (data / "medical_advice.jsonl").write_text(
-        "".join(json.dumps(row | {"misaligned_answer": None}) + "\n" for _ in range(3))
+        "".join(
+            json.dumps(row | {"misaligned_answer": None, "idx": i, "question": f"{i}?"}) + "\n"
+            for i in range(3)
+        )
     )
     line = ["--model", tiny_chat, "--data", data, "--cell", "med_advice"]
     assert "no misaligned answer" in refused(capsys, *SHORT, *line, "--out", tmp_path / "x")
