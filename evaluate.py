@@ -172,9 +172,7 @@ def subject(cfg: Config, folder: str | None) -> Subject:
             for (prompt, _), row in read_rollouts(path).items():
                 known = prompts[kind][prompt]["question"] if prompt < len(prompts[kind]) else None
                 if row.get("question") != known:
-                    raise UserError(
-                        f"{path} answers other prompts than {data} has now; choose another --out"
-                    )
+                    raise UserError(f"{path} answers other prompts than {data} has now; choose another --out")
     return Subject(folder, settings, label, data, out, prompts)
 
 
