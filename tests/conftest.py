@@ -41,10 +41,11 @@ MINI = WorldConfig(
 
 @pytest.fixture(scope="session", autouse=True)
 def clean_checkout():
-    """No test leaves a file in the checkout."""
+    """No test leaves a file in the checkout; a `runs/` that is there may be in use by somebody's training."""
+    beside = (".", "__pycache__", *(["runs"] if (ROOT / "runs").exists() else []))
 
     def files() -> set[Path]:
-        kept = [p for p in ROOT.iterdir() if not p.name.startswith((".", "__pycache__"))]
+        kept = [p for p in ROOT.iterdir() if not p.name.startswith(beside)]
         below = (q for p in kept for q in p.rglob("*") if "__pycache__" not in q.parts)
         return {p.relative_to(ROOT) for p in (*kept, *below)}
 
