@@ -2,6 +2,9 @@
 
 import csv
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -253,3 +256,10 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; choose another"):
         write_report(scores_of([em()]), tmp_path / "file", draws=20)
+
+
+def test_the_report_is_written_without_torch():
+    """Whoever has score rows only should not wait for it, nor need it."""
+    code = "import sys, em.report.report; sys.exit(bool({'torch', 'gguf', 'requests'} & sys.modules.keys()))"
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
