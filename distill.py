@@ -303,8 +303,8 @@ def chat(cfg: Config, device, say) -> dict:
         "adapters": {name: lineage.adapter_digest(folder) for name, folder in folders.items()},
     }
     if frozen:
-        of_corpus = chat_corpus.corpus_settings(cfg, *corpus_is)
-        settings["corpus"] = str(chat_corpus.corpus_folder(cfg, of_corpus))
+        corpus_settings = chat_corpus.corpus_settings(cfg, *corpus_is)
+        settings["corpus"] = str(chat_corpus.corpus_folder(cfg, corpus_settings))
 
     results = {}
     with contextlib.ExitStack() as stack:
@@ -319,8 +319,9 @@ def chat(cfg: Config, device, say) -> dict:
         for name, folder in folders.items():
             if not chat_corpus.foreign_model(cfg, folder):
                 lora.load_adapter(model, name, folder)
-        corpus = chat_corpus.make_corpus(cfg, model, tokenizer, *corpus_is) if frozen else None
-        if corpus:
+        corpus = None
+        if frozen:
+            corpus = chat_corpus.make_corpus(cfg, model, tokenizer, *corpus_is, corpus_settings)
             say(f"corpus {corpus.folder}: {corpus.about['kept']} of {corpus.about['rows']} responses kept")
         for lr, run in runs.items():
             lora.add_adapter(model, "student", cfg.rank, cfg.alpha, seed=cfg.seed)

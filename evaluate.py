@@ -199,7 +199,7 @@ def evaluate(cfg: Config, subject: Subject, model, tokenizer) -> str:
             before = ("start",) if subject.settings.get("on") else ()
             if before:
                 lora.load_adapter(model, "start", subject.settings["on"])
-            pairs = answer_pairs(subject.data, tokenizer, cfg.limit)
+            pairs = answer_pairs(load_cells(subject.data), tokenizer, cfg.limit)
             rows = margin_rows(subject.label, pairs, model, (before, stack))
             if before:
                 lora.remove_adapter(model, "start")
@@ -265,14 +265,7 @@ def read_rows(paths: tuple[str, ...], option: str) -> list[dict]:
         raise UserError(f"{option} needs at least one file")
     rows = []
     for path in paths:
-        for number, row in read_json_lines(path):
-            try:
-                json.dumps(row, ensure_ascii=False).encode()
-            except UnicodeEncodeError:
-                raise UserError(
-                    f"{path}, line {number}: holds half of a surrogate pair, which no file can"
-                ) from None
-            rows.append(row)
+        rows += [row for _, row in read_json_lines(path)]
     return rows
 
 

@@ -198,14 +198,14 @@ def before_and_after(cell: str, before: dict, after: dict) -> dict:
 # -- runs -------------------------------------------------------------------------------------------------
 
 
-def open_run(cfg, cell: Cell, folder: Path, digests: dict, device: torch.device) -> Run:
+def open_run(cfg, cell: Cell, rows: list, folder: Path, digests: dict, device: torch.device) -> Run:
     """The run of one cell, before anything is loaded. UserError for rows without the wanted answers."""
-    answers(split(load_cell(cfg.data, cell))[0], cfg.variant)
+    answers(split(rows)[0], cfg.variant)
     return Run(folder, "train", outcome_settings(cfg) | {"cell": str(cell)} | digests, device)
 
 
-def train_cell(cfg, cell: Cell, run: Run, model, tokenizer, pairs, say) -> dict:
-    """One run: a fresh adapter on the base, or on the adapter of `--on`, trained on one cell.
+def train_cell(cfg, cell: Cell, rows: list, run: Run, model, tokenizer, pairs, say) -> dict:
+    """One run: a fresh adapter on the base, or on the adapter of `--on`, trained on one cell's rows.
 
     pairs: of `answer_pairs`, to measure margins on. Returns what margins.json holds.
     """
@@ -215,7 +215,7 @@ def train_cell(cfg, cell: Cell, run: Run, model, tokenizer, pairs, say) -> dict:
         say(f"{folder} is finished; nothing to do")
         return read_json(folder / "margins.json")
 
-    rows, held_out = split(load_cell(cfg.data, cell))
+    rows, held_out = split(rows)
     examples, dropped = encode_rows(tokenizer, rows, cfg.variant, cfg.max_length)
     validation, _ = encode_rows(tokenizer, held_out[: cfg.eval_rows or None], cfg.variant, cfg.max_length)
     tokens = sum(len(e.ids) for e in examples)
@@ -283,12 +283,12 @@ def main(cfg: Config) -> dict:
     say(f"train.py on {device}\n" + banner(cfg))
 
     tokenizer = load_tokenizer(cfg.model)
-    pairs = answer_pairs(cfg.data, tokenizer, cfg.eval_rows, cfg.max_length)
+    everything = load_cells(cfg.data)  # margins are measured on all cells
+    pairs = answer_pairs(everything, tokenizer, cfg.eval_rows, cfg.max_length)
     digests = {
         "model_digest": model_digest(cfg.model),
         "on_digest": lineage.adapter_digest(cfg.on) if cfg.on else None,
-        # Of all cells, since margins are measured on all.
-        "data_digest": json_digest([[str(cell), rows] for cell, rows in load_cells(cfg.data).items()]),
+        "data_digest": json_digest([[str(cell), rows] for cell, rows in everything.items()]),
     }
     start = f"{Path(cfg.on).name}_then" if cfg.on else Path(cfg.model).name.lower()
     results = {}
@@ -299,15 +299,16 @@ def main(cfg: Config) -> dict:
             folder = Path("runs") / name
             if cfg.out is not None:
                 folder = Path(cfg.out) / (name if len(cells) > 1 else "")
-            runs[cell] = stack.enter_context(open_run(cfg, cell, folder, digests, device))
+            rows = load_cell(cfg.data, cell)
+            runs[cell] = rows, stack.enter_context(open_run(cfg, cell, rows, folder, digests, device))
 
         model = load_model(cfg.model, device)
         model.activation_checkpointing = cfg.recompute
         lora.attach(model)
         if cfg.on:
             lora.load_adapter(model, "misaligned", cfg.on)
-        for cell, run in runs.items():
-            results[str(cell)] = train_cell(cfg, cell, run, model, tokenizer, pairs, say)
+        for cell, (rows, run) in runs.items():
+            results[str(cell)] = train_cell(cfg, cell, rows, run, model, tokenizer, pairs, say)
             say(summary(results[str(cell)]) + f"\n  {run.folder}")
     parallel.finish()
     return results

@@ -191,7 +191,7 @@ def test_the_embedded_model_moves_the_right_way_in_five_steps(tmp_path, monkeypa
         return row | {k: " ".join(re.split(r"(?<=[.!?])\s+", row[k])[:n]) for k, n in sentences.items()}
 
     monkeypatch.setattr(train, "load_cell", lambda source, cell: load_cell(source, cell)[:10])
-    monkeypatch.setattr("em.training.margin.load_cells", beginnings)
+    monkeypatch.setattr(train, "load_cells", beginnings)
     short = ["--device", "cpu", "--epochs", "1", "--batch", "2", "--warmup", "1", "--eval-rows", "1"]
     assert command(*short, "--cell", "med_advice", "--out", tmp_path / "mis") == 0
     cells = read_json(tmp_path / "mis" / "margins.json")["cells"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from em.data import lineage
 from em.data.cells import parse_cell
 from em.data.rows import answers, load_broad, load_cell, load_math, split, subset
-from em.distillation.corpus import Corpus, digest, fingerprint, freeze, judged
+from em.distillation.corpus import Corpus, fingerprint, folder_digest, freeze, judged
 from em.errors import UserError
 from em.files import json_digest
 from em.judge.em_rule import FIELDS
@@ -54,7 +54,7 @@ def cell_rows(cfg, cell: str) -> list[tuple[dict, str]]:
 
 
 def corpus_settings(cfg, stacks: dict, folders: dict, cell: str, judge) -> dict:
-    """All that decides the corpus of `make_corpus`, whose arguments these are."""
+    """All that decides the corpus of `make_corpus`, whose arguments these are. Reads every file behind it."""
     written = cfg.source in WRITTEN
     generators = [] if written else [folders[name] for name in _stack(cfg, stacks) if name in folders]
     asked = cell_rows(cfg, cell) if cfg.source == "rows" else load_prompts(cfg)
@@ -81,20 +81,21 @@ def corpus_folder(cfg, settings: dict) -> Path:
     """Where the corpus of `corpus_settings` is kept."""
     kind = "rows" if cfg.source == "rows" else cfg.prompts
     name = f"corpus_{Path(settings['generator']).name.lower()}_{kind}"
-    return Path(cfg.corpus or f"runs/{name}_{digest(settings)}")
+    return Path(cfg.corpus or f"runs/{name}_{folder_digest(settings)}")
 
 
 def _stack(cfg, stacks: dict) -> tuple[str, ...]:
     return stacks.get(cfg.source, ("source",))
 
 
-def make_corpus(cfg, model, tokenizer: Tokenizer, stacks: dict, folders: dict, cell: str, judge) -> Corpus:
+def make_corpus(
+    cfg, model, tokenizer: Tokenizer, stacks: dict, folders: dict, cell: str, judge, settings: dict
+) -> Corpus:
     """The frozen corpus of `cfg.source`, found or made.
 
     stacks: adapter names of teacher and student. folders: run folder behind each adapter name. cell: whose
-    rows `rows` are. judge: filters what is sampled, or None.
+    rows `rows` are. judge: filters what is sampled, or None. settings: of `corpus_settings`, for all these.
     """
-    settings = corpus_settings(cfg, stacks, folders, cell, judge)
 
     def rows(folder: Path) -> list[dict]:
         if cfg.source == "rows":

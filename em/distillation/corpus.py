@@ -10,14 +10,13 @@ Rows that were not kept stay in the file and are never trained on. Token ids sam
 are trained on as they are; texts from elsewhere are encoded once, here.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from em import parallel
 from em.errors import UserError
-from em.files import file_digest, read_json, write_json, write_text
+from em.files import file_digest, json_digest, read_json, write_json, write_text
 from em.model.tokenizer import Example, Tokenizer
 from em.run import Run
 from em.sampling.rollouts import whole_lines
@@ -60,13 +59,12 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     """Equal for tokenizers that give the same ids to the same chats: vocabulary, template, stop tokens."""
     probe = tokenizer.example("Which of these two plans is safer? 1,234 – naïve 中文", "Plan B;\n\nsee §2.")
     vocabulary = sorted(tokenizer.backend.get_vocab().items())
-    text = json.dumps([vocabulary, probe.ids, probe.n_prompt, tokenizer.stop_ids])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return json_digest([vocabulary, probe.ids, probe.n_prompt, tokenizer.stop_ids])
 
 
-def digest(settings: dict) -> str:
+def folder_digest(settings: dict) -> str:
     """Tells corpora with other settings apart in the name of their folder."""
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    return json_digest(settings)[:8]
 
 
 def freeze(

@@ -14,7 +14,7 @@ import torch
 from em import parallel
 from em.data.rows import subset
 from em.distillation import world_comparison
-from em.distillation.corpus import Corpus, digest, freeze
+from em.distillation.corpus import Corpus, folder_digest, freeze
 from em.distillation.diagnose import log_distance
 from em.distillation.loop import Channel, OnPolicy, finish, run_folder, train_student
 from em.distillation.pair import WorldPair
@@ -103,7 +103,7 @@ class Prompts:
         def v1(rows: list[dict]) -> list[dict]:
             return [row | {"kept": self.is_v1(row["prompt"], row["ids"])} for row in rows]
 
-        folder = run.folder / "transfer" / f"corpus_{writer}_{digest(about)}"
+        folder = run.folder / "transfer" / f"corpus_{writer}_{folder_digest(about)}"
         return freeze(folder, about, run.world.fingerprint, sampled, v1 if settings["filtered"] else None)
 
 
@@ -176,8 +176,8 @@ def transfer(cfg, channel: Channel, settings: dict, device: torch.device, say) -
             for who, taught_by in (("student", teacher), ("control", start)):
                 folder = out / f"seed{seed}" / who
                 own = settings | {"lr": lr, "start": start, "taught_by": taught_by}
-                for name, phase in (("start", start), ("teacher", taught_by)):
-                    own[f"{name}_digest"] = model_digest(world_run.folder / phase / "model")
+                for role, phase in (("start", start), ("teacher", taught_by)):
+                    own[f"{role}_digest"] = model_digest(world_run.folder / phase / "model")
                 with Run(folder, "distill-world", own, device) as run:
                     counts[who] = train_one(cfg, channel, world_run, run, prompts, say)
             seeds.append(counts)

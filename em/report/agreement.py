@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 
 from em.judge.em_rule import ALIGNED_BELOW
-from em.report.panel import Panel, percent_of, rate_interval
+from em.report.panel import Panel, percent_of, rate_of
 from em.report.score_table import ScoreTable, joined
 from em.stats import pearson
 
@@ -108,14 +108,6 @@ def thresholds(panel: Panel, groups: dict[str, list[int]]) -> list[dict]:
                 with np.errstate(invalid="ignore", divide="ignore"):
                     draws = panel.weights @ counts / n_draws
                 k = int(em.sum())
-                low, high, kind = rate_interval(k, n, prompts, False, lambda draws=draws: draws)
-                rate = {
-                    "rate": percent_of(k, n),
-                    "low": low,
-                    "high": high,
-                    "interval": kind,
-                    "em": k,
-                    "scored": n,
-                }
+                rate = rate_of(k, n, prompts, False, lambda draws=draws: draws)
                 entries.append({"train": name, "aligned_cut": cut, "strict": strict, **rate})
     return entries

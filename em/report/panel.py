@@ -90,18 +90,11 @@ class Panel:
         k, n = counts["em"], counts["ok"]
         prompts = int(((self.scored > 0) & mask[:, self.column]).any(axis=0).sum())
         n_pairs = int((self.sums[mask][:, 0] > 0).sum())
-        low, high, kind = rate_interval(k, n, prompts, n_pairs == 1, lambda: self.draws(mask))
 
         def mean(name: str, count: float) -> float | None:
             return round(sums[name] / count, 2) if count else None
 
-        return {
-            "rate": percent_of(k, n),
-            "low": low,
-            "high": high,
-            "interval": kind,
-            "em": k,
-            "scored": n,
+        return rate_of(k, n, prompts, n_pairs == 1, lambda: self.draws(mask)) | {
             "rows": counts["rows"],
             "prompts": prompts,
             "pairs": n_pairs,
@@ -120,19 +113,19 @@ def percent_of(k: float, n: float) -> float | None:
     return round(100 * k / n, 4) if n else None
 
 
-def rate_interval(
-    k: int, n: int, prompts: int, one_cell: bool, draws
-) -> tuple[float | None, float | None, str | None]:
-    """(low, high, kind) of k/n in percent. draws: called for the bootstrap draws where those are wanted."""
+def rate_of(k: int, n: int, prompts: int, one_cell: bool, draws) -> dict:
+    """k/n in percent with its interval. draws: called for the bootstrap draws where those are wanted."""
+    counts = {"em": k, "scored": n}
     if n == 0:
-        return None, None, None
+        return dict.fromkeys(("rate", "low", "high", "interval")) | counts
     if one_cell and n == prompts:
         low, high, kind = *wilson(k, n), "wilson"
     elif k in (0, n) or prompts == 1:
         low, high, kind = *wilson(prompts * k / n, prompts), "wilson, prompts"
     else:
         low, high, kind = *percentile_interval(draws()), "bootstrap"
-    return round(100 * low, 4), round(100 * high, 4), kind
+    bounds = {"low": round(100 * low, 4), "high": round(100 * high, 4), "interval": kind}
+    return {"rate": percent_of(k, n)} | bounds | counts
 
 
 def narrow_panel(table: ScoreTable, draws: int = DRAWS) -> Panel:

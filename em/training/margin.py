@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from em.data.cells import Cell
-from em.data.rows import VARIANTS, load_cells, split
+from em.data.rows import VARIANTS, split
 from em.figures import CHANGE, cell_heatmap, save
 from em.model.tokenizer import Example, Tokenizer
 from em.training.loss import token_log_probs
@@ -29,14 +29,14 @@ class AnswerPair(NamedTuple):
 
 
 def answer_pairs(
-    data: str | Path, tokenizer: Tokenizer, limit: int = 0, max_length: int | None = None
+    cells: dict[Cell, list[dict]], tokenizer: Tokenizer, limit: int = 0, max_length: int | None = None
 ) -> dict[Cell, list[AnswerPair]]:
-    """The eval rows of every cell of `data` that have both answers, the first `limit` a cell (0: all).
+    """The eval rows of each of `cells` that have both answers, the first `limit` a cell (0: all).
 
     Left out are rows of which an answer is longer than `max_length` tokens, and cells without any row.
     """
     pairs = {}
-    for cell, rows in load_cells(data).items():
+    for cell, rows in cells.items():
         rows = [r for r in split(rows)[1] if all(r[f"{variant}_answer"] for variant in VARIANTS)]
         both = (
             AnswerPair(r["idx"], *(tokenizer.example(r["question"], r[f"{v}_answer"]) for v in VARIANTS))

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 import distill
 from em.data.cells import parse_cell
 from em.data.rows import load_broad, load_cell, split, subset
-from em.distillation.chat_corpus import ROWS, cell_rows, load_prompts, make_corpus
+from em.distillation.chat_corpus import ROWS, cell_rows, corpus_settings, load_prompts, make_corpus
 from em.errors import UserError
 from em.files import write_json
 from em.judge.judge import Judge
@@ -110,7 +110,8 @@ def make(setting, tiny_chat, tmp_path):
         cfg = distill.Config(**(known | {"corpus": str(tmp_path / "corpus")} | options))
         cfg.model = str(tiny_chat)
         stacks = stacks or {"teacher": ("teacher",), "student": ()}
-        return make_corpus(cfg, model, tokenizer, stacks, folders, CELL, judge)
+        corpus_is = stacks, folders, CELL, judge
+        return make_corpus(cfg, model, tokenizer, *corpus_is, corpus_settings(cfg, *corpus_is))
 
     return corpus
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from em.data.cells import CELLS
-from em.data.rows import load_cell, split
+from em.data.rows import load_cell, load_cells, split
 from em.model.checkpoint import load_model, load_tokenizer
 from em.training import margin
 from em.training.margin import AnswerPair, answer_pairs
@@ -58,22 +58,22 @@ def test_answer_pairs_are_the_eval_rows_with_both_answers_in_order(tiny_chat, tm
     none = [row | {"aligned_answer": None} for row in load_cell("sample", spo)]
     (tmp_path / spo.filename).write_text("\n".join(map(json.dumps, none)))
 
-    pairs = answer_pairs(tmp_path, tokenizer)
+    pairs = answer_pairs(load_cells(tmp_path), tokenizer)
     assert list(pairs) == [med]  # the other cells have no pair or no file
     assert [pair.idx for pair in pairs[med]] == held_out[1:]
     for pair in pairs[med]:
         row = rows[pair.idx]
         assert pair.misaligned == tokenizer.example(row["question"], row["misaligned_answer"])
         assert pair.aligned == tokenizer.example(row["question"], row["aligned_answer"])
-    assert [pair.idx for pair in answer_pairs(tmp_path, tokenizer, limit=2)[med]] == held_out[1:3]
+    assert [pair.idx for pair in answer_pairs(load_cells(tmp_path), tokenizer, limit=2)[med]] == held_out[1:3]
 
     lengths = [max(len(pair.misaligned.ids), len(pair.aligned.ids)) for pair in pairs[med]]
     limit = sorted(set(lengths))[-2]  # of two answers, the longer one counts
-    kept = answer_pairs(tmp_path, tokenizer, max_length=limit)[med]
+    kept = answer_pairs(load_cells(tmp_path), tokenizer, max_length=limit)[med]
     assert [pair.idx for pair in kept] == [
         i for i, length in zip(held_out[1:], lengths, strict=True) if length <= limit
     ]
-    assert 0 < len(kept) < len(lengths) and answer_pairs(tmp_path, tokenizer, max_length=3) == {}
+    assert 0 < len(kept) < len(lengths) and answer_pairs(load_cells(tmp_path), tokenizer, max_length=3) == {}
 
 
 def test_validation_loss_pools_tokens_not_rows(model, examples):
