@@ -62,7 +62,7 @@ def test_one_optimiser_step_equals_transformers_and_peft_on_a_padded_batch(peft,
     optimizer = adamw(model, 1e-2, 0.01)
     n = sum(len(e.ids) - e.n_prompt for e in batch)
     with lora.stack(model, "student"):
-        loss = train.step_loss(model, batch, n, micro_batch=3)
+        loss = train.step_loss(model, batch, n, micro_tokens=500)
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     lora.save_adapter(model, "student", tmp_path / "ours")
