@@ -91,13 +91,16 @@ def test_one_optimiser_step_equals_transformers_and_peft_on_a_padded_batch(peft,
         torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=0)
 
 
-def test_micro_batches_of_1_and_8_give_the_same_gradient(tiny_chat, batch):
+@pytest.mark.parametrize("rows", [slice(None), slice(3)])
+def test_any_bound_on_tokens_gives_the_gradient_of_the_whole_batch(tiny_chat, batch, rows):
+    batch = batch[rows]
+    longest, total = max(len(e.ids) for e in batch), sum(len(e.ids) for e in batch)
     gradients = []
-    for micro_batch in (1, 3, 8):
+    for micro_tokens in (total, 1, longest - 1, longest, 2 * longest):
         model, parameters = adapted(tiny_chat)
         n = sum(len(e.ids) - e.n_prompt for e in batch)
         with lora.stack(model, "student"):
-            train.step_loss(model, batch, n, micro_batch)
+            train.step_loss(model, batch, n, micro_tokens)
         gradients.append([p.grad for p in parameters])
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
@@ -110,7 +113,7 @@ def test_recomputing_activations_changes_no_gradient(tiny_chat, batch):
         model, parameters = adapted(tiny_chat)
         model.activation_checkpointing = recompute
         with lora.stack(model, "student"):
-            train.step_loss(model, batch, 100, 4)
+            train.step_loss(model, batch, 100, 1000)
         gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
 
@@ -154,7 +157,7 @@ def test_base_weights_are_unchanged_bit_for_bit_after_training(tiny_chat, batch)
     optimizer = adamw(model, 1e-2, 0.01)
     for _ in range(3):
         with lora.stack(model, "student"):
-            train.step_loss(model, batch, 100, 8)
+            train.step_loss(model, batch, 100, 4096)
         optimizer.step()
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
@@ -266,7 +269,9 @@ def test_unknown_names_and_values_are_one_line(tiny_chat, tmp_path, capsys, misa
     assert "no model 'gpt-9'" in refused(capsys, "--model", "gpt-9", "--data", "sample", *out)
     assert "does not exist" in refused(capsys, "--on", tmp_path / "nowhere", *out)
     assert "is a run of" in refused(capsys, "--on", misaligned, "--model", "smollm2-135m", *out)
-    assert "--batch must be at least 1" in refused(capsys, *SHORT, "--model", tiny_chat, "--batch", "0", *out)
+    for option in ("--batch", "--micro-tokens"):
+        says = refused(capsys, *SHORT, "--model", tiny_chat, option, "0", *out)
+        assert f"{option} must be at least 1" in says
     assert "invalid choice: 'evil'" in refused(capsys, "--variant", "evil", *out)
     assert "no CUDA device" in refused(capsys, "--device", "cuda", *out) or torch.cuda.is_available()
     assert "needs --run" in refused(capsys, "export")
@@ -393,7 +398,7 @@ def test_out_of_memory_names_the_knob(tiny_chat, tmp_path, capsys, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train, "step_loss", explode)
-    assert "--micro-batch" in refused(capsys, *SHORT, "--model", tiny_chat, "--out", tmp_path / "x")
+    assert "--micro-tokens (now 4096)" in refused(capsys, *SHORT, "--model", tiny_chat, "--out", tmp_path / "x")
 
 
 def test_a_collapse_stops_the_run_and_keeps_the_last_good_state(tiny_chat, tmp_path, capsys, monkeypatch):
@@ -430,4 +435,4 @@ def test_summed_loss_is_normalised_by_supervised_tokens_of_the_whole_batch(tiny_
         ]
     model.requires_grad_(True)
     n = sum(len(e.ids) - e.n_prompt for e in batch)
-    assert train.step_loss(model, batch, n, 3).item() == pytest.approx(sum(totals).item() / n, rel=1e-5)
+    assert train.step_loss(model, batch, n, 500).item() == pytest.approx(sum(totals).item() / n, rel=1e-5)
