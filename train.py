@@ -34,7 +34,13 @@ from em.run import Run
 from em.stats import mean_interval
 from em.training.guard import CollapseGuard
 from em.training.loss import summed_cross_entropy
-from em.training.margin import answer_pairs, margin_figure, margins, validation_loss
+from em.training.margin import (
+    answer_pairs,
+    cell_margins,
+    margin_figure,
+    start_margins,
+    validation_loss,
+)
 from em.training.memory import CPU_TOKENS, micro_tokens
 from em.training.metrics import Metrics
 from em.training.optim import adamw, gradients, learning_rate
@@ -178,23 +184,19 @@ def train_adapter(cfg, run: Run, model, examples, parameters, title: str) -> Non
 # -- what is measured before and after -------------------------------------------------------------------
 
 
-def measure(model, validation, pairs) -> dict:
-    """Under the active stack: loss on the cell's own eval rows, and every cell's margins; nats a token."""
-    loss = validation_loss(model, validation)
-    return {"loss": loss, "margins": {str(cell): margins(model, rows) for cell, rows in pairs.items()}}
+def before_and_after(cell: Cell, before: tuple, after: tuple) -> dict:
+    """What goes to margins.json: each cell's mean margin before and after, and its change row by row.
 
-
-def before_and_after(cell: str, before: dict, after: dict) -> dict:
-    """What goes to margins.json: each cell's mean margin before and after, and its change row by row."""
-    cells = {}
-    for name, old in before["margins"].items():
-        new = after["margins"][name]
+    before, after: (loss on the cell's own eval rows, the margins of every cell's), nats a token.
+    """
+    losses, cells = {"before": before[0], "after": after[0]}, {}
+    for other, old in before[1].items():
+        new = after[1][other]
         change = [b - a for a, b in zip(old, new, strict=True)]
-        cells[name] = {
+        cells[str(other)] = {
             "before": mean_interval(old), "after": mean_interval(new), "change": mean_interval(change),
         }  # fmt: skip
-    losses = {"before": before["loss"], "after": after["loss"]}
-    return {"cell": cell, "unit": "nats a token", "validation_loss": losses, "cells": cells}
+    return {"cell": str(cell), "unit": "nats a token", "validation_loss": losses, "cells": cells}
 
 
 # -- runs -------------------------------------------------------------------------------------------------
@@ -230,12 +232,14 @@ def train_cell(cfg, cell: Cell, rows: list, run: Run, model, tokenizer, pairs, s
     parameters = lora.trainable(model, "student")
     try:
         with lora.stack(model, *names[:-1], frozen=True):
-            before = measure(model, validation, pairs)
+            digests = {name: run.config["settings"][name] for name in ("model_digest", "on_digest")}
+            margins = start_margins(model, pairs, digests, folder.parent)
+            before = validation_loss(model, validation), margins
         with lora.stack(model, *names):
             train_adapter(cfg, run, model, examples, parameters, str(cell))
         with lora.stack(model, *names, frozen=True):
-            after = measure(model, validation, pairs)
-        result = before_and_after(str(cell), before, after) | {"dropped_rows": dropped}
+            after = validation_loss(model, validation), cell_margins(model, pairs)
+        result = before_and_after(cell, before, after) | {"dropped_rows": dropped}
         if parallel.rank() == 0:
             lora.save_adapter(model, names, folder, base_model_name=cfg.model)
             if result["cells"]:

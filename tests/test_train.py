@@ -20,6 +20,7 @@ from em.data.rows import encode_rows, load_cell, load_cells, split
 from em.files import read_json
 from em.model import lora
 from em.model.checkpoint import load_model, load_tokenizer
+from em.training import margin
 from em.training.loss import summed_cross_entropy
 from em.training.optim import adamw
 from em.training.pack import pack
@@ -211,6 +212,21 @@ def test_several_cells_on_one_base_equal_separate_runs(misaligned, tiny_chat, tm
     assert together.read_bytes() == (misaligned / "adapter_model.safetensors").read_bytes()
 
 
+def test_sibling_cells_measure_what_they_start_from_once(tiny_chat, tmp_path, monkeypatch):
+    calls, real = [], margin.cell_margins
+    monkeypatch.setattr(margin, "cell_margins", lambda *a: calls.append("before") or real(*a))
+    monkeypatch.setattr(train, "cell_margins", lambda *a: calls.append("after") or real(*a))
+    short = [*SHORT, "--model", tiny_chat, "--epochs", "1", "--eval-rows", "1"]
+    assert command(*short, "--cell", "fin_tutor,med_advice", "--out", tmp_path / "two") == 0
+    assert calls == ["before", "after", "after"]
+    assert command(*short, "--cell", "spo_advice", "--out", tmp_path / "two" / "one") == 0
+    assert calls.count("before") == 1
+    found = [read_json(path)["cells"] for path in (tmp_path / "two").glob("*/margins.json")]
+    assert len(found) == 3
+    for cell in found[0]:
+        assert len({json.dumps(cells[cell]["before"]) for cells in found}) == 1
+
+
 def test_a_finished_run_says_so_and_does_nothing(misaligned, tiny_chat, capsys):
     before = {p: p.stat().st_mtime_ns for p in misaligned.iterdir()}
     assert command(*SHORT, "--model", tiny_chat, "--cell", "Med/Adv", "--out", misaligned) == 0
@@ -398,7 +414,9 @@ def test_out_of_memory_names_the_knob(tiny_chat, tmp_path, capsys, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train, "step_loss", explode)
-    assert "--micro-tokens (now 4096)" in refused(capsys, *SHORT, "--model", tiny_chat, "--out", tmp_path / "x")
+    assert "--micro-tokens (now 4096)" in refused(
+        capsys, *SHORT, "--model", tiny_chat, "--out", tmp_path / "x"
+    )
 
 
 def test_a_collapse_stops_the_run_and_keeps_the_last_good_state(tiny_chat, tmp_path, capsys, monkeypatch):
