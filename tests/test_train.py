@@ -20,7 +20,8 @@ from em.data.rows import encode_rows, load_cell, load_cells, split
 from em.files import read_json
 from em.model import lora
 from em.model.checkpoint import load_model, load_tokenizer
-from em.training import margin
+from em.model.decoder import Decoder, DecoderConfig
+from em.training import guard, margin, metrics
 from em.training.loss import summed_cross_entropy
 from em.training.optim import adamw
 from em.training.pack import pack
@@ -434,6 +435,49 @@ def test_a_collapse_stops_the_run_and_keeps_the_last_good_state(tiny_chat, tmp_p
     assert not (out / "adapter_model.safetensors").exists()
     monkeypatch.setattr(train, "step_loss", real)
     assert command(*SHORT, "--model", tiny_chat, "--out", out) == 0  # and goes on from step 3
+
+
+def test_where_the_host_hears_of_a_collapse_a_step_later_the_state_kept_is_the_same(
+    tiny_chat, tmp_path, capsys, monkeypatch
+):
+    """As on a GPU, whose next step is queued by then."""
+    real, calls = train.step_loss, []
+
+    def breaks(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(train, "step_loss", breaks)
+    states = []
+    for behind in (0, 1):
+        calls.clear()
+        for module in (guard, metrics):
+            monkeypatch.setattr(module, "on_gpu", lambda device, behind=behind: behind)
+        out = tmp_path / str(behind)
+        assert "step 4: loss nan" in refused(capsys, *SHORT, "--model", tiny_chat, "--out", out)
+        assert len(calls) == 4 + behind
+        states.append(load_file(out / "resume" / "state.safetensors"))
+    assert states[0].keys() == states[1].keys() and any("exp_avg" in name for name in states[0])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_training_step_on_the_gpus_path_reads_nothing_back(batch, tiny_chat):
+    """On meta, where a value that the host asks for is an error."""
+    config = DecoderConfig.from_hf(read_json(tiny_chat / "config.json"))
+    with torch.device("meta"):
+        model = Decoder(config).to(torch.bfloat16)
+    lora.attach(model)
+    lora.add_adapter(model, "student", 4, 8)
+    parameters = lora.trainable(model, "student")
+    optimizer, watch = adamw(model, 1e-2, 0.01), guard.CollapseGuard(torch.device("meta"))
+    for step in (1, 2):
+        optimizer.zero_grad()
+        with lora.stack(model, "student"):
+            loss = train.step_loss(model, batch, 100, 500)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        watch.judge(step, loss, norm)
+        optimizer.step(skip=watch.stopped)
+    assert all(p.grad.shape == p.shape for p in parameters)
 
 
 def test_a_full_disk_is_one_line(tiny_chat, tmp_path, capsys, monkeypatch):

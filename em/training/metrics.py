@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from em import parallel
-from em.device import ToHost
+from em.device import ToHost, on_gpu
 from em.errors import UserError
 from em.run import Run
 
@@ -98,7 +98,7 @@ class Metrics:
         if row["step"] == self.steps:
             self.flush()
         elif len(self.pending) >= self.every:
-            self._send(behind=int(scalars["loss"].is_cuda))
+            self._send(behind=int(on_gpu(scalars["loss"])))
 
     def flush(self) -> None:
         """Write the rows of all steps so far."""
