@@ -242,7 +242,7 @@ import sys
 import torch
 from safetensors.torch import load_file, save_file
 from em.training import kl, kl_triton
-kl_triton.BLOCK = 64
+kl_triton.BLOCK = 128
 
 def rows_of_32s(rows, head, dtype=torch.float32):  # as on a GPU, whatever lies beyond the vocabulary
     width = -(-len(head) // 32) * 32
@@ -254,7 +254,7 @@ for name in sorted({key.split("/")[0] for key in tensors}):
     h_student, h_teacher, head, mask = (tensors[f"{name}/{i}"] for i in range(4))
     for direction, of in {"forward": kl.forward_kl, "reverse": kl.reverse_kl}.items():
         student = h_student.clone().requires_grad_()
-        loss = of(student, h_teacher, head, mask, chunk=16, impl="triton")
+        loss = of(student, h_teacher, head, mask, chunk=10, impl="triton")
         (3 * loss).backward()
         out |= {f"{name}/{direction}/loss": loss.detach(), f"{name}/{direction}/grad": student.grad / 3}
 save_file(out, sys.argv[2])
@@ -290,16 +290,17 @@ def run_child(folder, code):
 
 
 def interpreted_cases():
-    equal = make_case(30)
-    nothing_valid = make_case()
+    n = 25  # of which 16 or more count: more than a chunk
+    equal = make_case(30, n=3)
+    nothing_valid = make_case(n=3)
     low = [x.bfloat16() for x in make_case(5, n=24, vocabulary=1000)[:3]]
     return {
-        "one_ragged_block": make_case(3, vocabulary=37),
-        "whole_blocks": make_case(3, vocabulary=192),
-        "ragged_last_block": make_case(3),
-        "std_30": make_case(30),
-        "near_equal": make_case(30, 1e-2),
-        "tiny_kl": make_case(1, 1e-3),
+        "one_ragged_block": make_case(3, n=n, vocabulary=37),
+        "whole_blocks": make_case(3, n=n, vocabulary=256),
+        "ragged_last_block": make_case(3, n=n),
+        "std_30": make_case(30, n=n),
+        "near_equal": make_case(30, 1e-2, n=n),
+        "tiny_kl": make_case(1, 1e-3, n=n),
         "equal": (equal[1].clone(), *equal[1:]),
         "all_masked": (*nothing_valid[:3], torch.zeros_like(nothing_valid[3])),
         "bf16": (*low, torch.ones(24, dtype=torch.bool)),
@@ -308,7 +309,7 @@ def interpreted_cases():
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    """{(case, direction): (loss, gradient)} of the kernels in blocks of 64 and chunks of 16."""
+    """{(case, direction): (loss, gradient)} of the kernels in blocks of 128 and chunks of 10."""
     folder = tmp_path_factory.mktemp("kernel")
     cases = interpreted_cases()
     tensors = {f"{name}/{i}": x for name, case in cases.items() for i, x in enumerate(case)}
