@@ -4,7 +4,7 @@ For a row, mean log p per token of its misaligned answer minus that of its align
 0 the model prefers the misaligned answer. It needs no judge. The same pass gives the validation loss.
 
 What a run starts from is the same for all its siblings, so its margins are measured once and kept beside the
-run folders, in .base_margins/. They may be deleted at any time; no run refers to them.
+run folders, in base_margins/. They may be deleted at any time; no run refers to them.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ def start_margins(
     head = model.head_weight
     made_from = digests | {"device": head.device.type, "dtype": str(head.dtype)}
     made_from["pairs"] = json_digest([[str(cell), rows] for cell, rows in pairs.items()])
-    path = beside / ".base_margins" / f"{json_digest(made_from)}.json"
+    path = beside / "base_margins" / f"{json_digest(made_from)}.json"
     with contextlib.suppress(UserError):
         known = read_json(path, fields={"made_from": dict, "margins": dict})
         values = {cell: known["margins"].get(str(cell)) for cell in pairs}

@@ -130,13 +130,13 @@ def test_what_runs_start_from_is_measured_once_for_digests_rows_and_tokens(
     ):
         assert measures(other, digests) and not measures(other, digests)
     assert measures(cells, digests | {"model_digest": "b"}) and measures(cells, digests | {"on_digest": "c"})
-    assert len(list((tmp_path / ".base_margins").iterdir())) == 7
+    assert len(list((tmp_path / "base_margins").iterdir())) == 7
 
 
 def test_a_damaged_file_of_margins_is_measured_again_and_mended(model, cells, tmp_path, monkeypatch):
     digests = {"model_digest": "a", "on_digest": None}
     expected = margin.start_margins(model, cells, digests, tmp_path)
-    (path,) = (tmp_path / ".base_margins").iterdir()
+    (path,) = (tmp_path / "base_margins").iterdir()
     whole = path.read_text()
     spoilt = json.loads(whole)
     name = str(CELLS[0])
@@ -152,7 +152,7 @@ def test_a_damaged_file_of_margins_is_measured_again_and_mended(model, cells, tm
 
 
 def test_where_margins_cannot_be_kept_they_are_measured_all_the_same(model, cells, tmp_path):
-    (tmp_path / ".base_margins").write_text("a file")
+    (tmp_path / "base_margins").write_text("a file")
     digests = {"model_digest": "a", "on_digest": None}
     assert margin.start_margins(model, cells, digests, tmp_path) == margin.cell_margins(model, cells)
 
