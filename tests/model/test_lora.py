@@ -1,9 +1,11 @@
 """LoRA against peft, against float64, and under checkpointing and torch.compile."""
 
 import copy
+import gc
 import hashlib
 import json
 import resource
+import weakref
 
 import pytest
 import torch
@@ -369,7 +371,11 @@ def test_a_frozen_stack_entered_again_follows_training_in_the_same_buffers():
     model, x = block("a", "b"), torch.randn(9, 24)
     with torch.inference_mode(), lora.stack(model, "a", "b", frozen=True):
         before = model(x).clone()
-    addresses = [f.data_ptr() for layer in model.lora.layers.values() for f in layer.prepared["a", "b"]]
+
+    def addresses():
+        return [f.data_ptr() for x in model.lora.prepared["a", "b"].values() for f in (x.A, *x.Bs)]
+
+    before_training = addresses()
     optimizer = torch.optim.AdamW(lora.trainable(model, "b"), lr=0.1)
     with lora.stack(model, "a", "b"):
         model(x).square().mean().backward()
@@ -379,9 +385,7 @@ def test_a_frozen_stack_entered_again_follows_training_in_the_same_buffers():
     with torch.no_grad(), lora.stack(model, "a", "b", frozen=True):
         after = model(x)
     assert torch.equal(after, expected) and gap(after, before) > 0.01
-    assert addresses == [
-        f.data_ptr() for layer in model.lora.layers.values() for f in layer.prepared["a", "b"]
-    ]
+    assert addresses() == before_training
 
 
 def test_removing_an_adapter_makes_room_for_another_of_its_name():
@@ -397,6 +401,29 @@ def test_removing_an_adapter_makes_room_for_another_of_its_name():
 
 
 # -- memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_model_with_adapters_is_freed_when_it_is_dropped(recompute, tmp_path):
+    tiny().save_pretrained(tmp_path)
+    model = with_adapters(load_model(tmp_path), "a", "b")
+    parameters = lora.trainable(model, "b")
+    model.activation_checkpointing = recompute
+    with lora.stack(model, "a", frozen=True), torch.no_grad():
+        model(IDS)
+    with lora.stack(model, "a", "b"):
+        loss = model.hidden(IDS).square().mean()
+    loss.backward()
+    layer = model.model.layers[1]
+    dropped = [weakref.ref(layer.mlp.down_proj.weight), weakref.ref(layer.self_attn.q_proj.adapters["b"].B)]
+    assert parameters[0].grad is not None
+    gc.collect()  # what others left behind
+    gc.disable()
+    try:
+        del model, layer, parameters, loss
+        assert [weight() for weight in dropped] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_over_a_bf16_base_autograd_keeps_the_input_as_it_is_and_the_thin_product():
