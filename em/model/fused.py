@@ -30,14 +30,15 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient (..., 2I) of `_swiglu` from that of its output, and the output (..., I) again."""
-    gate, up = gate_up.chunk(2, -1)
-    wide = torch.promote_types(grad.dtype, torch.float32)
+    dtype, wide = grad.dtype, torch.promote_types(grad.dtype, torch.float32)
+    grad, gate_up = grad.to(wide), gate_up.to(wide)
     out = torch.empty_like(gate_up)
-    silu = F.silu(gate.to(wide))
-    d_gate, d_up = out.chunk(2, -1)
-    torch.mul(grad, silu, out=d_up) if wide == grad.dtype else d_up.copy_(grad * silu)
-    d_gate.copy_(torch.ops.aten.silu_backward(grad.to(wide) * up, gate.to(wide)))
-    return out, silu.mul_(up).to(grad.dtype)
+    (gate, up), (d_gate, d_up) = gate_up.chunk(2, -1), out.chunk(2, -1)
+    silu = F.silu(gate)
+    torch.mul(grad, silu, out=d_up)
+    torch.mul(grad, up, out=d_gate)
+    torch.ops.aten.silu_backward(d_gate, gate, grad_input=d_gate)
+    return out.to(dtype), silu.mul_(up).to(dtype)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
