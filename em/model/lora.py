@@ -183,11 +183,12 @@ def _unfilled(layers: Sequence[nn.Linear], names: tuple[str, ...], as_one: bool 
         out = outs[1]
     if not sources:
         return None
-    if as_one and len(places) > 1:
-        places = [(0, out, 0, rank)]
     weight = layers[0].weight
+    new = weight.new_empty
+    if as_one and len(places) > 1:
+        places, new = [(0, out, 0, rank)], weight.new_zeros
     A = weight.new_empty(rank, weight.shape[1])
-    Bs = tuple(weight.new_zeros(o1 - o0, r1 - r0) for o0, o1, r0, r1 in places)
+    Bs = tuple(new(o1 - o0, r1 - r0) for o0, o1, r0, r1 in places)
     return Factors(A, Bs, tuple(places), tuple(sources))
 
 
