@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from em.model.head import logits
+
 ROWS = 32  # the layout is chosen for batches of about this size
 
 
@@ -84,8 +86,8 @@ class ReorderedModel:
             weight.refresh()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (B, d) → logits (B, V) of the head."""
-        return self._head.linear(hidden)
+        """hidden (B, d) → logits (B, V) of the head, fp32."""
+        return logits(hidden, self._head.weight) if self._head.copy is None else self._head.linear(hidden)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

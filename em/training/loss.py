@@ -9,27 +9,14 @@ The head is frozen in every run here: no gradient is built for it.
 
 import torch
 
+from em.model.head import logits
+
 CHUNK_BYTES = 1 << 28  # of fp32 logits at a time
 
 
 def chunk_rows(vocabulary: int, n_bytes: int | None = None) -> int:
     """How many rows of fp32 logits `n_bytes` (default CHUNK_BYTES) hold; 16 at least."""
     return max(16, (n_bytes or CHUNK_BYTES) // (4 * vocabulary))
-
-
-def logits(hidden: torch.Tensor, head_weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """hidden (rows, d) @ head_weightᵀ, (rows, V), accumulated and kept in fp32 (fp64 where they are fp64).
-
-    Rounding logits to bf16 would put errors of some hundredths of a nat into every log-probability.
-    """
-    dtype = torch.promote_types(head_weight.dtype, torch.float32)
-    if out is None:
-        out = torch.empty(len(hidden), len(head_weight), dtype=dtype, device=hidden.device)
-    if hidden.dtype == dtype:
-        return torch.mm(hidden, head_weight.t(), out=out)
-    if hidden.is_cuda:
-        return torch.mm(hidden, head_weight.t(), out_dtype=dtype, out=out)
-    return out.copy_(hidden @ head_weight.t())  # CPUs have no product of bf16 that ends in fp32
 
 
 class _SummedCrossEntropy(torch.autograd.Function):

@@ -134,7 +134,11 @@ def test_positions_restart_with_each_sample():
 
 
 def slow_varlen(q, k, v, cu_lengths, longest, window):
-    """Attention within runs of flat (N, heads, D), by definition, in float64."""
+    """Attention within runs of flat (N, heads, D), by definition, in float64; None: the runs are rows."""
+    if cu_lengths is None:
+        B, T = q.shape[:2]
+        flat = [x.flatten(0, 1) for x in (q, k, v)]
+        return slow_varlen(*flat, torch.arange(0, (B + 1) * T, T), longest, window).view_as(q)
     out = torch.zeros_like(q)
     group = q.shape[1] // k.shape[1]
     for start, end in zip(cu_lengths[:-1].tolist(), cu_lengths[1:].tolist(), strict=True):
