@@ -1,7 +1,7 @@
 """Import it first in a process with TRITON_INTERPRET=1: what Triton 3.6's interpreter cannot do, mended.
 
 Bounds of a loop that were loaded are arrays of one element, which NumPy 2.4 does not take for an index; the
-operands of `tl.dot` in bf16, which NumPy does not know, went in as the integers that hold their bits; and fp32
+operands of `tl.dot` in bf16, which NumPy does not know, went in as the integers that hold their bits; fp32
 became bf16 by cutting bits off, where a GPU rounds to the nearest.
 """
 

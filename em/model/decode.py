@@ -1,7 +1,7 @@
 """What a decode step does between its projections, each as one kernel on a GPU.
 
-    rotate_write(q, k, v, cos, sin, keys, values, positions, rows)   rotary embedding, then k and v to the cache
-    decode_attention(q, keys, values, positions, window)             one new token a row over the row's own keys
+    rotate_write(q, k, v, cos, sin, keys, values, positions, rows)   rotary embedding; k and v to the cache
+    decode_attention(q, keys, values, positions, window)             a new token over its row's own keys
 
 Both are operators of the library `em`: Triton's kernels (em.model.decode_triton) on CUDA, shapes on meta, and
 on a CPU the functions below, the kernels' readable twins. The attention kernel reads the positions on the
@@ -10,6 +10,9 @@ CUDA graph of it serves every length.
 
     B rows, T tokens a row, H query and K key heads, D head size, S cache positions, R cache rows
 """
+
+from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +31,8 @@ def visible(positions: Tensor, span: int, window: int | None, dtype: torch.dtype
     seen = slots <= positions[..., None]  # (B, T, S)
     if window is not None:
         seen &= slots > positions[..., None] - window
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))[:, None]
+    blank = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return blank.masked_fill_(~seen, float("-inf"))[:, None]
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -54,15 +58,17 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return out.unflatten(2, (G, T)).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
-def _decode_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None) -> Tensor:
+def _decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None
+) -> Tensor:
     mask = visible(positions[:, None], keys.shape[1], window, q.dtype)
     keys, values = keys.to(q.dtype), values.to(q.dtype)
     return attend_masked(q[:, None], keys, values, mask)[:, 0]
 
 
 def _rotate_write(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
-    rows: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+    positions: Tensor, rows: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     write(k, v, keys, values, positions, rows)
@@ -70,7 +76,7 @@ def _rotate_write(
 
 
 def write(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor, rows: Tensor) -> None:
-    """Store k, v (B, T, K, D) at `positions` of `rows` of keys, values (R, K, S, D); both broadcast to (B, T)."""
+    """Store k, v (B, T, K, D) in keys, values (R, K, S, D) at (rows, positions), broadcast to (B, T) each."""
     keys[rows, :, positions] = k.to(keys.dtype)
     values[rows, :, positions] = v.to(values.dtype)
 
@@ -78,32 +84,42 @@ def write(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
 # -- operators ---------------------------------------------------------------------------------------------
 
 
-def _launch(name: str):
+LIB = torch.library.Library("em", "FRAGMENT")
+
+
+def _operator(signature: str, twin: Callable, shapes: Callable) -> None:
+    """Define an operator: `twin` on a CPU, Triton's kernel of the same name on CUDA, `shapes` on meta."""
+    name = signature.partition("(")[0]
+
     def launch(*arguments):
+        if not find_spec("triton"):
+            return twin(*arguments)
         from em.model import decode_triton
 
         return getattr(decode_triton, name)(*arguments)
 
-    return launch
+    LIB.define(signature)
+    LIB.impl(name, twin, "CPU")
+    LIB.impl(name, launch, "CUDA")
+    LIB.impl(name, shapes, "Meta")
 
 
-LIB = torch.library.Library("em", "FRAGMENT")
-LIB.define(
-    "decode_attention(Tensor q, Tensor keys, Tensor values, Tensor positions, int? window) -> Tensor"
+_operator(
+    "decode_attention(Tensor q, Tensor keys, Tensor values, Tensor positions, int? window) -> Tensor",
+    _decode_attention,
+    lambda q, *_: q.new_empty(q.shape),
 )
-LIB.impl("decode_attention", _decode_attention, "CPU")
-LIB.impl("decode_attention", _launch("decode_attention"), "CUDA")
-LIB.impl("decode_attention", lambda q, *_: q.new_empty(q.shape), "Meta")
-LIB.define(
+_operator(
     "rotate_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
-    "Tensor positions, Tensor rows) -> (Tensor, Tensor)"
+    "Tensor positions, Tensor rows) -> (Tensor, Tensor)",
+    _rotate_write,
+    lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
 )
-LIB.impl("rotate_write", _rotate_write, "CPU")
-LIB.impl("rotate_write", _launch("rotate_write"), "CUDA")
-LIB.impl("rotate_write", lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)), "Meta")
 
 
-def decode_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None) -> Tensor:
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None
+) -> Tensor:
     """q (B, H, D) over keys, values (B, S, K, D), any strides, up to positions (B,) int64 → (B, H, D).
 
     Row b sees its keys at positions (p − window, p], p = positions[b] < S; window None: from 0. fp32 inside.
@@ -112,8 +128,8 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
 
 
 def rotate_write(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
-    rows: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+    positions: Tensor, rows: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q (B, T, H, D) and k (B, T, K, D) turned as `rope.rotate` does; k and v also go to a layer's cache.
 

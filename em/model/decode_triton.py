@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 64  # keys that a program holds at a time
-# Below as many programs a row's keys are split among several. A program keeps some 60 GB/s in flight, so that
-# 64 saturate an H100's memory; one more kernel to join the parts costs as much as a few hundred keys.
+# With fewer programs a row's keys are split among several. By estimate: a program has 64 KB in flight, and 64
+# of them keep an H100's memory busy; the kernel that joins the parts costs as much as a few hundred keys.
 PROGRAMS = 64
 
 
@@ -26,8 +26,8 @@ def _attend(
 ):  # fmt: skip
     """One row, key head and part of the row's keys; the GROUP ≥ SHARED queries of the key head together.
 
-    out (B, H, D) where SPLITS is 1; else partial (B, K, SPLITS, GROUP, WIDTH + 2) in fp32: the weighted sum of
-    values, the maximum of the logits, the sum of the weights.
+    out (B, H, D) where SPLITS is 1; else partial (B, K, SPLITS, GROUP, WIDTH + 2) in fp32: the weighted sum
+    of values, the maximum of the logits, the sum of the weights.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -113,7 +113,9 @@ def n_splits(programs: int, span: int) -> int:
     return splits
 
 
-def decode_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None) -> Tensor:
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None
+) -> Tensor:
     """`em.model.decode.decode_attention`."""
     (B, H, D), (S, K) = q.shape, keys.shape[1:3]
     q, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values))
@@ -183,12 +185,14 @@ def _rotate_and_write(
         held = values + place + (head - H - K) * key_head
         for half in tl.static_range(2):
             channel = half * HALF + low
-            tl.store(held + channel, tl.load(x + channel, mask=inside).to(values.dtype.element_ty), mask=inside)
+            tl.store(
+                held + channel, tl.load(x + channel, mask=inside).to(values.dtype.element_ty), mask=inside
+            )
 
 
 def rotate_write(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
-    rows: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+    positions: Tensor, rows: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`em.model.decode.rotate_write`."""
     (B, T, H, D), K = q.shape, k.shape[2]

@@ -182,8 +182,8 @@ class Decoder(nn.Module):
         segments (B, T): packed rows; a token attends within its run of equal ids. Give it on the CPU to spare
             a GPU a synchronisation. Positions start at 0 in each run.
         cache, rows (B,): without `positions`, ids are fresh prompts from position 0, right-padded; their keys
-            go to the cache rows (None: all, B = n_rows). With segments, ids are fresh prompts packed without
-            padding, and rows (B, T) has the cache row of each token. With positions (B, T) int64, ids continue those
+            go to the cache rows (None: all, B = n_rows). With segments, they are packed without padding, and
+            rows (B, T) has the cache row of each token. With positions (B, T) int64, ids continue those
             rows: each token's key is stored at its position and it sees the row's keys up to there. No
             gradients.
         positions (B, T) without a cache override the rotary positions of the layout.

@@ -38,7 +38,8 @@ class KVCache:
     def limit(self, length: int) -> None:
         """Read only the first `length` positions of every row; on a GPU rounded up to 64.
 
-        For a CPU, where attention reads the whole span. The caller promises that no query's position reaches the span.
+        For a CPU, where attention reads the whole span. The caller promises that no query's position
+        reaches it.
         """
         if not 0 < length <= self.capacity:
             raise ValueError(f"length {length} is outside 1..{self.capacity}")
@@ -69,7 +70,10 @@ class KVCache:
         positions: torch.Tensor,
         rows: torch.Tensor | None,
     ) -> None:
-        """Store keys and values (B, T, K, D) at positions (B, T) or (1, T) of rows (B,) or (B, T); None: all."""
+        """Store keys and values (B, T, K, D) at positions (B, T) or (1, T) of rows (B,) or (B, T).
+
+        rows None: all, in order.
+        """
         write(keys, values, self.keys[layer], self.values[layer], positions, self._rows(rows))
 
     def rotate_write(self, layer: int, q, k, v, rotary, positions, rows) -> tuple[torch.Tensor, torch.Tensor]:

@@ -233,6 +233,28 @@ def test_one_prefill_serves_n_samples_and_a_limited_span_changes_nothing(model):
 
 
 @torch.no_grad()
+def test_prompts_packed_into_one_row_fill_their_cache_rows(model):
+    lengths, rows = [9, 1, 14], torch.tensor([3, 0, 2])
+    prompts = [row[:n] for row, n in zip(random_ids(3, 14).tolist(), lengths, strict=True)]
+    cache, each = model.new_cache(4, 64), torch.tensor(lengths)
+    place = {
+        "segments": torch.arange(3).repeat_interleave(each)[None],
+        "rows": rows.repeat_interleave(each)[None],
+    }
+    logits = model(torch.tensor([sum(prompts, [])]), cache=cache, **place)[0]
+    for prompt, found in zip(prompts, logits.split(lengths), strict=True):
+        torch.testing.assert_close(found, model(torch.tensor([prompt]))[0], atol=2e-5, rtol=0)
+    new = random_ids(3, 1, seed=8)
+    logits = model(new, cache=cache, rows=rows, positions=each[:, None])[:, 0]
+    for prompt, token, found in zip(prompts, new.tolist(), logits, strict=True):
+        torch.testing.assert_close(found, uncached_last(model, prompt + token), atol=3e-5, rtol=0)
+    with pytest.raises(ValueError, match="do not fit"):
+        model(random_ids(1, 24), cache=cache, segments=torch.ones(1, 24), rows=rows[:1])
+    with pytest.raises(ValueError, match="do not fit"):
+        model(random_ids(1, 65), cache=cache, segments=torch.ones(1, 65), rows=torch.ones(1, 65).long())
+
+
+@torch.no_grad()
 def test_several_tokens_at_once_continue_a_row(model):
     cache, ids = model.new_cache(2, 64), random_ids(2, 20)
     model(ids[:, :8], cache=cache)

@@ -1,6 +1,7 @@
 """The sampler against full forwards without a cache, row by row, for both model families."""
 
 import functools
+import weakref
 
 import pytest
 import torch
@@ -376,13 +377,20 @@ def test_a_step_reads_no_value_on_the_host(model, monkeypatch):
 
 @pytest.fixture
 def captures(monkeypatch):
-    """The GPU's way on the CPU: several steps a look, few batch sizes; a "graph" is the step itself."""
+    """The GPU's way on the CPU: several steps a look, few batch sizes; a "graph" is the step itself.
+
+    A list of (weak reference to the graph, its pool).
+    """
     made = []
 
     def captured(step, pool):
-        made.append(step)
-        return step
+        def graph():
+            step()
 
+        made.append((weakref.ref(graph), pool))
+        return graph
+
+    monkeypatch.setattr(em.sampling.batch, "_new_pool", object)
     monkeypatch.setattr(em.sampling.batch, "_uses_graphs", lambda device: True)
     monkeypatch.setattr(em.sampling.batch, "_captured", captured)
     return made
@@ -419,6 +427,33 @@ def test_a_graph_is_captured_once_a_kind_and_again_only_for_factors_at_new_addre
     lora.remove_adapter(model, "student")
     lora.add_adapter(model, "student", rank=4)
     assert [call("student"), call("student"), call()] == [1, 0, 0]
+
+
+def test_graphs_share_a_pool_as_long_as_one_of_them_lives(captures):
+    """A pool is gone with its last graph, and a capture into it fails."""
+    model = with_adapters()
+    sampler = Sampler(model, STOPS, 10, rows=16)
+
+    def call(*names):
+        with lora.stack(model, *names, frozen=True):
+            sampler(prompts(), n=3)
+
+    def anew():
+        lora.remove_adapter(model, "student")
+        lora.add_adapter(model, "student", rank=4)
+
+    call("student")
+    assert len(captures) == 2  # 16 rows, and the 8 that are left at the end
+    anew()
+    call("student")
+    call()
+    anew()
+    call("student")
+    pools = [pool for _, pool in captures]
+    assert len(captures) == 8
+    assert len({id(pool) for pool in pools[:2]}) == 1 and len({id(pool) for pool in pools[2:]}) == 1
+    assert pools[0] is not pools[2]  # both graphs of the first pool were gone
+    assert [graph() is not None for graph, _ in captures] == [False] * 4 + [True] * 4
 
 
 @pytest.mark.gpu
