@@ -11,6 +11,7 @@ CUDA graph of it serves every length.
     B rows, T tokens a row, H query and K key heads, D head size, S cache positions, R cache rows
 """
 
+import functools
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -83,8 +84,17 @@ def write(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
 
 # -- operators ---------------------------------------------------------------------------------------------
 
-
 LIB = torch.library.Library("em", "FRAGMENT")
+
+
+@functools.cache
+def _kernels():
+    """The module of the kernels, or None without Triton."""
+    if not find_spec("triton"):
+        return None
+    from em.model import decode_triton
+
+    return decode_triton
 
 
 def _operator(signature: str, twin: Callable, shapes: Callable) -> None:
@@ -92,11 +102,7 @@ def _operator(signature: str, twin: Callable, shapes: Callable) -> None:
     name = signature.partition("(")[0]
 
     def launch(*arguments):
-        if not find_spec("triton"):
-            return twin(*arguments)
-        from em.model import decode_triton
-
-        return getattr(decode_triton, name)(*arguments)
+        return getattr(_kernels(), name, twin)(*arguments)
 
     LIB.define(signature)
     LIB.impl(name, twin, "CPU")

@@ -11,7 +11,9 @@ no top-p.
 On a GPU `draw` is the operator em::draw, two kernels (em.sampling.draw_triton) for some sixty small ones.
 """
 
+import functools
 import hashlib
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -83,16 +85,20 @@ def _draw(
     return tokens, log_probs
 
 
-def _launch(logits, temperature, keys, counts):
+@functools.cache
+def _kernel():
+    """`draw` as kernels, or as torch's without Triton."""
+    if not find_spec("triton"):
+        return _draw
     from em.sampling import draw_triton
 
-    return draw_triton.draw(logits, temperature, keys, counts)
+    return draw_triton.draw
 
 
 LIB = torch.library.Library("em", "FRAGMENT")
 LIB.define("draw(Tensor logits, float temperature, Tensor keys, Tensor counts) -> (Tensor, Tensor)")
 LIB.impl("draw", _draw, "CPU")
-LIB.impl("draw", _launch, "CUDA")
+LIB.impl("draw", lambda *arguments: _kernel()(*arguments), "CUDA")
 LIB.impl("draw", lambda logits, _, keys, __: (keys.new_empty(len(keys)), logits.new_empty(len(keys))), "Meta")
 
 

@@ -103,6 +103,19 @@ def test_log_probabilities_are_those_of_the_distribution_drawn_from(temperature)
         assert torch.equal(tokens, logits.argmax(-1))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "vocabulary, temperature", [(514, 1.0), (100_278, 2.0), (152_064, 1.0), (49_152, 0.0)]
+)
+def test_a_gpu_draws_what_a_cpu_draws(vocabulary, temperature):
+    logits, _, keys, counts = kernel_case(vocabulary, temperature, 3.0, n=128)
+    tokens, log_probs = draw(logits, temperature, keys, counts)
+    found, found_log_probs = draw(logits.cuda(), temperature, keys.cuda(), counts.cuda())
+    same = found.cpu() == tokens
+    assert same.double().mean() > 0.97  # a uniform may fall between two roundings of a border
+    torch.testing.assert_close(found_log_probs.cpu()[same], log_probs[same], atol=1e-5, rtol=1e-5)
+
+
 # -- the kernels, interpreted on a CPU ---------------------------------------------------------------------
 
 # (vocabulary, temperature, spread of the logits)

@@ -479,3 +479,14 @@ def test_captured_steps_equal_eager_ones(family, monkeypatch):
     finally:
         if family != "qwen2 under a stack":
             model.to("cpu", torch.float32)
+
+
+@pytest.mark.gpu
+def test_steps_are_captured_again_when_all_graphs_of_their_pool_are_gone():
+    model = with_adapters().to("cuda", torch.bfloat16)
+    sampler = Sampler(model, STOPS, 25, rows=16)
+    for seed in range(3):
+        with lora.stack(model, "student", frozen=True):
+            sampler(prompts(), n=6)
+        lora.remove_adapter(model, "student")
+        lora.add_adapter(model, "student", rank=4, seed=seed)
