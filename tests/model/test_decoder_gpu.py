@@ -1,4 +1,4 @@
-"""The decoder's CUDA paths: flash attention, the kernels of a decode step, graphs. `python -m pytest -m gpu`."""
+"""The decoder's CUDA paths: flash attention, decode kernels, graphs. `python -m pytest -m gpu`."""
 
 import pytest
 import torch
