@@ -80,11 +80,13 @@ class BlockDiagonal:
         starts = torch.ones(B, T, dtype=torch.bool, device=segments.device)  # a row starts a run
         starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
         index = torch.arange(T, device=segments.device).expand(B, T)
-        # (B, T): how far each token is from the start of its run
-        self.positions = (index - torch.where(starts, index, 0).cummax(1).values).to(device)
+        positions = (
+            index - torch.where(starts, index, 0).cummax(1).values
+        )  # how far from the start of its run
+        self.positions = positions.to(device, non_blocking=True)  # (B, T)
         bounds = torch.cat((starts.flatten().nonzero().flatten().cpu(), torch.tensor([B * T])))
         self.lengths = bounds.diff().tolist()
-        self.cu_lengths = bounds.to(device, torch.int32)
+        self.cu_lengths = bounds.to(torch.int32).to(device, non_blocking=True)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
         B, T = q.shape[:2]

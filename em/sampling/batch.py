@@ -10,7 +10,7 @@ Prompts are prefilled side by side in one row without padding, as packed trainin
 their total is rounded up to PREFILL_MULTIPLE: with few sizes of forward the allocator's blocks fit again.
 
 The host looks at the batch every `steps_per_run` steps: on a GPU asking costs a synchronisation. A row that
-ended meanwhile runs on into columns that nobody reads.
+ended meanwhile goes on in place, into a column that nobody reads.
 
     R rows, n ≤ R of them in a step; N tokens in a prefill, d width, V vocabulary
 """
@@ -136,7 +136,7 @@ class Batch:
         """Compute keys and values of (row, tokens) pairs, many in one forward."""
         for group in _groups(prompts):
             ids, rows, segments = _packed(group, self.prefill_multiple, self.longest)  # (1, N) each
-            ids, rows = ids.to(self.device), rows.to(self.device)
+            ids, rows = (x.to(self.device, non_blocking=True) for x in (ids, rows))
             with self._autocast(), self.reordered.active():
                 self.model.hidden(ids, segments=segments, cache=self.cache, rows=rows)
 
