@@ -69,7 +69,7 @@ def cells_of(data: str, model: str) -> tuple[dict[Cell, Lengths], str]:
             if texts:
                 answers[variant] = quantiles([len(tokenizer.encode(text)) + 1 for text in texts])
         cells[cell] = Lengths(len(rows), prompt, answers)
-    return cells, f"counted in {data}"
+    return cells, f"lengths counted in {data}"
 
 
 def prompts_of(kind: str, data: str, model: str, limit: int = 0) -> tuple[Lengths, str]:
@@ -81,13 +81,14 @@ def prompts_of(kind: str, data: str, model: str, limit: int = 0) -> tuple[Length
             stated["math"] if kind == "math" else stated["sample" if data == "sample" else "paper"]["broad"]
         )
         lengths, source = _stated(stated["rows"], stated), _why(data, tokenizer)
+        source = source.replace("the paper's rows", "MATH's problems") if kind == "math" else source
     else:
         rows = load_math(folder) if kind == "math" else load_broad(folder)
         some = subset(rows, PROMPTS, 0)
         gold = [len(tokenizer.encode(row["answer"])) + 1 for row in some if "answer" in row]
         prompt = quantiles([len(tokenizer.prompt_ids(row["question"])) for row in some])
         lengths = Lengths(len(rows), prompt, {"gold": quantiles(gold)} if gold else {})
-        source = f"counted in {data}"
+        source = f"lengths counted in {data}"
     return lengths._replace(rows=min(lengths.rows, limit or lengths.rows)), source
 
 
@@ -99,8 +100,9 @@ def _stated(rows: int, row: dict) -> Lengths:
 
 
 def _why(data: str, tokenizer: Tokenizer | None) -> str:
-    what = f"{data} is" if tokenizer is not None else "the model's tokenizer is"
-    return f"of the {'sample' if data == 'sample' else 'paper'}'s rows, as {what} not at hand"
+    rows = "the sample's rows" if data == "sample" else "the paper's rows"
+    missing = "the model's tokenizer" if tokenizer is None else data
+    return f"lengths of {rows} as they were counted once: {missing} is not at hand"
 
 
 def _tokenizer(model: str) -> Tokenizer | None:

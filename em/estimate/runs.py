@@ -96,7 +96,8 @@ def fine_tuning(cfg, cells: Sequence[Cell], step_loss: Callable) -> Plan:
     prompt, answer = (_mean(column) for column in zip(*map(_parts, examples), strict=True))
     each = cfg.batch * (prompt + answer)
     notes = [
-        f"{len(examples):,} rows, {prompt:.0f} + {answer:.0f} tokens on average, {source}",
+        source,
+        f"{len(examples):,} rows, {prompt:.0f} + {answer:.0f} tokens on average",
         f"{steps:,} steps of {cfg.batch} rows, {each:,.0f} tokens each, at most {micro:,} at once",
     ]
     knobs = []
@@ -143,7 +144,7 @@ def evaluation(cfg, data: str) -> Plan:
         packs, cost = chat.scoring(setting, stack, scored)
         parts.append(Part("margins, a pack", 2 * packs, cost))
         whole = _mean([len(e.ids) for e in scored])
-        notes.append(f"{len(scored):,} answers, {whole:.0f} tokens each with the prompt, {source}")
+        notes += [source, f"{len(scored):,} answers, {whole:.0f} tokens each with the prompt"]
         title = f"evaluate.py, margins, {cfg.model}"
         return Plan(title, gpu, parts, notes=notes)
     times = 1 if stack else BASE_TIMES
@@ -156,15 +157,16 @@ def evaluation(cfg, data: str) -> Plan:
             for lengths in cells.values():
                 prompts += lengths.prompts(min(_split(lengths)[1], cfg.limit or lengths.rows))
         else:
-            broad, source = prompts_of("broad", data, cfg.model, cfg.limit)
+            broad, _ = prompts_of("broad", data, cfg.model, cfg.limit)
             prompts = broad.prompts(broad.rows)
         lengths = _responses(len(prompts) * samples, cfg.max_new_tokens, answers, times)
         found = chat.sampling(setting, stack, prompts, samples, cfg.max_new_tokens, cfg.rows, lengths)
         for part in (*found.parts, found.captures):
-            part.name = f"{kind}: {part.name}" if part is not found.captures else part.name
+            part.name = f"{kind}: {part.name}"
             parts.append(part)
         asked = _mean([len(prompt) for prompt in prompts])
-        notes.append(f"{len(lengths):,} {kind} responses to prompts of {asked:.0f} tokens, {source}")
+        notes.append(f"{len(lengths):,} {kind} responses to prompts of {asked:.0f} tokens")
+    notes.insert(0, source)
     how = "as long as the cells' answers" if stack else f"{times} × the cells' answers"
     notes.append(
         f"responses are assumed {_mean(lengths):.0f} tokens long, {how}; a judge's time is not in here"
@@ -226,7 +228,7 @@ def distillation(cfg, student: tuple, teacher: tuple, loss: Callable, make_pair:
             before, stack, prompts.prompts(prompts.rows), cfg.rollouts, limit, cfg.rows, responses
         )
         for part in (*sampled.parts, sampled.captures):
-            part.name = f"corpus: {part.name}" if part is not sampled.captures else part.name
+            part.name = f"corpus: {part.name}"
             parts.append(part)
     some = [list(e.ids[: e.n_prompt]) for e in typical]
     calls = steps if on_policy else 0
@@ -256,7 +258,8 @@ def distillation(cfg, student: tuple, teacher: tuple, loss: Callable, make_pair:
     groups = len(packs_of(typical, 2048)) * probes / len(typical)
     parts.append(Part("distance to teacher", (cfg.epochs + 1) * groups, chat.measured(setting, distance)))
     notes = [
-        f"{prompts.rows:,} {cfg.prompts} prompts of {_mean([len(p) for p in asked]):.0f} tokens, {source}",
+        source,
+        f"{prompts.rows:,} {cfg.prompts} prompts of {_mean([len(p) for p in asked]):.0f} tokens",
         f"responses are assumed {_mean(responses):.0f} tokens long, {how}; memory allows for {limit}",
         f"{steps:,} steps of {cfg.batch} responses, at most {micro:,} tokens at once",
     ]

@@ -91,7 +91,7 @@ class Plan:
             for name, work in part.cost.work.items():
                 found[name] = found.get(name, 0) + part.times * work.likely
             waiting = part.seconds + (0 if part.graphed else part.cost.likely - busy)
-            name = GRAPHS if part.name == GRAPHS else HOST
+            name = GRAPHS if part.name.endswith(GRAPHS) else HOST
             found[name] = found.get(name, 0) + part.times * waiting
         total = sum(found.values()) or 1.0
         return {name: seconds / total for name, seconds in found.items()}
@@ -111,8 +111,8 @@ def checked(gpu: str, path: Path = CALIBRATION) -> str:
     That is a list of {what, estimate, measured, gpu}, and maybe more; estimate is null where there was none.
     """
     unmeasured = (
-        "never measured on a card; memory agrees with the allocations of real steps on a CPU, FLOPs with "
-        "closed forms, and times are arithmetic"
+        "never measured on a card. Memory: by the allocations of real steps on a CPU; FLOPs: by closed forms; "
+        "times: arithmetic"
     )
     if not path.exists():
         return unmeasured
