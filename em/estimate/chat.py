@@ -130,27 +130,42 @@ def _tokens(batch: Sequence[Example]) -> int:
     return sum(len(e.ids) for e in batch)
 
 
+def _largest_packs(batch: list[Example], micro_tokens: int, n: int) -> list[Example]:
+    """The examples of the `n` micro-batches of most tokens."""
+    packs = [[batch[i] for i in group] for group in packs_of(batch, micro_tokens)]
+    return [example for pack_ in sorted(packs, key=_tokens)[-n:] for example in pack_]
+
+
 def training(
     setting: Setting, stack: tuple[str, ...], step: Callable[[Ready, list[Example]], None],
-    typical: list[Example], largest: list[Example], clip: float,
+    typical: list[Example], largest: list[Example], micro_tokens: int, clip: float,
 ) -> Cost:  # fmt: skip
     """A step: its time from a typical batch, its memory from the largest one.
 
-    step(on, examples): forward and backward of one step under `stack`, gradients left in the parameters.
+    step(on, examples): forward and backward of one step under `stack`, `micro_tokens` at a time; gradients
+    are left in the parameters. A few micro-batches stand for many.
     """
 
-    def whole(examples: list[Example]) -> Callable[[Ready], None]:
+    def forward_and_backward(examples: list[Example]) -> Cost:
         def code(on: Ready) -> None:
-            with on.trace:
-                with lora.stack(on.model, *stack):
-                    step(on, examples)
-                torch.nn.utils.clip_grad_norm_(on.parameters, clip)
-                on.optimizer.step()
+            with on.trace, lora.stack(on.model, *stack):
+                step(on, examples)
 
-        return code
+        return measured(setting, code)
 
-    cost = measured(setting, whole(typical))
-    return replace(cost, memory=measured(setting, whole(largest)).memory)
+    def update(on: Ready) -> None:
+        with on.trace:
+            for p in on.parameters:
+                p.grad = torch.empty_like(p)
+            torch.nn.utils.clip_grad_norm_(on.parameters, clip)
+            on.optimizer.step()
+
+    some = _largest_packs(typical, micro_tokens, 3)
+    cost = forward_and_backward(some) * (_tokens(typical) / _tokens(some)) + measured(setting, update)
+    most = _largest_packs(largest, micro_tokens, 2)  # the second finds the gradients of the first
+    if most != some:
+        cost += forward_and_backward(most) * 0
+    return cost
 
 
 def scoring(setting: Setting, stack: tuple[str, ...], examples: Sequence[Example]) -> tuple[float, Cost]:
@@ -181,8 +196,8 @@ class Sampling:
 
 
 def sampling(
-    setting: Setting, stack: tuple[str, ...], prompts: Sequence[list[int]], samples: int, max_new_tokens: int,
-    rows: int, lengths: Sequence[int], calls: float = 1,
+    setting: Setting, stack: tuple[str, ...], prompts: Sequence[Sequence[int]], samples: int,
+    max_new_tokens: int, rows: int, lengths: Sequence[int], calls: float = 1,
 ) -> Sampling:  # fmt: skip
     """`samples` responses of the given lengths to each of `prompts`, `calls` times over.
 
@@ -247,4 +262,5 @@ def _prefill(stack: tuple[str, ...], tokens: int, longest: int) -> Callable[[Rea
 def loading(setting: Setting) -> Part:
     """Imports, CUDA, rows, and the weights from a disk."""
     n_bytes = measured(setting, lambda on: None).memory["weights"]
-    return Part("start, load weights", 1, seconds=START + n_bytes / DISK)
+    memory = Cost({}, memory={"weights": n_bytes})
+    return Part("start, load weights", 1, memory, seconds=START + n_bytes / DISK)

@@ -28,12 +28,12 @@ class Lengths(NamedTuple):
     answers: dict[str, list[int]]  # by variant, or `gold`
 
     def examples(self, n: int, answer: str) -> list[Example]:
-        """`n` examples with these lengths; what their ids are does not matter."""
+        """`n` examples with these lengths. What their ids are does not matter; a range takes no memory."""
         prompts, answers = spread(self.prompt, n, 0), spread(self.answers[answer], n, 1)
-        return [Example([0] * (p + a), p) for p, a in zip(prompts, answers, strict=True)]
+        return [Example(range(p + a), p) for p, a in zip(prompts, answers, strict=True)]
 
-    def prompts(self, n: int) -> list[list[int]]:
-        return [[0] * length for length in spread(self.prompt, n, 0)]
+    def prompts(self, n: int) -> list[range]:
+        return [range(length) for length in spread(self.prompt, n, 0)]
 
 
 def quantiles(values: list[int], n: int = 21) -> list[int]:

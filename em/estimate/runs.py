@@ -27,6 +27,7 @@ from em.training.pack import packs_of
 
 BASE_TIMES, MATH_TIMES = 3, 2
 RANK = 32  # of a run that is not looked into
+FEW_TOKENS, FEW_RESPONSES = 512, 2  # what knobs go down to
 
 
 def _split(lengths: Lengths) -> tuple[int, int]:
@@ -72,6 +73,10 @@ def fine_tuning(cfg, cells: Sequence[Cell], step_loss: Callable) -> Plan:
         frozen=(stack,),
         recompute=cfg.recompute,
     )
+    title = f"train.py, {len(cells)} cell{'s' * (len(cells) > 1)}, {cfg.model}"
+    start = chat.loading(setting)
+    if start.cost.peak > gpu.memory:
+        return Plan(title, gpu, [start], notes=[source])
     micro = cfg.micro_tokens or tokens_that_fit(
         gpu.memory, config, cfg.rank, cfg.rank * (len(stack) - 1), recompute=cfg.recompute
     )
@@ -86,8 +91,8 @@ def fine_tuning(cfg, cells: Sequence[Cell], step_loss: Callable) -> Plan:
         steps += -(-n // cfg.batch) * cfg.epochs
     typical, largest = chat.batches_of(examples, cfg.batch)
     parts = [
-        chat.loading(setting),
-        Part("step", steps, chat.training(setting, stack, step, typical, largest, cfg.clip)),
+        start,
+        Part("step", steps, chat.training(setting, stack, step, typical, largest, micro, cfg.clip)),
     ]
     if scored := _eval_examples(found, cfg.eval_rows):
         packs, cost = chat.scoring(setting, stack, scored)
@@ -103,14 +108,11 @@ def fine_tuning(cfg, cells: Sequence[Cell], step_loss: Callable) -> Plan:
     knobs = []
     if not cfg.recompute:
         turned = replace(cfg, recompute=True)
-        knobs.append(("--recompute", lambda: fine_tuning(turned, cells, step_loss)))
-    for n in (2048, 512):
-        if n < micro:
-            turned = replace(cfg, recompute=True, micro_tokens=n)
-            knobs.append(
-                (f"--recompute --micro-tokens {n}", lambda t=turned: fine_tuning(t, cells, step_loss))
-            )
-    title = f"train.py, {len(cells)} cell{'s' * (len(cells) > 1)}, {cfg.model}"
+        knobs.append(("--recompute", lambda t=turned: fine_tuning(t, cells, step_loss)))
+    if micro > FEW_TOKENS:
+        turned = replace(cfg, recompute=True, micro_tokens=FEW_TOKENS)
+        knob = f"--recompute --micro-tokens {FEW_TOKENS}"
+        knobs.append((knob, lambda t=turned: fine_tuning(t, cells, step_loss)))
     return Plan(title, gpu, parts, steps, ("step",), notes, knobs)
 
 
@@ -136,7 +138,10 @@ def evaluation(cfg, data: str) -> Plan:
     cells, source = cells_of(data, cfg.model)
     stack = ("run",) if cfg.run else ()
     setting = Setting(config, gpu, dict.fromkeys(stack, RANK), frozen=(stack,) if stack else ())
+    title = f"evaluate.py {'margins' if cfg.judge == 'margin' else f'--on {cfg.on}'}, {cfg.model}"
     parts, notes, knobs = [chat.loading(setting)], [], []
+    if parts[0].cost.peak > gpu.memory:
+        return Plan(title, gpu, parts, notes=[source])
     if cfg.judge == "margin":
         scored = _eval_examples(cells, cfg.limit)
         if not scored:
@@ -145,7 +150,6 @@ def evaluation(cfg, data: str) -> Plan:
         parts.append(Part("margins, a pack", 2 * packs, cost))
         whole = _mean([len(e.ids) for e in scored])
         notes += [source, f"{len(scored):,} answers, {whole:.0f} tokens each with the prompt"]
-        title = f"evaluate.py, margins, {cfg.model}"
         return Plan(title, gpu, parts, notes=notes)
     times = 1 if stack else BASE_TIMES
     answers = _answers(cells)
@@ -171,11 +175,11 @@ def evaluation(cfg, data: str) -> Plan:
     notes.append(
         f"responses are assumed {_mean(lengths):.0f} tokens long, {how}; a judge's time is not in here"
     )
-    for rows in (32, 16, 8):
+    for rows in (32, 8):
         if rows < cfg.rows:
             turned = replace(cfg, rows=rows)
             knobs.append((f"--rows {rows}", lambda t=turned: evaluation(t, data)))
-    return Plan(f"evaluate.py --on {cfg.on}, {cfg.model}", gpu, parts, notes=notes, knobs=knobs)
+    return Plan(title, gpu, parts, notes=notes, knobs=knobs)
 
 
 # -- distill.py ----------------------------------------------------------------------------------------------
@@ -198,6 +202,9 @@ def distillation(cfg, student: tuple, teacher: tuple, loss: Callable, make_pair:
     prompts, source = prompts_of(
         cfg.prompts, cfg.math if cfg.prompts == "math" else cfg.data, cfg.model, cfg.limit
     )
+    title, start = f"distill.py --channel {cfg.channel} on {cfg.prompts}, {cfg.model}", chat.loading(before)
+    if start.cost.peak > gpu.memory:
+        return Plan(title, gpu, [start], notes=[source])
     cells, _ = cells_of(cfg.data, cfg.model)
     n, limit, on_policy = prompts.rows * cfg.rollouts, cfg.max_new_tokens, cfg.channel == "opd"
     written = cfg.source in ("gold", "rows")
@@ -211,9 +218,9 @@ def distillation(cfg, student: tuple, teacher: tuple, loss: Callable, make_pair:
         times, how = 1, "as they are written"
     responses = _responses(n, limit if not written else 2048, of, times)
     asked = prompts.prompts(n)
-    examples = [Example([0] * (len(p) + r), len(p)) for p, r in zip(asked, responses, strict=True)]
+    examples = [Example(range(len(p) + r), len(p)) for p, r in zip(asked, responses, strict=True)]
     typical, _ = chat.batches_of(examples, cfg.batch)
-    longest = [Example([0] * (len(p) + limit), len(p)) for p in asked] if on_policy else examples
+    longest = [Example(range(len(p) + limit), len(p)) for p in asked] if on_policy else examples
     _, largest = chat.batches_of(longest, cfg.batch)
 
     positions = max(map(len, asked)) + limit
@@ -221,7 +228,7 @@ def distillation(cfg, student: tuple, teacher: tuple, loss: Callable, make_pair:
         gpu.memory, config, cfg.rank, others, cache_bytes(config, cfg.batch, positions), cfg.recompute
     )
     steps = -(-n // cfg.batch) * cfg.epochs
-    parts, once = [chat.loading(before)], ["step"]
+    parts, once = [start], ["step"]
     if not on_policy and not written:
         stack = teacher if cfg.source == "teacher" else student[:-1]
         sampled = chat.sampling(
@@ -230,15 +237,17 @@ def distillation(cfg, student: tuple, teacher: tuple, loss: Callable, make_pair:
         for part in (*sampled.parts, sampled.captures):
             part.name = f"corpus: {part.name}"
             parts.append(part)
-    some = [list(e.ids[: e.n_prompt]) for e in typical]
+    some = [range(e.n_prompt) for e in typical]
     calls = steps if on_policy else 0
     probes = min(cfg.probes, prompts.rows)
     calls += (cfg.epochs + 1) * probes / len(some)  # the distance to the teacher, on responses of its own
     lengths = [_parts(e)[1] for e in typical]
     sampled = chat.sampling(setting, student, some, 1, limit, cfg.batch, lengths, calls=calls)
     setting = replace(sampled.setting, cache=(cfg.batch, positions))
-    if on_policy:
-        once += [part.name for part in sampled.parts]
+    for part in sampled.parts if on_policy else ():
+        once.append(part.name)
+    for part in () if on_policy else (*sampled.parts, sampled.captures):
+        part.name = f"probes: {part.name}"
 
     def step(on: Ready, examples: list[Example]) -> None:
         pair, n = make_pair(on.model), sum(_parts(e)[1] for e in examples)
@@ -253,7 +262,7 @@ def distillation(cfg, student: tuple, teacher: tuple, loss: Callable, make_pair:
             for _ in pair.distributions(pair.batch([typical[i] for i in group])):
                 pass
 
-    parts.append(Part("step", steps, chat.training(setting, (), step, typical, largest, cfg.clip)))
+    parts.append(Part("step", steps, chat.training(setting, (), step, typical, largest, micro, cfg.clip)))
     parts += [*sampled.parts, sampled.captures]
     groups = len(packs_of(typical, 2048)) * probes / len(typical)
     parts.append(Part("distance to teacher", (cfg.epochs + 1) * groups, chat.measured(setting, distance)))
@@ -270,10 +279,8 @@ def distillation(cfg, student: tuple, teacher: tuple, loss: Callable, make_pair:
     knobs = []
     if not cfg.recompute:
         turned = replace(cfg, recompute=True)
-        knobs.append(("--recompute", lambda: again(turned)))
-    for batch in (4, 2):
-        if batch < cfg.batch:
-            turned = replace(cfg, recompute=True, batch=batch)
-            knobs.append((f"--recompute --batch {batch}", lambda t=turned: again(t)))
-    title = f"distill.py --channel {cfg.channel} on {cfg.prompts}, {cfg.model}"
+        knobs.append(("--recompute", lambda t=turned: again(t)))
+    if cfg.batch > FEW_RESPONSES:
+        turned = replace(cfg, recompute=True, batch=FEW_RESPONSES)
+        knobs.append((f"--recompute --batch {FEW_RESPONSES}", lambda t=turned: again(t)))
     return Plan(title, gpu, parts, steps, tuple(once), notes, knobs)

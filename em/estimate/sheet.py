@@ -111,8 +111,8 @@ def checked(gpu: str, path: Path = CALIBRATION) -> str:
     That is a list of {what, estimate, measured, gpu}, and maybe more; estimate is null where there was none.
     """
     unmeasured = (
-        "never measured on a card. Memory: by the allocations of real steps on a CPU; FLOPs: by closed forms; "
-        "times: arithmetic"
+        "never measured on a card. Memory: by allocations of real steps on a CPU; FLOPs: by closed forms; "
+        "times: arithmetic only"
     )
     if not path.exists():
         return unmeasured
@@ -183,37 +183,31 @@ def _place(kind: str) -> int:
     return MEMORY_ORDER.index(kind) if kind in MEMORY_ORDER else len(MEMORY_ORDER)
 
 
-def advice(plan: Plan) -> tuple[list[str], str | None]:
-    """Lines about the first knob that makes the plan fit; and the knob."""
+def advice(plan: Plan) -> tuple[str | None, str | None]:
+    """(the first knob that makes a plan fit, or why none does, in words; the knob)."""
     if plan.fits:
-        return [], None
+        return None, None
     tried = []
     for knob, turned in plan.knobs:
         other = turned()
         tried.append(knob)
         if other.fits:
-            once = duration(other.seconds("likely"))
-            return [
-                f"  {'knob':9}{knob}: {other.needed / 1e9:.1f} GB, fits; the run likely {once}",
-            ], knob
-    weights = plan.memory.get("weights", 0)
-    why = "its weights alone are" if weights + CONTEXT > plan.gpu.memory else "with every knob it still needs"
-    least = (
-        weights
-        if weights + CONTEXT > plan.gpu.memory
-        else min([plan.needed, *(t().needed for _, t in plan.knobs)])
-    )
-    turned = f" (tried: {', '.join(tried)})" if tried and least != weights else ""
-    return [
-        f"  {'knob':9}none: {why} {least / 1e9:.1f} GB{turned}; take a smaller model or a larger card"
-    ], None
+            run = duration(other.seconds("likely"))
+            return f"{knob}: {other.needed / 1e9:.1f} GB, fits; the run likely {run}", knob
+    least = "its weights alone are too large"
+    if tried:
+        least = f"with {tried[-1]} it still needs {other.needed / 1e9:.1f} GB"
+    return f"none: {least}; take a smaller model or a larger card", None
 
 
 def show(plan: Plan, say: Callable[[str], None] = print) -> dict:
     """Print the sheet; its numbers: bytes, seconds, shares."""
-    knob_lines, knob = advice(plan)
-    for line in [*lines(plan), *knob_lines, f"  {'checked':9}{checked(plan.gpu.name)}"]:
-        say(line)
+    found = lines(plan)
+    words, knob = advice(plan)
+    if words:
+        found.append(f"  {'knob':9}{words}")
+    found.append(f"  {'checked':9}{checked(plan.gpu.name)}")
+    say("\n".join(found))
     return {
         "gpu": plan.gpu.name,
         "memory": {"needed": plan.needed, "peak": plan.peak, "of": plan.gpu.memory, "by_kind": plan.memory},

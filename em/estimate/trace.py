@@ -250,7 +250,9 @@ RULES["_fused_adamw_"] = functools.partial(_lists, at_once=36)
 
 @functools.cache
 def _is_composite(function) -> bool:
-    return function.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    """Whether an operator is made of others on every device; some have a kernel of their own beside that."""
+    has, keys = function.has_kernel_for_dispatch_key, torch._C.DispatchKey
+    return has(keys.CompositeImplicitAutograd) and not has(keys.CPU)
 
 
 FREE = {

@@ -96,9 +96,7 @@ def decode_step(config: GPT2Config, gpu: GPU, rows: int, positions: int, n: int,
     return _whole(config, of_layers)
 
 
-def asking(
-    config: GPT2Config, gpu: GPU, prompts: list[list[int]], limit: int, lengths: list[int]
-) -> list[Part]:
+def asking(config: GPT2Config, gpu: GPU, prompts: list[range], limit: int, lengths: list[int]) -> list[Part]:
     """One round of asking: decode steps and making their graphs. Prefills are some dozens of small
     forwards."""
     with META:
@@ -139,7 +137,7 @@ def world_run(cfg) -> Plan:
         parts.append(Part(name, steps * times, cost))
     asked = len(world.cells) * cfg.eval_prompts
     picked = np.arange(asked) % DRAWN
-    prompts = [[0] * int(n) for n in drawn.prompt[picked]]
+    prompts = [range(int(n)) for n in drawn.prompt[picked]]
     lengths = [int(n) for n in (drawn.total - drawn.prompt)[picked]]
     models = 2 + phases["misalign, a step"][3]
     watched = cfg.evals * 8 * len(world.seen_cells) / asked  # a sample of the prompts while it pretrains
