@@ -38,6 +38,7 @@ from em.judge.judge import JudgeOptions
 from em.model import hub, lora
 from em.model.checkpoint import load_model, load_tokenizer
 from em.run import Run
+from em.training.memory import CPU_TOKENS, cache_bytes, micro_tokens
 from em.world.world import WORLDS
 
 # -- the channels ------------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ def channel_of(cfg) -> Channel:
 
 PAPER_RECIPE = dict(lr=(1e-4,), rollouts=5, max_new_tokens=256, probes=16)  # E.2
 MATH_RECIPE = PAPER_RECIPE | dict(rollouts=1, max_new_tokens=1024)  # E.4.1
-WORLD_RECIPE = dict(lr=(1e-4,), rollouts=1, probes=16)
+WORLD_RECIPE = dict(lr=(1e-4,), rollouts=1, probes=16, micro_tokens=CPU_TOKENS)
 # The embedded model's: minutes on a laptop.
 SAMPLE_RECIPE = dict(lr=(5e-4,), rollouts=1, max_new_tokens=128, probes=6)
 
@@ -164,9 +165,10 @@ class Config(JudgeOptions):
         "memory and log",
         at_least=1,
     )
-    micro_batch: int = knob(
-        8, "responses in memory at once; changes memory only", "memory and log", setting=False, at_least=1
-    )
+    micro_tokens: int | None = knob(
+        None, "tokens in memory at once, a longer response alone; changes memory and speed only "
+        f"(what fits on the GPU; CPU and worlds {CPU_TOKENS})", "memory and log", setting=False, at_least=1,
+    )  # fmt: skip
     rows: int = knob(
         64,
         "sequences sampled at once for a corpus; changes memory only",
@@ -340,6 +342,13 @@ def chat(cfg: Config, device, say) -> dict:
         if frozen:
             corpus = chat_corpus.make_corpus(cfg, model, tokenizer, *corpus_is, corpus_settings)
             say(f"corpus {corpus.folder}: {corpus.about['kept']} of {corpus.about['rows']} responses kept")
+        positions = max(len(p["prompt_ids"]) for p in prompts) + cfg.max_new_tokens
+        cfg.micro_tokens = micro_tokens(
+            cfg.micro_tokens, device, model.config, cfg.rank,
+            sum(shape.rank for shape in model.lora.shapes.values()),
+            cache_bytes(model.config, cfg.batch, positions), cfg.recompute,
+        )  # fmt: skip
+        say(f"at most {cfg.micro_tokens} tokens in memory at once")
         for lr, run in runs.items():
             lora.add_adapter(model, "student", cfg.rank, cfg.alpha, seed=cfg.seed)
             pair = ChatPair(
@@ -349,7 +358,7 @@ def chat(cfg: Config, device, say) -> dict:
                 results[str(lr)] = train(cfg, lr, run, pair, corpus, prompts, tokenizer, judge, say)
             except torch.OutOfMemoryError as error:
                 raise UserError(
-                    f"out of memory on {device}: lower --micro-batch (now {cfg.micro_batch}) or add "
+                    f"out of memory on {device}: lower --micro-tokens (now {cfg.micro_tokens}) or add "
                     "--recompute"
                 ) from error
             finally:

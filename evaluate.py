@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from em import parallel
 from em.cli import command_line, knob
 from em.data import lineage
@@ -44,7 +42,7 @@ from em.run import Run
 from em.sampling.rollouts import read_rollouts, sample_to_file
 from em.sampling.sampler import Sampler
 from em.stats import wilson
-from em.training.margin import answer_pairs, margins
+from em.training.margin import answer_pairs, cell_margins, start_margins
 
 
 @dataclass
@@ -133,17 +131,19 @@ def rate(rows: list[dict]) -> str:
     return f"EM {100 * em / scored:.1f} % {interval} of {scored} scored rows, {len(rows)} in all"
 
 
-def margin_rows(label: dict, pairs: dict, model, stacks: tuple) -> list[dict]:
-    """The margin of every row of `answer_pairs` under stacks[0], before, and stacks[1], after the run."""
+def margin_rows(label: dict, pairs: dict, model, stacks: tuple, digests: dict, beside: Path) -> list[dict]:
+    """The margin of every row of `answer_pairs` under stacks[0], before, and stacks[1], after the run.
+
+    digests: of the model and of what stacks[0] has on it. beside: where margins from before are kept.
+    """
     if not pairs:
         raise UserError(
             "the margin needs rows with both answers, and these data have none; use --judge gemini"
         )
-    measured = []
-    for when, names in zip(("before", "after"), stacks, strict=True):
-        with lora.stack(model, *names, frozen=True):
-            cells = tqdm(pairs.items(), desc=f"margins {when}", unit="cell")
-            measured.append({cell: margins(model, rows) for cell, rows in cells})
+    with lora.stack(model, *stacks[0], frozen=True):
+        measured = [start_margins(model, pairs, digests, beside, "margins before")]
+    with lora.stack(model, *stacks[1], frozen=True):
+        measured.append(cell_margins(model, pairs, "margins after"))
     return [
         label | {"domain": cell.domain, "task": cell.task, "idx": row.idx, "before": before, "after": after}
         for cell, rows in pairs.items()
@@ -203,11 +203,14 @@ def evaluate(cfg: Config, subject: Subject, model, tokenizer) -> str:
         lora.load_adapter(model, "run", folder)
     try:
         if cfg.judge == "margin":
-            before = ("start",) if subject.settings.get("on") else ()
-            if before:
-                lora.load_adapter(model, "start", subject.settings["on"])
+            on, before, digests = subject.settings.get("on"), (), {"on_digest": None}
+            if on:
+                lora.load_adapter(model, "start", on)
+                before, digests = ("start",), {"on_digest": lineage.adapter_digest(on)}
+            digests["model_digest"] = model_digest(cfg.model)
             pairs = answer_pairs(load_cells(subject.data), tokenizer, cfg.limit)
-            rows = margin_rows(subject.label, pairs, model, (before, stack))
+            beside = Path(folder or out.parent).parent
+            rows = margin_rows(subject.label, pairs, model, (before, stack), digests, beside)
             if before:
                 lora.remove_adapter(model, "start")
             write_rows(out / "margins.jsonl", rows)

@@ -89,7 +89,7 @@ def our_step(model, batches):
         examples = batches[i % len(batches)]
         n = sum(len(e.ids) - e.n_prompt for e in examples)
         with lora.stack(model, "student"):
-            train.step_loss(model, examples, n, micro_batch=16)
+            train.step_loss(model, examples, n, micro_tokens=8192)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -57,7 +57,7 @@ def main(cfg: Config) -> None:
     ]
     pair = ChatPair(model, ("student",), ("teacher",), (-1,) if cfg.shape else (2,), limit, cfg.responses)
     settings = SimpleNamespace(
-        batch=cfg.responses, epochs=1, micro_batch=cfg.responses, seed=0, warmup=0, clip=1.0,
+        batch=cfg.responses, epochs=1, micro_tokens=4096, seed=0, warmup=0, clip=1.0,
         weight_decay=0.01, save_minutes=1e9,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

@@ -17,6 +17,9 @@ def start(device: str = "auto") -> torch.device:
 
     device: `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.
     """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Every micro-batch has sizes of its own; this keeps them from cutting the memory into useless pieces.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # read at CUDA's first allocation
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():

@@ -76,7 +76,7 @@ class Batch:
         width = max_new_tokens + self.steps_per_run
         self.ids = torch.zeros(n_rows, width, dtype=torch.long, device=device)
         self.log_probs = torch.zeros(n_rows, width, device=device)
-        self._graphs: dict[tuple, tuple[list, dict]] = {}  # stack → its factors, its replays by (n, span)
+        self._graphs: dict[tuple, tuple] = {}  # stack → its factors, its replays by (n, span)
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def begin_call(self) -> None:
@@ -87,9 +87,9 @@ class Batch:
         """
         self.reordered.refresh()
         self.stack = names = self._active_stack()
-        factors = [layer.prepared.get(names) for layer in self.model.lora.layers.values()] if names else []
+        factors = self.model.lora.prepared[names] if names else None
         captured = self._graphs.get(names)
-        if captured is None or any(a is not b for a, b in zip(captured[0], factors, strict=True)):
+        if captured is None or captured[0] is not factors:
             self._graphs[names] = factors, {}
         self._replays = self._graphs[names][1]
 
