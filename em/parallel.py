@@ -17,9 +17,6 @@ def start(device: str = "auto") -> torch.device:
 
     device: `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.
     """
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        # Every micro-batch has sizes of its own; this keeps them from cutting the memory into useless pieces.
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # read at CUDA's first allocation
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -34,9 +31,18 @@ def start(device: str = "auto") -> torch.device:
     except RuntimeError:
         raise UserError(f"--device {device!r} is not one of auto, cpu, cuda, cuda:N") from None
     if resolved.type == "cuda":
-        torch.cuda.set_device(resolved)
-        torch.set_float32_matmul_precision("high")
+        _set_up_cuda(resolved)
     return resolved
+
+
+def _set_up_cuda(device: torch.device) -> None:
+    """The settings of a process that uses CUDA, before its first allocation there."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        # Lengths differ from step to step: blocks of fixed size would leave gaps that nothing fits.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for every new shape
 
 
 def finish() -> None:

@@ -20,10 +20,11 @@ from torch import Tensor
 from em.device import to_device
 from em.model import lora
 from em.model.gpt2 import GPT2
+from em.model.head import logits
 from em.model.tokenizer import Example
 from em.sampling.sampler import Rollout, Sampler
 from em.training.kl import forward_kl, reverse_kl
-from em.training.loss import chunk_rows, logits, token_log_probs
+from em.training.loss import chunk_rows, token_log_probs
 from em.training.metrics import StepTimer
 from em.training.pack import PackedBatch, pack
 

@@ -71,18 +71,20 @@ class Attention(nn.Module):
     def forward(self, x, rotary, layout, cache: KVCache | None = None, positions=None, rows=None):
         """x (B, T, d) → (B, T, d). rotary: a `Rope.table`. layout: of em.model.attention.
 
-        With a cache, the new keys go to `positions` (B, T) or (1, T) of its `rows` (B,).
+        With a cache, the new keys go to `positions` (B, T) or (1, T) of its `rows` (B,) or (B, T).
         """
         q_norm, k_norm = getattr(self, "q_norm", None), getattr(self, "k_norm", None)
         layers = self.q_proj, self.k_proj, self.v_proj
         q, k, v = self.qkv(x, *layers).split([layer.out_features for layer in layers], -1)
         if q_norm is None and v.requires_grad:
             v = v.contiguous()  # autograd keeps v, and with a view of it q and k from before their rotation
-        q = rotate(self._heads(q, q_norm), *rotary)  # (B, T, H, D)
-        k = rotate(self._heads(k, k_norm), *rotary)  # (B, T, K, D)
+        q = self._heads(q, q_norm)  # (B, T, H, D)
+        k = self._heads(k, k_norm)  # (B, T, K, D)
         v = self._heads(v, None)  # (B, T, K, D)
-        if cache is not None:
-            cache.write(self.layer, k, v, positions, rows)
+        if cache is None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        else:
+            q, k = cache.rotate_write(self.layer, q, k, v, rotary, positions, rows)
             if isinstance(layout, Cached):  # otherwise a fresh prompt, which sees its own keys only
                 k, v = cache.read(self.layer, rows)  # (B, S, K, D)
         y = layout.attend(q, k, v, self.window)  # (B, T, H, D)
@@ -206,17 +208,16 @@ class Decoder(nn.Module):
         segments (B, T): packed rows; a token attends within its run of equal ids. Give it on the CPU to spare
             a GPU a synchronisation. Positions start at 0 in each run.
         cache, rows (B,): without `positions`, ids are fresh prompts from position 0, right-padded; their keys
-            go to the cache rows (None: all, B = n_rows). With positions (B, T) int64, ids continue those
+            go to the cache rows (None: all, B = n_rows). With segments, they are packed without padding, and
+            rows (B, T) has the cache row of each token. With positions (B, T) int64, ids continue those
             rows: each token's key is stored at its position and it sees the row's keys up to there. No
             gradients.
         positions (B, T) without a cache override the rotary positions of the layout.
         """
-        if (attention_mask is not None) + (segments is not None) + (cache is not None) > 1:
+        if attention_mask is not None and (segments is not None or cache is not None):
             raise ValueError("give one of attention_mask, segments and cache")
-        if cache is not None:
-            if torch.is_grad_enabled():
-                raise ValueError("a cache is for sampling: call it under torch.no_grad() or inference_mode()")
-            cache.check(ids.shape, rows)
+        if cache is not None and torch.is_grad_enabled():
+            raise ValueError("a cache is for sampling: call it under torch.no_grad() or inference_mode()")
 
         if segments is not None:
             layout = BlockDiagonal(segments, ids.device)
@@ -226,6 +227,8 @@ class Decoder(nn.Module):
             layout = Cached(positions, cache.span)
         else:
             layout = CAUSAL
+        if cache is not None:
+            cache.check(ids.shape, rows, None if segments is None else max(layout.lengths))
         if positions is None and isinstance(layout, BlockDiagonal):
             positions = layout.positions  # (B, T)
         elif positions is None:

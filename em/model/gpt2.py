@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from em.errors import UserError
 from em.files import check, read_json, write_atomic, write_json
-from em.model.attention import CAUSAL, Cached
+from em.model.attention import CAUSAL, BlockDiagonal, Cached
 from em.model.kv_cache import KVCache
 
 SIZES = ("n_positions", "n_layer", "n_head", "n_embd")
@@ -106,16 +106,21 @@ class GPT2(nn.Module):
         """(V, d), shared with the embedding."""
         return self.wte.weight
 
-    def hidden(self, ids, positions=None, cache: KVCache | None = None, rows=None):
+    def hidden(self, ids, positions=None, cache: KVCache | None = None, rows=None, segments=None):
         """Hidden states (B, T, d) after the last norm, for ids (B, T).
 
         cache, rows (B,): without `positions`, ids are fresh prompts from position 0, right-padded; their keys
         go to the cache rows (None: all). With positions (B, T), ids continue those rows: each token's key is
         stored at its position and it sees its row's keys up to there. ValueError if ids do not fit the cache.
+        segments (B, T): packed prompts, each a run of equal ids and from position 0; rows is then (B, T).
         """
+        layout = None if segments is None else BlockDiagonal(segments, ids.device)
         if cache is not None:
-            cache.check(ids.shape, rows)
-        if positions is None:
+            cache.check(ids.shape, rows, None if layout is None else max(layout.lengths))
+        if layout is not None:
+            positions = layout.positions
+            place = self.wpe(positions)  # (B, T, d)
+        elif positions is None:
             layout, place = CAUSAL, self.wpe.weight[: ids.shape[1]]  # (T, d)
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         else:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from em.model.fused import swiglu
+from em.model.head import logits
 from em.model.linear import Projection
 
 ROWS = 32  # the layout is chosen for batches of about this size
@@ -102,8 +103,8 @@ class ReorderedModel:
             weight.refresh()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (B, d) → logits (B, V) of the head."""
-        return self._head.linear(hidden)
+        """hidden (B, d) → logits (B, V) of the head, fp32."""
+        return logits(hidden, self._head.weights[0]) if self._head.copy is None else self._head.linear(hidden)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

@@ -17,7 +17,8 @@ import torch
 
 from em.device import on_gpu
 from em.errors import UserError
-from em.training.loss import chunk_rows, empty_logits, logits, logits_dtype, scaled
+from em.model.head import empty_logits, logits, logits_dtype
+from em.training.loss import chunk_rows, scaled
 
 # Bytes of logits at a time, student and teacher together. A GPU takes larger chunks: every chunk streams the
 # whole head three times, and it takes about 512 rows to hide that.

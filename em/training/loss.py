@@ -9,45 +9,14 @@ The head is frozen in every run here: no gradient is built for it.
 
 import torch
 
-from em.device import on_gpu
+from em.model.head import empty_logits, logits
 
 CHUNK_BYTES = 1 << 28  # of fp32 logits at a time
-ROW = 128  # columns, of which a row of logits in memory has a multiple
 
 
 def chunk_rows(vocabulary: int, n_bytes: int | None = None) -> int:
     """How many rows of fp32 logits `n_bytes` (default CHUNK_BYTES) hold; 16 at least."""
     return max(16, (n_bytes or CHUNK_BYTES) // (4 * vocabulary))
-
-
-def empty_logits(rows: int, head_weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Blank (rows, V); on a GPU each row begins a multiple of 128 columns after the one before it.
-
-    Else a vocabulary such as Olmo 3's 100,278 would halve the speed of matrix products and kernels. dtype: by
-    default what logits are kept in.
-    """
-    vocabulary, dtype = len(head_weight), dtype or logits_dtype(head_weight)
-    width = -(-vocabulary // ROW) * ROW if on_gpu(head_weight) else vocabulary
-    return torch.empty(rows, width, dtype=dtype, device=head_weight.device)[:, :vocabulary]
-
-
-def logits_dtype(head_weight: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(head_weight.dtype, torch.float32)
-
-
-def logits(hidden: torch.Tensor, head_weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """hidden (rows, d) @ head_weightᵀ, (rows, V), accumulated and kept in fp32 (fp64 where they are fp64).
-
-    Rounding logits to bf16 would put errors of some hundredths of a nat into every log-probability.
-    """
-    dtype = logits_dtype(head_weight)
-    if out is None:
-        out = empty_logits(len(hidden), head_weight)
-    if hidden.dtype == dtype:
-        return torch.mm(hidden, head_weight.t(), out=out)
-    if on_gpu(hidden):
-        return torch.mm(hidden, head_weight.t(), out_dtype=dtype, out=out)
-    return out.copy_(hidden @ head_weight.t())  # CPUs have no product of bf16 that ends in fp32
 
 
 def times_head(p: torch.Tensor, head_weight: torch.Tensor, out: torch.Tensor) -> None:

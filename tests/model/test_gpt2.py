@@ -76,6 +76,16 @@ def test_cached_steps_equal_the_full_forward_on_ragged_rows(model, ids):
 
 
 @torch.no_grad()
+def test_prompts_packed_into_one_row_fill_their_cache_rows(model, ids):
+    cache, rows, lengths = model.new_cache(4, 40), torch.tensor([2, 0, 3]), torch.tensor([5, 12, 9])
+    packed = torch.cat([row[:n] for row, n in zip(ids, lengths.tolist(), strict=True)])[None]
+    place = (x.repeat_interleave(lengths)[None] for x in (rows, torch.arange(3)))
+    model.hidden(packed, None, cache, *place)
+    step = model(ids.gather(1, lengths[:, None]), lengths[:, None], cache, rows)
+    torch.testing.assert_close(step[:, 0], model(ids)[torch.arange(3), lengths], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("n_rows, rows, length", [(2, None, 5), (3, [0, 1], 5), (3, None, 65)])
 def test_ids_that_do_not_fit_the_cache_are_refused(model, n_rows, rows, length):
     ids, rows = torch.zeros(3, length, dtype=torch.long), None if rows is None else torch.tensor(rows)
