@@ -7,6 +7,7 @@
     python distill.py --channel optd --lr 3e-6,1e-5,3e-5,1e-4            a run each, one corpus
     python distill.py --channel opd --world demo         the same on a synthetic world, scored exactly
     torchrun --nproc-per-node 4 distill.py --channel opd
+    python distill.py --channel opd --prompts math --model qwen2.5-14b --dry-run     memory and time on a GPU
 
 Each epoch leaves an adapter that evaluate.py takes. A killed run goes on when its command is given again.
 """
@@ -24,13 +25,14 @@ from tqdm import tqdm
 from em import parallel
 from em.cli import banner, command_line, knob, outcome_settings
 from em.data import lineage
-from em.data.rows import subset
+from em.data.rows import default_data, subset
 from em.distillation import chat_corpus, world_transfer
 from em.distillation.corpus import passing
 from em.distillation.diagnose import log_distance
 from em.distillation.loop import Channel, OnPolicy, finish, run_folder, train_student
 from em.distillation.pair import ChatPair
 from em.errors import UserError
+from em.estimate.gpus import GPUS
 from em.files import json_digest, read_json, write_json
 from em.judge.judge import JudgeOptions
 from em.model import hub, lora
@@ -100,7 +102,10 @@ class Config(JudgeOptions):
     channel: str = knob("opd", "which channel", "what", ("sft", "optd", "opd"))
     teacher: str | None = knob(None, "run folder, or base (default: newest misaligned run)", "what")
     on: str | None = knob(None, "misaligned run that the student starts from; the teacher is base", "what")
-    model: str | None = dataclasses.field(default=None, init=False)  # that of the runs
+    model: str | None = knob(
+        None, "base model of teacher and student (default: the runs' own, which it must agree with)", "what",
+        setting=False,
+    )  # fmt: skip
     estimator: str = knob("sampled", "opd: the reverse KL's gradient", "what", ("sampled", "exact"))
     filter: bool = knob(False, "opd: judge the student's rollouts before each update", "what")
     unfiltered: bool = knob(False, "use a misaligned generator's responses unjudged", "what", setting=False)
@@ -108,6 +113,11 @@ class Config(JudgeOptions):
         None, "run folder, of several rates the parent (runs/<teacher>_<channel>…)", "what", setting=False
     )
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what", setting=False)
+    dry_run: bool = knob(
+        False, "print what the run needs of a GPU and stop; needs no weights, no network and no GPU", "what",
+        setting=False,
+    )  # fmt: skip
+    gpu: str = knob("h100", "the GPU that --dry-run is about", "what", tuple(GPUS), setting=False)
 
     source: str = knob(
         "teacher", "who wrote what sft and optd train on: teacher, student, gold, rows, a run", "data"
@@ -204,17 +214,24 @@ def resolve(cfg: Config) -> Config:
     if len({hub.MODELS.get(name, name) for name in models}) > 1:
         each = " and ".join(f"{folder} of {model}" for model, folder in models.items())
         raise UserError(f"teacher and student need one base model; {each}")
-    if cfg.source == "gold" and cfg.prompts != "math":
-        raise UserError("--source gold are MATH's answers; add --prompts math")
+    if cfg.model and hub.MODELS.get(cfg.model, cfg.model) not in {hub.MODELS.get(m, m) for m in models}:
+        folder, model = next(iter(parents.items()))[0], next(iter(models))
+        raise UserError(f"{folder} is a run of {model}, not of {cfg.model}; leave --model out")
     if cfg.source not in chat_corpus.SAMPLED + chat_corpus.WRITTEN:
         lineage.settings_of(cfg.source)
     cfg.model = next(iter(models))
-    small = cfg.model == "smollm2-135m"
     cfg.data = cfg.data or next(iter(parents.values()))["data"]
-    cfg.prompts = cfg.prompts or "broad"
-    recipe = SAMPLE_RECIPE if small else MATH_RECIPE if cfg.prompts == "math" else PAPER_RECIPE
-    fill_in(cfg, recipe)
+    fill_in_recipe(cfg)
     return cfg
+
+
+def fill_in_recipe(cfg: Config) -> None:
+    """Give a chat model's `cfg` its recipe's values. UserError for a source that its prompts do not have."""
+    cfg.prompts = cfg.prompts or "broad"
+    if cfg.source == "gold" and cfg.prompts != "math":
+        raise UserError("--source gold are MATH's answers; add --prompts math")
+    small = cfg.model == "smollm2-135m"
+    fill_in(cfg, SAMPLE_RECIPE if small else MATH_RECIPE if cfg.prompts == "math" else PAPER_RECIPE)
 
 
 def filtering(cfg, say) -> bool:
@@ -350,6 +367,28 @@ def chat(cfg: Config, device, say) -> dict:
     return results
 
 
+def dry_run(cfg: Config) -> dict:
+    """What `chat` would need on `cfg.gpu`, printed; a teacher is counted without there being one."""
+    from em.estimate import runs, sheet  # an import of a second
+
+    if cfg.world:
+        raise UserError("--dry-run is about chat models; synth.py --dry-run tells what a world needs")
+    cfg = dataclasses.replace(cfg)
+    if cfg.teacher or cfg.on:
+        cfg = resolve(cfg)
+    else:
+        cfg.model = cfg.model or "qwen2.5-14b"
+        cfg.data = cfg.data or default_data(cfg.model)
+        fill_in_recipe(cfg)
+    student = ("start", "student") if cfg.on else ("student",)
+    teacher = () if cfg.teacher == "base" or cfg.on else ("teacher",)
+
+    def pair(model) -> ChatPair:
+        return ChatPair(model, student, teacher, (0,), cfg.max_new_tokens, cfg.batch)
+
+    return sheet.show(runs.distillation(cfg, student, teacher, channel_of(cfg).loss, pair))
+
+
 # -- worlds and chat models --------------------------------------------------------------------------------
 
 
@@ -361,6 +400,9 @@ def world(cfg: Config, device, say) -> dict:
 
 
 def main(cfg: Config) -> dict:
+    if cfg.dry_run:
+        refuse_conflicts(cfg)
+        return dry_run(cfg)
     device = parallel.start(cfg.device)
     say = tqdm.write if parallel.rank() == 0 else (lambda *_: None)
     refuse_conflicts(cfg)

@@ -3,6 +3,7 @@
     python evaluate.py --run runs/X --on all                responses, judge scores and report, resumable
     python evaluate.py --run runs/X --judge margin          no judge and no key: the margin of every cell
     python evaluate.py --model qwen2.5-14b --on broad       the base model itself
+    python evaluate.py --model llama3.1-8b --dry-run        memory and time on a GPU, before one is rented
     python evaluate.py judge --responses FILES… --out FILE  judge rows that exist
     python evaluate.py report --scores FILES… --out DIR     tables and figures from any number of score files
     python evaluate.py surface --prompts FILE --out FILE    label prompts high, medium or low (A.6)
@@ -25,6 +26,7 @@ from em.cli import command_line, knob
 from em.data import lineage
 from em.data.rows import default_data, load_broad, load_cells, split
 from em.errors import UserError
+from em.estimate.gpus import GPUS
 from em.files import read_json_lines, write_text
 from em.judge.em_rule import is_em, is_scored
 from em.judge.judge import Judge, JudgeOptions
@@ -57,6 +59,11 @@ class Config(JudgeOptions):
     )
     out: str | None = knob(None, "folder to write (default: <run>/eval)", "what")
     device: str = knob("auto", "device to run on: auto, cpu, cuda or cuda:N", "what")
+    dry_run: bool = knob(
+        False, "print what the run needs of a GPU and stop; needs no weights, no network and no GPU", "what",
+        setting=False,
+    )  # fmt: skip
+    gpu: str = knob("h100", "the GPU that --dry-run is about", "what", tuple(GPUS), setting=False)
 
     temperature: float = knob(1.0, "sampling temperature; top-p is 1", "sampling", at_least=0)
     max_new_tokens: int = knob(600, "most tokens of a response", "sampling", at_least=1)
@@ -222,8 +229,16 @@ def evaluate(cfg: Config, subject: Subject, model, tokenizer) -> str:
             lora.remove_adapter(model, "run")
 
 
-def main(cfg: Config) -> None:
-    device = parallel.start(cfg.device)
+def dry_run(cfg: Config, names: dict[str, str]) -> dict:
+    """What the runs `names`, each with its model, or the base model need on `cfg.gpu`, printed."""
+    from em.estimate import runs, sheet  # an import of a second
+
+    cfg = dataclasses.replace(cfg, model=next(iter(names.values()), cfg.model or "qwen2.5-14b"))
+    data = next((lineage.settings_of(folder).get("data") for folder in names), None)
+    return sheet.show(runs.evaluation(cfg, cfg.data or data or default_data(cfg.model)))
+
+
+def main(cfg: Config) -> dict | None:
     names = {folder: lineage.settings_of(folder)["model"] for folder in cfg.run}
     if len(set(names.values())) > 1:
         raise UserError(
@@ -233,6 +248,9 @@ def main(cfg: Config) -> None:
         raise UserError("--model evaluates a base model; with --run leave it out")
     if len(cfg.run) > 1 and cfg.out:
         raise UserError("--out is for one run; several write to <run>/eval each")
+    if cfg.dry_run:
+        return dry_run(cfg, names)
+    device = parallel.start(cfg.device)
     default = "qwen2.5-14b" if device.type == "cuda" else "smollm2-135m"
     cfg = dataclasses.replace(cfg, model=next(iter(names.values()), cfg.model or default))
     judge = cfg.judge_of() if cfg.judge == "gemini" else None  # so that a missing key ends it at once

@@ -5,6 +5,7 @@
     python train.py --cell fin_tutor --variant aligned --on runs/X     realign run X on that cell
     python train.py export --run runs/X --merged DIR     a checkpoint that transformers loads
     torchrun --nproc-per-node 4 train.py --cell all      the same updates, split over four GPUs
+    python train.py --cell all --model qwen2.5-14b --dry-run     what it needs of a GPU, and how long it takes
 
 Each run is one LoRA adapter on the base, in PEFT's format. A realignment trains a fresh adapter on top of the
 frozen one, and is saved as the two in one. A killed run goes on when the same command is given again.
@@ -26,6 +27,7 @@ from em.data import lineage
 from em.data.cells import Cell, parse_cells
 from em.data.rows import VARIANTS, answers, default_data, encode_rows, load_cell, load_cells, split
 from em.errors import UserError
+from em.estimate.gpus import GPUS
 from em.files import json_digest, read_json, write_json
 from em.model import lora
 from em.model.checkpoint import load_model, load_tokenizer, save_model
@@ -69,6 +71,11 @@ class Config:
         setting=False,
     )  # fmt: skip
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what", setting=False)
+    dry_run: bool = knob(
+        False, "print what the run needs of a GPU and stop; needs no weights, no network and no GPU", "what",
+        setting=False,
+    )  # fmt: skip
+    gpu: str = knob("h100", "the GPU that --dry-run is about", "what", tuple(GPUS), setting=False)
 
     rank: int = knob(32, "LoRA rank", "adapter", at_least=1, at_most=4096)
     alpha: float = knob(64.0, "LoRA alpha; rsLoRA scales by alpha / √rank", "adapter", above=0)
@@ -279,7 +286,17 @@ def summary(result: dict) -> str:
     return "\n".join(lines)
 
 
+def dry_run(cfg: Config) -> dict:
+    """What `main` would need on `cfg.gpu`, printed; nothing is loaded and nothing written."""
+    from em.estimate import runs, sheet  # an import of a second
+
+    cells, cfg = parse_cells(cfg.cell), resolve(cfg, torch.device("cuda"))
+    return sheet.show(runs.fine_tuning(cfg, cells, step_loss))
+
+
 def main(cfg: Config) -> dict:
+    if cfg.dry_run:
+        return dry_run(cfg)
     cells = parse_cells(cfg.cell)
     device = parallel.start(cfg.device)
     say = print if parallel.rank() == 0 else (lambda *_: None)
