@@ -16,8 +16,8 @@ from judge_rows import row, scores
 from judge_server import KEY, in_turn
 
 from em.errors import UserError
-from em.judge import gemini
-from em.judge.gemini import Gemini, Reply
+from em.judge.client import Reply
+from em.judge.gemini import Gemini
 
 
 class Clock:
@@ -124,7 +124,7 @@ def test_parts_are_joined_and_thoughts_are_left_out(serve):
     usage = {"promptTokenCount": 7, "candidatesTokenCount": 2, "thoughtsTokenCount": 4}
     body = {"candidates": [{"content": {"parts": parts}}], "usageMetadata": usage}
     serve(lambda prompt, nth: api.Response(json.dumps(body).encode()))
-    assert Gemini("gemini-2.5-flash").generate("p", Clock()) == Reply("ok", "85\n", 7, 6)
+    assert Gemini("gemini-2.5-flash").ask("p", Clock()) == Reply("ok", "85\n", 7, 6)
 
 
 BROKEN = {
@@ -158,7 +158,7 @@ def test_a_passing_fault_is_tried_again_until_the_answer_comes(serve, make, trou
 def waits_for(serve, *failures, **options) -> list[float]:
     serve(in_turn(*failures, GOOD))
     clock = Clock()
-    assert Gemini("gemini-2.5-flash", **options).generate("p", clock).status == "ok"
+    assert Gemini("gemini-2.5-flash", **options).ask("p", clock).status == "ok"
     return clock.waits
 
 
@@ -311,7 +311,7 @@ def test_a_redirect_is_not_followed_so_the_key_goes_nowhere_else(serve, make):
 
 
 def test_the_default_endpoint_is_the_public_one(make):
-    assert make().gemini.base == gemini.PUBLIC == "https://generativelanguage.googleapis.com"
+    assert make().client.base == Gemini.public == "https://generativelanguage.googleapis.com"
 
 
 # -- what no server should do ------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ import em.judge.judge_pass
 from em.errors import UserError
 from em.judge import rubric
 from em.judge.answer_cache import Answer, AnswerCache
+from em.judge.client import Reply
 from em.judge.em_rule import FIELDS, is_scored
-from em.judge.gemini import Reply
 from em.judge.judge_pass import Pass
 from em.judge.ledger import Ledger
 
@@ -42,18 +42,22 @@ def test_a_pass_needs_no_judge_and_answers_are_on_disk_before_they_are_given_out
     class Client:
         """The earlier the question, the later its reply."""
 
-        def generate(self, prompt, cancelled, on_retry):
+        identity = label = asked = "m"
+        settled, expects, price, typical_output, most_output = True, False, None, 3, 20
+
+        def ask(self, prompt, cancelled, on_retry):
             time.sleep(0.05 - 0.01 * int(prompt))
             return Reply("ok", str(10 * int(prompt)), 7, 1)
 
     path = tmp_path / "cache.jsonl"
-    ledger, text = Ledger("m", None), rubric.Rubric("r", "{question}", rubric.parse_score)
-    rows = [({"idx": i}, {"f": text.ask("m", str(i)), "g": None}) for i in range(5)]
+    client = Client()
+    ledger, text = Ledger(client), rubric.Rubric("r", "{question}", rubric.parse_score)
+    rows = [({"idx": i}, {"f": text.ask(str(i)), "g": None}) for i in range(5)]
     with tqdm(disable=True) as bar:
-        given = Pass(Client(), ledger, AnswerCache(path), 5, bar).answers(iter(rows))
+        given = Pass(client, ledger, AnswerCache(path), 5, bar).answers(iter(rows))
         for i, (one, answers) in enumerate(given):
             assert one == {"idx": i} and answers == {"f": Answer("ok", 10 * i), "g": Answer("empty")}
-            assert AnswerCache(path).get(text.ask("m", str(i)).key) == answers["f"]
+            assert AnswerCache(path).get(text.ask(str(i)).key("m")) == answers["f"]
     assert i == 4 and (ledger.calls, ledger.prompt_tokens) == (5, 35)
 
 
@@ -139,10 +143,11 @@ def test_progress_shows_rows_rate_dollars_and_retries(serve, make, capfd):
 
 SCORE = """
 import json, sys
+from em.judge.gemini import Gemini
 from em.judge.judge import Judge
 rows = [json.loads(line) for line in open(sys.argv[1])]
 with open(sys.argv[3], "w") as out:
-    for row in Judge(cache=sys.argv[2], workers=8).score(rows, progress=False):
+    for row in Judge(Gemini("gemini-2.5-flash"), cache=sys.argv[2], workers=8).score(rows, progress=False):
         out.write(json.dumps(row) + "\\n")
 """
 
@@ -173,7 +178,7 @@ def test_killed_and_started_again_every_placeis_scored_and_no_known_answer_is_as
     rubrics = rubric.Rubrics()
     for r in out:
         for field in FIELDS:
-            prompt = rubrics.of(r, field).ask("", r["question"], r["response"]).prompt
+            prompt = rubrics.of(r, field).ask(r["question"], r["response"]).prompt
             assert r[field] == api.score_of(prompt) and r[f"{field}_status"] == "ok"
     assert sum((server.prompts - before).values()) == 200 - known
     assert len(server.prompts) == 200 and server.total() <= 200 + 2 * 8 + 1  # in flight at a kill
