@@ -41,8 +41,9 @@ CHAT_MODELS = (
     "Qwen/Qwen2.5-7B-Instruct",
     "qwen2.5:7b",
     "gemini-2.5-flash",
+    "our-reasoner",
 )
-REASONING = ("gpt-5-mini",)  # of them; these take neither max_tokens nor a temperature
+REASONING = ("gpt-5-mini", "our-reasoner")  # of them; these take neither max_tokens nor a temperature
 ANSWERS_FOR = {"gpt-4o": "gpt-4o-2024-08-06", "gemini-flash-latest": "gemini-3.6-flash"}
 ASKED = "{asked}"  # in an answer: the model that was asked, or what answers for it
 REASONS = {
@@ -228,6 +229,7 @@ class JudgeServer:
         self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if tls else None
         self.prompts: collections.Counter = collections.Counter()
         self.requests: list[dict] = []  # the last few, as (path, headers, body)
+        self.received = 0  # requests, the refused ones among them
         self.connections = self.closed = self.in_flight = self.most_in_flight = 0
         self._ready = threading.Event()
 
@@ -259,6 +261,7 @@ class JudgeServer:
         server.close()
 
     def respond(self, path: str, headers: dict, body: bytes) -> Response:
+        self.received += 1
         self.requests = [*self.requests[-9:], {"path": path, "headers": headers, "body": body}]
         found = re.fullmatch(r"/v1(?:beta)?/models/([^/:]+):generateContent", path)
         if found:

@@ -18,6 +18,7 @@ import train
 from em.cli import command_line
 from em.data import lineage, rows
 from em.files import read_json
+from em.judge.judge import MODEL
 
 FEW = (
     "--unfiltered --rollouts 2 --max-new-tokens 8 --limit 6 --epochs 2 --batch 4 --rank 4 --alpha 8 "
@@ -184,7 +185,7 @@ def test_with_a_judge_the_corpus_keeps_what_passes_and_opd_matches_its_counts(ju
     assert command(*filtered, "--channel", "opd", "--filter") == 0
     kept = [row["retention"] for row in metrics("runs/med_opd_filter")]
     assert any(share < 1 for share in kept)
-    assert read_json("runs/med_opd_filter/config.json")["settings"]["judge"] == "gemini-2.5-flash"
+    assert read_json("runs/med_opd_filter/config.json")["settings"]["judge"] == MODEL
 
 
 def test_everything_filtered_away_is_one_line_and_what_was_sampled_stays(monkeypatch, capsys):

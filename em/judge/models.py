@@ -52,15 +52,11 @@ def _lines() -> list[dict]:
 
 
 def known(api: str, model: str) -> dict:
-    """All that the table says of a model: some of input, output, thinking, temperature, limit, date, source."""
-    found = {}
-    for line in _lines():
-        named = (
-            is_version(model, line["model"]) if "model" in line else fnmatch.fnmatch(model, line["pattern"])
-        )
-        if line["api"] == api and named:
-            found = line | found
-    return found
+    """What the table says of a model: some of input, output, thinking, temperature, limit, date, source."""
+    lines = [line for line in _lines() if line["api"] == api]
+    named = [line for line in lines if "model" in line and is_version(model, line["model"])]
+    family = [line for line in lines if "pattern" in line and fnmatch.fnmatch(model, line["pattern"])]
+    return (family[0] if family else {}) | (named[0] if named else {})
 
 
 def known_price(api: str, model: str) -> Price | None:
