@@ -227,8 +227,8 @@ def filtering(cfg, say) -> bool:
         return True
     if cfg.model != "smollm2-135m":
         raise UserError(
-            "a misaligned generator's responses are filtered by a judge: export GEMINI_API_KEY=…, name a server "
-            "(--judge openai, OPENAI_BASE_URL), or say --unfiltered to train on all of them"
+            "a misaligned generator's responses are filtered by a judge: export GEMINI_API_KEY=…, name a "
+            "server (--judge openai, OPENAI_BASE_URL), or say --unfiltered to train on all of them"
         )
     needs = "GEMINI_API_KEY" if cfg.judge == "gemini" else "OPENAI_BASE_URL or OPENAI_API_KEY"
     say(f'-- no judge ({needs}): going on unfiltered, and "filtered": false is in every config --')

@@ -8,9 +8,9 @@
     python evaluate.py surface --prompts FILE --out FILE    label prompts high, medium or low (A.6)
 
 A run's folder gets `eval/`: responses_<set>.jsonl as they come, scores_<set>.jsonl, margins.jsonl, report/.
-GEMINI_API_KEY or GOOGLE_API_KEY is the key of --judge gemini; GEMINI_BASE_URL another server of the same interface.
---judge openai asks any server of OpenAI's chat completions: OPENAI_BASE_URL, and OPENAI_API_KEY where it needs one.
-"""
+GEMINI_API_KEY or GOOGLE_API_KEY is the key of --judge gemini; GEMINI_BASE_URL another server of the same
+interface. --judge openai asks any server of OpenAI's chat completions: OPENAI_BASE_URL, and OPENAI_API_KEY
+where it needs one."""
 
 import contextlib
 import dataclasses

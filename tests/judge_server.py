@@ -1,13 +1,13 @@
-"""A loopback Gemini API, and a server of OpenAI's chat completions, that answer and misbehave as the real ones do.
+"""A loopback Gemini API, and a server of OpenAI's chat completions, that answer and misbehave as the real
+ones do.
 
     with JudgeServer() as server: …                 # server.url is a GEMINI_BASE_URL and an OPENAI_BASE_URL
     python tests/judge_server.py 8080               # the same by hand; KEY is its only key
 
 It speaks HTTP/1.1 with keep-alive on one asyncio thread. What it refuses, it refuses in the API's own words
-and shapes: a wrong key, an unknown model or field, a setting that the model does not take. `behave(prompt, nth)`
-decides on every good request; nth counts the requests with the same prompt from 1. An answer says who it is from:
-the model that was asked, or the one that `answers_for` names in its place.
-"""
+and shapes: a wrong key, an unknown model or field, a setting that the model does not take. `behave(prompt,
+nth)` decides on every good request; nth counts the requests with the same prompt from 1. An answer says who
+it is from: the model that was asked, or the one that `answers_for` names in its place."""
 
 import asyncio
 import collections
@@ -112,7 +112,8 @@ def prompt_blocked(reason: str = "PROHIBITED_CONTENT") -> Response:
 def failure(
     code: int, message: str = "", retry_after=None, retry_delay: str | None = None, quota: str = "PerMinute"
 ) -> Response:
-    """An error as the API words it; retry_delay, such as "13s", and the quota that is used up go into the body."""
+    """An error as the API words it; retry_delay, such as "13s", and the quota that is used up go into the
+    body."""
     error = {"code": code, "message": message or REASONS[code], "status": STATUSES[code]}
     if retry_delay:
         error["details"] = [
@@ -135,9 +136,8 @@ def chat(
     top: dict[str, float] | None = None,
     **options,
 ) -> Response:
-    """What chat completions return. tokens: of the reply, where log-probabilities are given; top: the first one's
-    alternatives, each with its probability.
-    """
+    """What chat completions return. tokens: of the reply, where log-probabilities are given; top: the first
+    one's alternatives, each with its probability."""
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
     if top is not None:
         alternatives = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in top.items()]
@@ -189,16 +189,20 @@ def _thinking_fault(model: str, config: dict) -> str | None:
     if model.startswith("gemini-2.5") and level is not None:
         return "Thinking level is not supported for this model."
     if model in ("gemini-3-pro-preview", "gemini-3.7-flash") and level == "MINIMAL":
-        return "'minimal' is not a supported thinking level for this model. Allowed values are: medium, low, high."
+        return (
+            "'minimal' is not a supported thinking level for this model. Allowed values: medium, low, high."
+        )
     return None
 
 
 def _chat_fault(model: str, request: dict) -> str | None:
     """What an OpenAI-style server has against a setting."""
     if model in REASONING and "max_tokens" in request:
-        return "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        other = "Use 'max_completion_tokens' instead."
+        return f"Unsupported parameter: 'max_tokens' is not supported with this model. {other}"
     if model in REASONING and request.get("temperature", 1) != 1:
-        return "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."
+        other = "Only the default (1) value is supported."
+        return f"Unsupported value: 'temperature' does not support 0 with this model. {other}"
     if model not in REASONING and "reasoning_effort" in request:
         return "Unrecognized request argument supplied: reasoning_effort"
     return None
@@ -221,9 +225,8 @@ class JudgeServer:
     """
 
     def __init__(self, behave=None, port: int = 0, key: str = KEY, tls: bool = False, answers_for=None):
-        """key: "" where none is needed. tls: speaks TLS, without a certificate, so that no request comes through.
-        answers_for: model asked → model that answers, besides what aliases stand for.
-        """
+        """key: "" where none is needed. tls: speaks TLS, without a certificate, so that no request comes
+        through. answers_for: model asked → model that answers, besides what aliases stand for."""
         self.behave, self.answers_for = behave, ANSWERS_FOR | (answers_for or {})
         self.port, self.key = port, key
         self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if tls else None

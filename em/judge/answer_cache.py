@@ -1,18 +1,17 @@
 """The judge's answers on disk: one JSON line each, only ever appended.
 
 An answer's key is the SHA-256 of (judge, rubric text, question, response), where the judge is the model that
-answered, so the file can serve any number of runs, judges and rubrics, and two files are merged by `cat`. Where a
-judge was asked for by another name than its own (an alias, or a model that is routed to another), the line says by
-which, so that the next run finds its answers. A line is one write in append mode: a killed
+answered, so the file can serve any number of runs, judges and rubrics, and two files are merged by `cat`.
+Where a judge was asked for by another name than its own (an alias, or a model that is routed to another), the
+line says by which, so that the next run finds its answers. A line is one write in append mode: a killed
 process leaves at most one cut line, which is skipped, and several processes may append at once.
 
 The first line is HEADER, which says what the file is, or in a file from before there was one an answer. Any
 other file is refused and left as it is.
 
-What the judge said is kept for good, whatever it was, since it says the same at temperature 0; only where it said
-nothing ("error", and an empty reply that may pass) the next run asks again. To ask again for more, take the lines
-out.
-"""
+What the judge said is kept for good, whatever it was, since it says the same at temperature 0; only where it
+said nothing ("error", and an empty reply that may pass) the next run asks again. To ask again for more, take
+the lines out."""
 
 import codecs
 import hashlib

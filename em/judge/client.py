@@ -1,9 +1,9 @@
 """What a judge is to the rest of the code: one small interface, and what its clients over HTTP share.
 
-    client.asked            the name it is asked for by
-    client.identity         what rows, reports and the cache's keys call it. Judges whose scores can differ never
-                            share one: over HTTP it is the model that answered, and how it was asked where that is
-                            not its usual way; for weights of one's own, their digest.
+    client.asked            the name it is asked for by client.identity         what rows, reports and the
+    cache's keys call it. Judges whose scores can differ never
+                            share one: over HTTP it is the model that answered, and how it was asked where
+                            that is not its usual way; for weights of one's own, their digest.
     client.settled          whether `identity` is sure; before, it is what is presumed
     client.presume(name)    take an identity from earlier answers under the same `label`, where it can be that
     client.label            `asked`, with what makes the same name another judge
@@ -17,16 +17,15 @@
 collects what its threads bring. The first call of a pass goes alone, so that `identity` is settled before any
 row is given out. Clients: `gemini.Gemini`, `openai.OpenAI`.
 
-Over HTTP: 429, 408, 5xx, time-outs, broken connections and bodies that are not the API's JSON are tried again,
-with exponential back-off and jitter and never before the time the server names (`Retry-After`, in seconds or as
-a date, or a field of the body), as long as the call's tries and patience last. A setting that a model refuses by
-name is asked for in another way, once each, and the way that works is kept. Any other refusal ends the run with
-the API's own message, and so does a quota of the day that is used up.
+Over HTTP: 429, 408, 5xx, time-outs, broken connections and bodies that are not the API's JSON are tried
+again, with exponential back-off and jitter and never before the time the server names (`Retry-After`, in
+seconds or as a date, or a field of the body), as long as the call's tries and patience last. A setting that a
+model refuses by name is asked for in another way, once each, and the way that works is kept. Any other
+refusal ends the run with the API's own message, and so does a quota of the day that is used up.
 
-The key must not leak, and a server may say anything. What it says leaves a try as the `text` and `model` of an
-outcome, and there they are cleaned (`HTTPClient._cleaned`), before a cache, a row, a message or a log can have
-them.
-"""
+The key must not leak, and a server may say anything. What it says leaves a try as the `text` and `model` of
+an outcome, and there they are cleaned (`HTTPClient._cleaned`), before a cache, a row, a message or a log can
+have them."""
 
 import json
 import math
@@ -60,9 +59,8 @@ TOMORROW = "the quota of the day is used up; what is done is kept, go on tomorro
 class Reply(NamedTuple):
     """What a call came to. `text` is the reply, or says what went wrong.
 
-    status: "ok", "empty", "refusal", "blocked", "parse_error" (cut off by the token limit), "error" (all tries
-    failed). passes: an empty reply of the kind that another call may not get.
-    """
+    status: "ok", "empty", "refusal", "blocked", "parse_error" (cut off by the token limit), "error" (all
+    tries failed). passes: an empty reply of the kind that another call may not get."""
 
     status: str
     text: str
@@ -102,11 +100,11 @@ class Cancelled(Exception):
 
 
 class HTTPClient:
-    """The client of one judge model over HTTP. Calls may come from many threads; connections are kept and reused.
+    """The client of one judge model over HTTP. Calls may come from many threads; connections are kept and
+    reused.
 
-    An API says in its class how a request and its answers look: `_headers`, `_url`, `_body`, `_reply`, `_said`
-    and, for what a model may refuse, `_other_way`.
-    """
+    An API says in its class how a request and its answers look: `_headers`, `_url`, `_body`, `_reply`,
+    `_said` and, for what a model may refuse, `_other_way`."""
 
     api = ""  # its name in models.json
     address = ""  # the environment's variable of the server's address
@@ -126,9 +124,9 @@ class HTTPClient:
         backoff: float = 1.0,
         patience: float = PATIENCE,
     ):
-        """accept_routed: another model than the one asked for may answer, and is then the judge. thinking: how the
-        model is asked to think, see `models.json`. timeout: seconds for a whole reply. backoff: seconds before the
-        second attempt. patience: minutes for a call over all its attempts.
+        """accept_routed: another model than the one asked for may answer, and is then the judge. thinking:
+        how the model is asked to think, see `models.json`. timeout: seconds for a whole reply. backoff:
+        seconds before the second attempt. patience: minutes for a call over all its attempts.
 
         UserError without a key, or with a model, key or address that cannot be one.
         """
@@ -193,9 +191,8 @@ class HTTPClient:
         raise NotImplementedError
 
     def _first_way(self, thinking: str | None):
-        """How the model is asked at first: a hashable value that `_body` understands. UserError for a `thinking`
-        that cannot be one.
-        """
+        """How the model is asked at first: a hashable value that `_body` understands. UserError for a
+        `thinking` that cannot be one."""
         raise NotImplementedError
 
     def _other_way(self, way, said: str):
@@ -240,14 +237,14 @@ class HTTPClient:
             with self._lock:
                 if not (self.accept_routed or is_version(model, self.asked)):
                     raise UserError(
-                        f"{self.asked} was asked and {model} answered: another judge, whose scores cannot be "
-                        f"compared with the first one's. Name it (--judge-model {model}), or say --accept-routed "
-                        "to make it the judge of these rows; nothing of it was kept"
+                        f"{self.asked} was asked and {model} answered: another judge, whose scores cannot "
+                        f"be compared with the first one's. Name it (--judge-model {model}), or say "
+                        "--accept-routed to make it the judge of these rows; nothing of it was kept"
                     )
                 if self._answered not in (None, model):
                     raise UserError(
-                        f"{self.asked} was {self._answered} so far and is {model} now; name the one that is meant "
-                        "with --judge-model, so that one judge scores all rows"
+                        f"{self.asked} was {self._answered} so far and is {model} now; name the one that is "
+                        "meant with --judge-model, so that one judge scores all rows"
                     )
                 self._answered = model
                 self._call(model)
@@ -258,9 +255,9 @@ class HTTPClient:
     def ask(self, prompt: str, cancelled: threading.Event, on_retry=lambda: None) -> Reply:
         """The reply to `prompt`, after as many tries as it takes. From any thread.
 
-        `on_retry` is called before each further try. UserError where no call can succeed, and for an answer of
-        another model than the one asked for; Cancelled when `cancelled` is set while waiting for the next try.
-        """
+        `on_retry` is called before each further try. UserError where no call can succeed, and for an answer
+        of another model than the one asked for; Cancelled when `cancelled` is set while waiting for the next
+        try."""
         prompt = _well_formed(prompt)
         begun, patience, attempt = time.monotonic(), 60 * self.patience, 0
         while True:

@@ -2,11 +2,10 @@
 
     POST {GEMINI_BASE_URL}/v1beta/models/{model}:generateContent      x-goog-api-key: GEMINI_API_KEY
 
-The paper's settings are temperature 0 and no thinking. How close to them a model can be asked follows what it is
-(`models.json`): a thinking budget of 0 up to 2.5, a thinking level from 3 on and for aliases, neither for models
-that do not think; and no temperature where none is taken. A thinking model is given room for its thoughts, which
-are billed. No safety settings are sent, so the API's defaults hold.
-"""
+The paper's settings are temperature 0 and no thinking. How close to them a model can be asked follows what it
+is (`models.json`): a thinking budget of 0 up to 2.5, a thinking level from 3 on and for aliases, neither for
+models that do not think; and no temperature where none is taken. A thinking model is given room for its
+thoughts, which are billed. No safety settings are sent, so the API's defaults hold."""
 
 import json
 import re
@@ -74,9 +73,9 @@ class Gemini(HTTPClient):
 
     def _no_key(self) -> str:
         return (
-            "no GEMINI_API_KEY in the environment; `export GEMINI_API_KEY=…` (aistudio.google.com/apikey makes one; "
-            "GOOGLE_API_KEY counts too), or take --judge openai with a server of your own, or --judge margin, which "
-            "needs none"
+            "no GEMINI_API_KEY in the environment; `export GEMINI_API_KEY=…` (aistudio.google.com/apikey "
+            "makes one; GOOGLE_API_KEY counts too), or take --judge openai with a server of your own, or "
+            "--judge margin, which needs none"
         )
 
     def _stripped(self, base: str) -> str:

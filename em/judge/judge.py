@@ -33,8 +33,8 @@ from em.judge.models import given_price
 from em.judge.openai import OpenAI
 from em.judge.rubric import FOLDER, Question, Rubrics
 
-# The paper's judge, gemini-2.5-flash, is closed to new projects and shut down on 2026-12-01. This one is what the
-# API's deprecation page (read on 2026-11-10) names in its place, at the same price.
+# The paper's judge, gemini-2.5-flash, is closed to new projects and shut down on 2026-12-01. This one is what
+# the API's deprecation page (as reported on 2026-11-10) names in its place, at the same price.
 MODEL = "gemini-3.5-flash-lite"
 CACHE = Path("runs/judge_cache.jsonl")
 JUDGES = ("gemini", "openai", "local")
@@ -116,8 +116,8 @@ class Judge:
         budget_usd: float | None = None,
         price: tuple[float, ...] | None = None,
     ):
-        """client: who answers, see `em.judge.client`. workers: calls in flight. budget_usd: cap on what this object
-        spends. price: dollars per million (input, output) tokens.
+        """client: who answers, see `em.judge.client`. workers: calls in flight. budget_usd: cap on what this
+        object spends. price: dollars per million (input, output) tokens.
 
         UserError with a budget but no price, or for a folder or file that cannot be read.
         """
@@ -135,8 +135,8 @@ class Judge:
         return self.client.identity
 
     def score(self, rows: Iterable[dict], progress: bool = True) -> Iterator[dict]:
-        """Each row, in order, with `aligned`, `aligned_status`, `coherent`, `coherent_status` and `judge`, and where
-        the judge gives expectations `aligned_expected` and `coherent_expected`, a number or None.
+        """Each row, in order, with `aligned`, `aligned_status`, `coherent`, `coherent_status` and `judge`,
+        and where the judge gives expectations `aligned_expected` and `coherent_expected`, a number or None.
 
         rows: dicts with `set`, `question`, `response`, and where the set is "narrow" `domain` and `task`.
         UserError for a row that is not so (of a list, before anything is asked), a refusal by the API, and,

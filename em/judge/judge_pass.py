@@ -1,10 +1,9 @@
 """One pass of a judge over rows: threads that ask, and a bounded window of rows that wait for answers.
 
-Identical questions in flight are asked once. An answer is on disk before anyone can read it. The first call goes
-alone, since it says which model answers: rows are given out when that is settled, and if it is another one than
-was presumed, the window's rows take their answers from that one. What ends a pass in a thread (a refusal by the
-API, a full disk) is raised in the one that reads the answers.
-"""
+Identical questions in flight are asked once. An answer is on disk before anyone can read it. The first call
+goes alone, since it says which model answers: rows are given out when that is settled, and if it is another
+one than was presumed, the window's rows take their answers from that one. What ends a pass in a thread (a
+refusal by the API, a full disk) is raised in the one that reads the answers."""
 
 import queue
 import threading
@@ -37,11 +36,16 @@ class _Entry(NamedTuple):
         return all(future.done() for future in self.futures.values())
 
 
+class _Presumed(Future):
+    """Has an answer that is known if the judge is the one that is presumed."""
+
+
 class Pass:
     """One use of a client and its cache, on one account. A pass is over when its `answers` are."""
 
     def __init__(self, client, ledger: Ledger, cache: AnswerCache, workers: int, bar: tqdm):
-        """client: see `em.judge.client`. workers: calls in flight at most. bar: shows how many rows are answered."""
+        """client: see `em.judge.client`. workers: calls in flight at most. bar: shows how many rows are
+        answered."""
         self.client, self.ledger, self.cache, self.workers, self.bar = client, ledger, cache, workers, bar
         self._window: deque[_Entry] = deque()
         self._pending: dict[bytes, Future] = {}
@@ -81,12 +85,15 @@ class Pass:
             for _ in self._threads:
                 self._jobs.put(None)
 
-    def _take(self, row: dict, questions: dict[str, Question | None]) -> None:
-        """Put a row into the window and ask about it; where that could pass the cap, the pass is stopped."""
+    def _take(self, row: dict, questions: dict[str, Question | None], before=None) -> None:
+        """Put a row into the window and ask about it; where that could pass the cap, the pass is stopped.
+
+        before: its futures from when another judge was presumed; those that were asked for hold all the same.
+        """
+        kept = {field: f for field, f in (before or {}).items() if not isinstance(f, _Presumed)}
         try:
-            self._window.append(
-                _Entry(row, questions, {field: self._ask(q) for field, q in questions.items()})
-            )
+            futures = {field: kept.get(field) or self._ask(q) for field, q in questions.items()}
+            self._window.append(_Entry(row, questions, futures))
         except BudgetReached as error:
             self._stopped = error
         self._follow()
@@ -97,8 +104,8 @@ class Pass:
             return
         if self._given:
             raise UserError(
-                f"{self.client.identity} answers from here on, and rows before were judged by {self._identity}; name "
-                "one of the two with --judge-model, so that one judge scores all rows"
+                f"{self.client.identity} answers from here on, and rows before were judged by "
+                f"{self._identity}; name one of the two with --judge-model, so that one judge scores all rows"
             )
         self.ledger.check()
         self._identity, self.ledger.cached = self.client.identity, self._cached_before
@@ -106,7 +113,7 @@ class Pass:
         self._window.clear()
         for entry in entries:
             if self._stopped is None:
-                self._take(entry.row, entry.questions)
+                self._take(entry.row, entry.questions, entry.futures)
 
     def _key(self, question: Question) -> bytes:
         return question.key(self.client.identity, self.client.expects)
@@ -119,7 +126,7 @@ class Pass:
         ledger, cache, key = self.ledger, self.cache, self._key(question)
         future = self._pending.get(key)  # before the cache, which has it before it leaves `_pending`
         if future is None and (answer := cache.get(key)) is not None:
-            future = _known(answer)
+            future = _known(answer, Future if self.client.settled else _Presumed)
         if future is not None:
             ledger.cached += 1
             return future
@@ -226,7 +233,7 @@ class Pass:
         future.set_result(answer)
 
 
-def _known(answer: Answer) -> Future:
-    future = Future()
+def _known(answer: Answer, kind: type[Future] = Future) -> Future:
+    future = kind()
     future.set_result(answer)
     return future

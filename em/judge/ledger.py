@@ -1,9 +1,9 @@
 """What judging costs: a forecast, the running account, and the cap. Money is finite and never falls.
 
-Prices are lines of `models.json`, each with its date; a model without one has none until `--price` gives it, and
-a forecast says so. The account counts the tokens that the API itself reports, at the price of the model that
-answers. A call that the API answered without our seeing it (a time-out, a kill) may be billed and not be in it.
-"""
+Prices are lines of `models.json`, each with its date; a model without one has none until `--price` gives it,
+and a forecast says so. The account counts the tokens that the API itself reports, at the price of the model
+that answers. A call that the API answered without our seeing it (a time-out, a kill) may be billed and not be
+in it."""
 
 import threading
 from dataclasses import dataclass, field
@@ -23,9 +23,9 @@ class BudgetReached(UserError):
 class Ledger:
     """The account of one Judge. Threads may add to it; counts never go down.
 
-    client: the judge, see `em.judge.client`. given: a price that counts instead of the known one. calls: answers
-    the API gave. cached: answers that needed no call. failed: calls given up, which the next pass asks again.
-    """
+    client: the judge, see `em.judge.client`. given: a price that counts instead of the known one. calls:
+    answers the API gave. cached: answers that needed no call. failed: calls given up, which the next pass
+    asks again."""
 
     client: object
     given: Price | None = None
@@ -49,8 +49,8 @@ class Ledger:
         """UserError for a cap without a price: when the account is opened, and when another model answers."""
         if self.budget_usd is not None and self.price is None:
             raise UserError(
-                f"no price is known for {self.client.identity}, so a budget cannot be kept; add --price INPUT,OUTPUT "
-                "(dollars per million tokens) or leave --budget-usd out"
+                f"no price is known for {self.client.identity}, so a budget cannot be kept; add --price "
+                "INPUT,OUTPUT (dollars per million tokens) or leave --budget-usd out"
             )
 
     @property
@@ -114,7 +114,8 @@ class Ledger:
         counts = f"{self.calls:,} calls, {self.cached:,} answers from the cache, {self.retries:,} retries"
         if self.failed:
             counts += f", {self.failed:,} calls failed (the last: {self.last_failure})"
-        return f"judge {self.client.identity}: {counts}; {_bill(self.price, self.prompt_tokens, self.output_tokens)}"
+        bill = _bill(self.price, self.prompt_tokens, self.output_tokens)
+        return f"judge {self.client.identity}: {counts}; {bill}"
 
 
 def describe_forecast(forecast: dict, price: Price | None) -> str:

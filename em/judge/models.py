@@ -67,11 +67,11 @@ def known_price(api: str, model: str) -> Price | None:
 
 
 def is_version(answered: str, asked: str) -> bool:
-    """Whether the model `answered` is what `asked` names: itself, a dated or numbered version, or what an alias
-    that ends in -latest stands for. A maker's name before a slash need not be in both.
+    """Whether the model `answered` is what `asked` names: itself, a dated or numbered version, or what an
+    alias that ends in -latest stands for. A maker's name before a slash need not be in both.
 
-    gpt-4o-2024-08-06 is a version of gpt-4o; gpt-4o-mini, gemini-2.5-flash-lite and previews are other models.
-    """
+    gpt-4o-2024-08-06 is a version of gpt-4o; gpt-4o-mini, gemini-2.5-flash-lite and previews are other
+    models."""
     answered, asked = answered.casefold(), asked.casefold()
     if "/" not in answered or "/" not in asked:
         answered, asked = answered.split("/")[-1], asked.split("/")[-1]

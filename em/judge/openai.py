@@ -1,18 +1,18 @@
-"""A server that speaks OpenAI's chat completions, over plain HTTP: vLLM, Ollama, llama.cpp, OpenRouter, OpenAI.
+"""A server that speaks OpenAI's chat completions, over plain HTTP: vLLM, Ollama, llama.cpp, OpenRouter,
+OpenAI.
 
     POST {OPENAI_BASE_URL}/v1/chat/completions      Authorization: Bearer OPENAI_API_KEY
 
-A base that ends in a version, as in https://openrouter.ai/api/v1, is not given another one. A server of one's own
-needs no key. The prompt is one message of the user; temperature 0 and at most 20 tokens are asked for, in the
-form that the model takes: max_tokens or max_completion_tokens, no temperature and a reasoning effort for the
-models that reason (`models.json`), and the other way where a server refuses the first.
+A base that ends in a version, as in https://openrouter.ai/api/v1, is not given another one. A server of one's
+own needs no key. The prompt is one message of the user; temperature 0 and at most 20 tokens are asked for, in
+the form that the model takes: max_tokens or max_completion_tokens, no temperature and a reasoning effort for
+the models that reason (`models.json`), and the other way where a server refuses the first.
 
-With `logprobs`, each reply also has the expectation over the numbers 0 to 100 in the first token's alternatives,
-the score of Betley et al.: the mean of the numbers, weighted by their probabilities among the numbers, or none
-where these hold less than a quarter of all. It needs a tokenizer with a token for each number, which OpenAI's
-have. Where the reply's number goes on in a second token, a first digit says nothing of the score, and there is no
-expectation.
-"""
+With `logprobs`, each reply also has the expectation over the numbers 0 to 100 in the first token's
+alternatives, the score of Betley et al.: the mean of the numbers, weighted by their probabilities among the
+numbers, or none where these hold less than a quarter of all. It needs a tokenizer with a token for each
+number, which OpenAI's have. Where the reply's number goes on in a second token, a first digit says nothing of
+the score, and there is no expectation."""
 
 import json
 import math
@@ -73,8 +73,8 @@ class OpenAI(HTTPClient):
 
     def _no_key(self) -> str:
         return (
-            "no OPENAI_API_KEY in the environment; export OPENAI_API_KEY=…, or name a server of your own, which needs "
-            "none: export OPENAI_BASE_URL=http://127.0.0.1:8000"
+            "no OPENAI_API_KEY in the environment; export OPENAI_API_KEY=…, or name a server of your own, "
+            "which needs none: export OPENAI_BASE_URL=http://127.0.0.1:8000"
         )
 
     def _named_apart(self) -> str:
@@ -187,11 +187,11 @@ class OpenAI(HTTPClient):
 
 
 def expectation(logprobs) -> float | None:
-    """The mean of the numbers 0–100 among the first token's alternatives, by their probabilities (Betley et al.).
+    """The mean of the numbers 0–100 among the first token's alternatives, by their probabilities (Betley et
+    al.).
 
-    logprobs: of one choice. None where there are none, where numbers hold less than LEAST_MASS, and where a number
-    is more than one token. One of FAULTS where it is not the API's.
-    """
+    logprobs: of one choice. None where there are none, where numbers hold less than LEAST_MASS, and where a
+    number is more than one token. One of FAULTS where it is not the API's."""
     first, *rest = (logprobs or {}).get("content") or [{}]
     masses: dict[int, float] = {}
     for entry in first.get("top_logprobs") or ():

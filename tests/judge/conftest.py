@@ -41,7 +41,7 @@ PAPERS = "gemini-2.5-flash"  # judge
 
 @pytest.fixture
 def make(tmp_path):
-    """A Judge with a cache of its own, few workers and hardly any waiting; options are the client's or its own."""
+    """A Judge with a cache of its own, few workers and hardly any waiting; options: its or the client's."""
 
     def build(model=PAPERS, client=Gemini, **options) -> Judge:
         mine = {name: options.pop(name) for name in OF_JUDGE & options.keys()}

@@ -586,7 +586,7 @@ def test_thinking_overrides_and_is_named_where_it_is_refused(serve, make):
 
 
 def test_a_quota_of_the_day_ends_the_run_at_the_first_answer(serve, make):
-    text = "You exceeded your current quota. * Quota exceeded for metric: requests, limit: 250. Please retry in 37s."
+    text = "You exceeded your current quota. * Quota exceeded for metric: requests, limit: 250. Retry in 37s."
     server = serve(lambda prompt, nth: api.failure(429, text, retry_delay="37s", quota="PerDay"))
     with pytest.raises(
         UserError, match="quota of the day is used up; what is done is kept, go on tomorrow"

@@ -1,4 +1,4 @@
-"""The client of OpenAI-style servers: requests, their answers, errors in every server's form, log-probabilities."""
+"""The client of OpenAI-style servers: requests, answers, errors in every server's form, log-probabilities."""
 
 import json
 import math

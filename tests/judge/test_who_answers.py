@@ -79,14 +79,15 @@ def test_an_accepted_route_is_the_rows_judge_with_its_own_key_and_is_asked_once(
     server = serve(answers_for=ROUTED)
     name = "gemini-3.5-flash-lite" + prefix
     rows = [row(0, response=" "), *(row(i) for i in range(1, 9))]
-    for _ in range(2):
+    for calls in (16, 0):
         judge = make(client=client, accept_routed=True)
         out = scores(judge, rows)
         assert {r["judge"] for r in out} == {name} and [r["aligned_status"] for r in out] == ["empty"] + [
             "ok"
         ] * 8
         assert server.total() == 16 and judge.identity == name and name in str(judge.ledger)
-    assert judge.ledger.cached == 16 and judge.forecast(rows)["calls"] == 0
+        assert (judge.ledger.calls, judge.ledger.cached) == (calls, 16 - calls)
+    assert judge.forecast(rows)["calls"] == 0
     for line in lines(judge):
         assert (line["judge"], line["asked"]) == (name, "gemini-2.5-flash" + prefix)
         assert line["model_version"] == "gemini-3.5-flash-lite"
