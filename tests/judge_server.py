@@ -203,6 +203,8 @@ def _chat_fault(model: str, request: dict) -> str | None:
     if model in REASONING and request.get("temperature", 1) != 1:
         other = "Only the default (1) value is supported."
         return f"Unsupported value: 'temperature' does not support 0 with this model. {other}"
+    if model in REASONING and request.get("reasoning_effort") == "none":
+        return f"Unsupported value: 'none' is not supported with the '{model}' model. Supported: 'minimal'."
     if model not in REASONING and "reasoning_effort" in request:
         return "Unrecognized request argument supplied: reasoning_effort"
     return None

@@ -110,8 +110,10 @@ class OpenAI(HTTPClient):
             return way._replace(limit=other[way.limit])
         if "temperature" in said:
             return way._replace(temperature=False)
-        if "reasoning" in said and way.effort and not self._given_thinking:
-            return way._replace(effort="low" if way.effort == "minimal" else None)
+        efforts = f"reasoning|'({way.effort}|none)' is not supported|unsupported value: '({way.effort}|none)'"
+        if way.effort and not self._given_thinking and re.search(efforts, said):
+            left = (way._replace(effort=effort) for effort in ("off", "minimal", "low", None))
+            return next((other for other in left if other not in self._ways), None)
         if "logprobs" in said and way.top > 5:  # the most that some servers give
             return way._replace(top=5)
         return None

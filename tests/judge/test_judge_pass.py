@@ -145,21 +145,26 @@ SCORE = """
 import json, sys
 from em.judge.gemini import Gemini
 from em.judge.judge import Judge
+from em.judge.openai import OpenAI
 rows = [json.loads(line) for line in open(sys.argv[1])]
 with open(sys.argv[3], "w") as out:
-    for row in Judge(Gemini("gemini-2.5-flash"), cache=sys.argv[2], workers=8).score(rows, progress=False):
+    for row in Judge(CLIENT, cache=sys.argv[2], workers=8).score(rows, progress=False):
         out.write(json.dumps(row) + "\\n")
 """
 
 
+@pytest.mark.parametrize(
+    "client, form",
+    [('Gemini("gemini-2.5-flash")', api.answer), ('OpenAI("gpt-4o", logprobs=True)', api.chat)],
+)
 def test_killed_and_started_again_every_placeis_scored_and_no_known_answer_is_asked_for_again(
-    serve, tmp_path
+    serve, tmp_path, client, form
 ):
-    server = serve(lambda prompt, nth: api.answer(str(api.score_of(prompt)), seconds=0.01))
+    server = serve(lambda prompt, nth: form(str(api.score_of(prompt)), seconds=0.01))
     rows = [row(i, set=("narrow", "broad")[i % 2]) for i in range(100)]
     paths = [tmp_path / name for name in ("rows.jsonl", "cache.jsonl", "scores.jsonl")]
     paths[0].write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "score.py").write_text(SCORE)
+    (tmp_path / "score.py").write_text(SCORE.replace("CLIENT", client))
     for until in (40, 110):  # two kills
         process = start(tmp_path / "score.py", *paths)
         process.wait_for(lambda until=until: server.total() >= until)
@@ -188,7 +193,7 @@ def test_ctrl_c_ends_the_program_at_once_and_keeps_what_was_answered(serve, tmp_
     server = serve(lambda prompt, nth: api.answer("5", seconds=0 if server.total() <= 20 else 60))
     paths = [tmp_path / name for name in ("rows.jsonl", "cache.jsonl", "scores.jsonl")]
     paths[0].write_text("".join(json.dumps(row(i)) + "\n" for i in range(100)))
-    (tmp_path / "score.py").write_text(SCORE)
+    (tmp_path / "score.py").write_text(SCORE.replace("CLIENT", 'Gemini("gemini-2.5-flash")'))
     process = start(tmp_path / "score.py", *paths)
     process.wait_for(lambda: server.total() >= 28)
     assert process.stop(signal.SIGINT) != 0

@@ -217,9 +217,10 @@ def test_a_setting_that_is_refused_is_asked_for_the_other_way_once_and_the_way_i
 
 def test_a_model_that_reasons_is_asked_to_do_little_of_it_and_has_room(serve, ask):
     server = serve()
-    judge = ask("gpt-5-mini")
+    judge = ask("gpt-5-mini")  # of a family of which some take no effort at all, and this one does not
     scores(judge, [row(0)])
-    body = json.loads(server.requests[0]["body"])
+    assert server.received == 2 + 2
+    body = json.loads(server.requests[-1]["body"])
     assert body["reasoning_effort"] == "minimal" and body["max_completion_tokens"] == 20 + 1024
     assert "temperature" not in body and judge.client.most_output == 1044
 
