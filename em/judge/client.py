@@ -59,7 +59,7 @@ TOMORROW = "the quota of the day is used up; what is done is kept, go on tomorro
 class Reply(NamedTuple):
     """What a call came to. `text` is the reply, or says what went wrong.
 
-    status: "ok", "empty", "refusal", "blocked", "parse_error" (cut off by the token limit), "error" (all
+    status: "ok", "empty", "blocked", "parse_error" (cut off by the token limit), "error" (all
     tries failed). passes: an empty reply of the kind that another call may not get."""
 
     status: str

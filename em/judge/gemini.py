@@ -163,7 +163,8 @@ class Gemini(HTTPClient):
             return Said(
                 text, wait, "this key has no quota for it: name another --judge-model, or set up billing"
             )
-        return Said(text, wait, TOMORROW if any("PerDay" in quota for quota in quotas) else "")
+        day = any("PerDay" in quota for quota in quotas) or re.search("quota.* per day", text, re.I)
+        return Said(text, wait, TOMORROW if day else "")
 
 
 _COUNTS = (("prompt", None), ("candidates", 0), ("thoughts", 0))

@@ -585,9 +585,12 @@ def test_thinking_overrides_and_is_named_where_it_is_refused(serve, make):
 # -- quotas and addresses --------------------------------------------------------------------------------
 
 
-def test_a_quota_of_the_day_ends_the_run_at_the_first_answer(serve, make):
+@pytest.mark.parametrize(
+    "quota, more", [("PerDay", ""), ("PerMinute", " Quota exceeded for quota metric 'Requests per day'.")]
+)
+def test_a_quota_of_the_day_ends_the_run_at_the_first_answer(serve, make, quota, more):
     text = "You exceeded your current quota. * Quota exceeded for metric: requests, limit: 250. Retry in 37s."
-    server = serve(lambda prompt, nth: api.failure(429, text, retry_delay="37s", quota="PerDay"))
+    server = serve(lambda prompt, nth: api.failure(429, text + more, retry_delay="37s", quota=quota))
     with pytest.raises(
         UserError, match="quota of the day is used up; what is done is kept, go on tomorrow"
     ) as error:

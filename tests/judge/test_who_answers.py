@@ -41,6 +41,7 @@ def lines(judge) -> list[dict]:
         ("other/gpt-4o", "openai/gpt-4o", False),
         ("qwen/qwen2.5-7b-instruct", "Qwen/Qwen2.5-7B-Instruct", True),
         ("llama3:latest", "llama3", True),
+        ("meta/llama3", "meta/llama3:free", True),
         ("qwen2x5", "qwen2.5", False),
     ],
 )
