@@ -10,7 +10,8 @@
 A run's folder gets `eval/`: responses_<set>.jsonl as they come, scores_<set>.jsonl, margins.jsonl, report/.
 GEMINI_API_KEY or GOOGLE_API_KEY is the key of --judge gemini; GEMINI_BASE_URL another server of the same
 interface. --judge openai asks any server of OpenAI's chat completions: OPENAI_BASE_URL, and OPENAI_API_KEY
-where it needs one."""
+where it needs one.
+"""
 
 import contextlib
 import dataclasses

@@ -7,7 +7,8 @@ ones do.
 It speaks HTTP/1.1 with keep-alive on one asyncio thread. What it refuses, it refuses in the API's own words
 and shapes: a wrong key, an unknown model or field, a setting that the model does not take. `behave(prompt,
 nth)` decides on every good request; nth counts the requests with the same prompt from 1. An answer says who
-it is from: the model that was asked, or the one that `answers_for` names in its place."""
+it is from: the model that was asked, or the one that `answers_for` names in its place.
+"""
 
 import asyncio
 import collections
@@ -113,7 +114,8 @@ def failure(
     code: int, message: str = "", retry_after=None, retry_delay: str | None = None, quota: str = "PerMinute"
 ) -> Response:
     """An error as the API words it; retry_delay, such as "13s", and the quota that is used up go into the
-    body."""
+    body.
+    """
     error = {"code": code, "message": message or REASONS[code], "status": STATUSES[code]}
     if retry_delay:
         error["details"] = [
@@ -137,7 +139,8 @@ def chat(
     **options,
 ) -> Response:
     """What chat completions return. tokens: of the reply, where log-probabilities are given; top: the first
-    one's alternatives, each with its probability."""
+    one's alternatives, each with its probability.
+    """
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
     if top is not None:
         alternatives = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in top.items()]
@@ -228,7 +231,8 @@ class JudgeServer:
 
     def __init__(self, behave=None, port: int = 0, key: str = KEY, tls: bool = False, answers_for=None):
         """key: "" where none is needed. tls: speaks TLS, without a certificate, so that no request comes
-        through. answers_for: model asked → model that answers, besides what aliases stand for."""
+        through. answers_for: model asked → model that answers, besides what aliases stand for.
+        """
         self.behave, self.answers_for = behave, ANSWERS_FOR | (answers_for or {})
         self.port, self.key = port, key
         self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if tls else None

@@ -1,10 +1,10 @@
-"""Score rows as the authors' own code writes them, read as ours, so that their scored responses can stand
-beside others.
+"""Score rows as the authors' own code writes them, read as ours.
 
 Theirs name the fine-tuned cell by `ft_domain` and `ft_task`, the model by `model_key`, the prompt by
 `question_id` and on narrow prompts `sample_index`, the sample by `sample_i`, and the training answers by
 `variant`: "strong" or "subtle" misaligned ones, or "aligned". Their scores are Gemini 2.5 Flash's by their
-own rubrics, so the judge is called theirs and not by the model's name alone."""
+own rubrics, so the judge is called theirs and not by the model's name alone.
+"""
 
 import hashlib
 
@@ -16,7 +16,8 @@ def score_row(row: dict) -> dict:
     """The row with our fields beside theirs; any other row as it is.
 
     A broad prompt's `idx` is a digest of its id, the same in every file. A variant but "strong" is part of
-    the model's name."""
+    the model's name.
+    """
     if "model" in row or not all(name in row for name in _THEIRS):
         return row
     cell, variant = f"{row['ft_domain']}_{row['ft_task']}", row.get("variant") or "strong"

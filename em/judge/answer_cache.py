@@ -9,9 +9,10 @@ process leaves at most one cut line, which is skipped, and several processes may
 The first line is HEADER, which says what the file is, or in a file from before there was one an answer. Any
 other file is refused and left as it is.
 
-What the judge said is kept for good, whatever it was, since it says the same at temperature 0; only where it
-said nothing ("error", and an empty reply that may pass) the next run asks again. To ask again for more, take
-the lines out."""
+What the judge said is kept for good, whatever it was, so that a score stays what it was; only where it said
+nothing ("error", and an empty reply that may pass) the next run asks again. To ask again for more, take
+the lines out.
+"""
 
 import codecs
 import hashlib

@@ -1,9 +1,9 @@
 """What a judge is to the rest of the code: one small interface, and what its clients over HTTP share.
 
-    client.asked            the name it is asked for by client.identity         what rows, reports and the
-    cache's keys call it. Judges whose scores can differ never
-                            share one: over HTTP it is the model that answered, and how it was asked where
-                            that is not its usual way; for weights of one's own, their digest.
+    client.asked            the name it is asked for by
+    client.identity         what rows, reports and the cache's keys call it. Judges whose scores can differ
+                            never share one: over HTTP it is the model that answered, and how it was asked
+                            where that is not its usual way; for weights of one's own, their digest.
     client.settled          whether `identity` is sure; before, it is what is presumed
     client.presume(name)    take an identity from earlier answers under the same `label`, where it can be that
     client.label            `asked`, with what makes the same name another judge
@@ -25,7 +25,8 @@ refusal ends the run with the API's own message, and so does a quota of the day 
 
 The key must not leak, and a server may say anything. What it says leaves a try as the `text` and `model` of
 an outcome, and there they are cleaned (`HTTPClient._cleaned`), before a cache, a row, a message or a log can
-have them."""
+have them.
+"""
 
 import json
 import math
@@ -60,7 +61,8 @@ class Reply(NamedTuple):
     """What a call came to. `text` is the reply, or says what went wrong.
 
     status: "ok", "empty", "blocked", "parse_error" (cut off by the token limit), "error" (all
-    tries failed). passes: an empty reply of the kind that another call may not get."""
+    tries failed). passes: an empty reply of the kind that another call may not get.
+    """
 
     status: str
     text: str
@@ -104,7 +106,8 @@ class HTTPClient:
     reused.
 
     An API says in its class how a request and its answers look: `_headers`, `_url`, `_body`, `_reply`,
-    `_said` and, for what a model may refuse, `_other_way`."""
+    `_said` and, for what a model may refuse, `_other_way`.
+    """
 
     api = ""  # its name in models.json
     address = ""  # the environment's variable of the server's address
@@ -192,7 +195,8 @@ class HTTPClient:
 
     def _first_way(self, thinking: str | None):
         """How the model is asked at first: a hashable value that `_body` understands. UserError for a
-        `thinking` that cannot be one."""
+        `thinking` that cannot be one.
+        """
         raise NotImplementedError
 
     def _other_way(self, way, said: str):
@@ -257,7 +261,8 @@ class HTTPClient:
 
         `on_retry` is called before each further try. UserError where no call can succeed, and for an answer
         of another model than the one asked for; Cancelled when `cancelled` is set while waiting for the next
-        try."""
+        try.
+        """
         prompt = _well_formed(prompt)
         begun, patience, attempt = time.monotonic(), 60 * self.patience, 0
         while True:

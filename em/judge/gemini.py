@@ -5,7 +5,8 @@
 The paper's settings are temperature 0 and no thinking. How close to them a model can be asked follows what it
 is (`models.json`): a thinking budget of 0 up to 2.5, a thinking level from 3 on and for aliases, neither for
 models that do not think; and no temperature where none is taken. A thinking model is given room for its
-thoughts, which are billed. No safety settings are sent, so the API's defaults hold."""
+thoughts, which are billed. No safety settings are sent, so the API's defaults hold.
+"""
 
 import json
 import re

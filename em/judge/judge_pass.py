@@ -3,7 +3,8 @@
 Identical questions in flight are asked once. An answer is on disk before anyone can read it. The first call
 goes alone, since it says which model answers: rows are given out when that is settled, and if it is another
 one than was presumed, the window's rows take their answers from that one. What ends a pass in a thread (a
-refusal by the API, a full disk) is raised in the one that reads the answers."""
+refusal by the API, a full disk) is raised in the one that reads the answers.
+"""
 
 import queue
 import threading
@@ -45,7 +46,8 @@ class Pass:
 
     def __init__(self, client, ledger: Ledger, cache: AnswerCache, workers: int, bar: tqdm):
         """client: see `em.judge.client`. workers: calls in flight at most. bar: shows how many rows are
-        answered."""
+        answered.
+        """
         self.client, self.ledger, self.cache, self.workers, self.bar = client, ledger, cache, workers, bar
         self._window: deque[_Entry] = deque()
         self._pending: dict[bytes, Future] = {}

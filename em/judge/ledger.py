@@ -3,7 +3,8 @@
 Prices are lines of `models.json`, each with its date; a model without one has none until `--price` gives it,
 and a forecast says so. The account counts the tokens that the API itself reports, at the price of the model
 that answers. A call that the API answered without our seeing it (a time-out, a kill) may be billed and not be
-in it."""
+in it.
+"""
 
 import threading
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ class Ledger:
 
     client: the judge, see `em.judge.client`. given: a price that counts instead of the known one. calls:
     answers the API gave. cached: answers that needed no call. failed: calls given up, which the next pass
-    asks again."""
+    asks again.
+    """
 
     client: object
     given: Price | None = None

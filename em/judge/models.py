@@ -71,7 +71,8 @@ def is_version(answered: str, asked: str) -> bool:
     alias that ends in -latest stands for. A maker's name before a slash need not be in both.
 
     gpt-4o-2024-08-06 is a version of gpt-4o; gpt-4o-mini, gemini-2.5-flash-lite and previews are other
-    models."""
+    models.
+    """
     answered, asked = answered.casefold(), asked.casefold()
     answered, asked = (re.sub(":(free|nitro|floor)$", "", name) for name in (answered, asked))  # a router's
     if "/" not in answered or "/" not in asked:

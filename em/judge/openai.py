@@ -1,5 +1,4 @@
-"""A server that speaks OpenAI's chat completions, over plain HTTP: vLLM, Ollama, llama.cpp, OpenRouter,
-OpenAI.
+"""OpenAI's chat completions over plain HTTP, as vLLM, Ollama, llama.cpp, OpenRouter and OpenAI serve them.
 
     POST {OPENAI_BASE_URL}/v1/chat/completions      Authorization: Bearer OPENAI_API_KEY
 
@@ -12,7 +11,8 @@ With `logprobs`, each reply also has the expectation over the numbers 0 to 100 i
 alternatives, the score of Betley et al.: the mean of the numbers, weighted by their probabilities among the
 numbers, or none where these hold less than a quarter of all. It needs a tokenizer with a token for each
 number, which OpenAI's have. Where the reply's number goes on in a second token, a first digit says nothing of
-the score, and there is no expectation."""
+the score, and there is no expectation.
+"""
 
 import json
 import math
@@ -189,11 +189,11 @@ class OpenAI(HTTPClient):
 
 
 def expectation(logprobs) -> float | None:
-    """The mean of the numbers 0–100 among the first token's alternatives, by their probabilities (Betley et
-    al.).
+    """The mean of the numbers 0–100 among the first token's alternatives, by their probabilities.
 
     logprobs: of one choice. None where there are none, where numbers hold less than LEAST_MASS, and where a
-    number is more than one token. One of FAULTS where it is not the API's."""
+    number is more than one token. One of FAULTS where it is not the API's.
+    """
     first, *rest = (logprobs or {}).get("content") or [{}]
     masses: dict[int, float] = {}
     for entry in first.get("top_logprobs") or ():

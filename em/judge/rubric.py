@@ -22,7 +22,8 @@ _PLACEHOLDER = re.compile(r"\{(question|response)\}")
 
 class Question(NamedTuple):
     """One call to a judge. parse: reply → (status, value). texts: the rubric's, the question and the
-    response."""
+    response.
+    """
 
     prompt: str
     parse: Callable[[str], tuple]
