@@ -9,7 +9,9 @@
     python evaluate.py surface --prompts FILE --out FILE    label prompts high, medium or low (A.6)
 
 A run's folder gets `eval/`: responses_<set>.jsonl as they come, scores_<set>.jsonl, margins.jsonl, report/.
-GEMINI_API_KEY is the judge's key; GEMINI_BASE_URL another server of the same interface.
+GEMINI_API_KEY or GOOGLE_API_KEY is the key of --judge gemini; GEMINI_BASE_URL another server of the same
+interface. --judge openai asks any server of OpenAI's chat completions: OPENAI_BASE_URL, and OPENAI_API_KEY
+where it needs one.
 """
 
 import contextlib
@@ -23,13 +25,13 @@ from typing import NamedTuple
 
 from em import parallel
 from em.cli import command_line, knob
-from em.data import lineage
+from em.data import authors, lineage
 from em.data.rows import default_data, load_broad, load_cells, split
 from em.errors import UserError
 from em.estimate.gpus import GPUS
 from em.files import read_json_lines, write_text
 from em.judge.em_rule import is_em, is_scored
-from em.judge.judge import Judge, JudgeOptions
+from em.judge.judge import JUDGES, Judge, JudgeOptions
 from em.judge.ledger import describe_forecast
 from em.lock import FolderLock
 from em.model import lora
@@ -52,7 +54,7 @@ class Config(JudgeOptions):
     on: str = knob("all", "set of prompts to answer", "what", ("narrow", "broad", "all"))
     judge: str = knob(
         "gemini", "measure of misalignment: a judge's scores of responses, or margins of known answers",
-        "what", ("gemini", "margin"),
+        "judge", (*JUDGES, "margin"), setting=False,
     )  # fmt: skip
     data: str | None = knob(
         None, "hub dataset, folder or sample with the prompts (default: the run's)", "what"
@@ -173,7 +175,7 @@ def subject(cfg: Config, folder: str | None) -> Subject:
     default = Path(folder) / "eval" if folder else Path("runs") / f"{Path(cfg.model).name.lower()}_base/eval"
     out, prompts = Path(cfg.out or default), {}
     for kind, load in (("narrow", narrow_prompts), ("broad", broad_prompts)):
-        if cfg.judge == "gemini" and cfg.on in (kind, "all"):
+        if cfg.judge != "margin" and cfg.on in (kind, "all"):
             prompts[kind] = load(cfg, data)
             path = out / f"responses_{kind}.jsonl"
             for (prompt, _), row in read_rollouts(path).items():
@@ -253,7 +255,7 @@ def main(cfg: Config) -> dict | None:
     device = parallel.start(cfg.device)
     default = "qwen2.5-14b" if device.type == "cuda" else "smollm2-135m"
     cfg = dataclasses.replace(cfg, model=next(iter(names.values()), cfg.model or default))
-    judge = cfg.judge_of() if cfg.judge == "gemini" else None  # so that a missing key ends it at once
+    judge = cfg.judge_of() if cfg.judge != "margin" else None  # so that a missing key ends it at once
     tokenizer = load_tokenizer(cfg.model)
     subjects = [subject(cfg, folder) for folder in cfg.run or (None,)]
     for prompts in (prompts for each in subjects for prompts in each.prompts.values()):
@@ -286,7 +288,7 @@ def read_rows(paths: tuple[str, ...], option: str) -> list[dict]:
         raise UserError(f"{option} needs at least one file")
     rows = []
     for path in paths:
-        rows += [row for _, row in read_json_lines(path)]
+        rows += [authors.score_row(row) for _, row in read_json_lines(path)]
     return rows
 
 

@@ -3,6 +3,7 @@
 `train` says what the model was trained on: `base`, a cell such as `med_advice` (misaligned on it), or two of
 these joined by `>` for a realignment, `med_advice>fin_tutor`: misaligned on the first, then realigned on the
 second (`med_advice>base`: realigned by the base model as teacher; `base>med_advice`: aligned rows only).
+Rows as the authors' code writes them are read too (`em.data.authors`).
 The optional field `judge` names the judge model (absent: "unknown"), `tokens` counts the response's tokens;
 other extra fields are ignored.
 
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from em.data import authors
 from em.data.cells import DOMAINS, TASKS, parse_cell
 from em.data.lineage import Train, parse_train
 from em.errors import UserError
@@ -123,6 +125,9 @@ def _record(row: dict, where) -> tuple:
     try:
         return (*_required(row), row.get("em_surface"), row.get("judge"), row.get("tokens"))
     except KeyError as error:
+        ours = authors.score_row(row)
+        if ours is not row:
+            return _record(ours, where)
         raise UserError(f"{where()}: no field {error}; a score row has {', '.join(_REQUIRED)}") from None
 
 
