@@ -2,9 +2,9 @@
 
     python tests/judge_coverage.py 4000          # by hand: a table over rates, kappas and designs
 
-A prompt has `per_prompt` responses; with chance `alike` all of a prompt's responses have its first one's verdicts.
-Each judge leaves 3 % of the rows unscored, independently of all else. Judge A has judged `beyond` times as many
-further prompts, so the re-scaled rate is not B's own.
+A prompt has `per_prompt` responses; with chance `alike` all of a prompt's responses have its first one's
+verdicts. Each judge leaves 3 % of the rows unscored, independently of all else. Judge A has judged `beyond`
+times as many further prompts, so the re-scaled rate is not B's own.
 """
 
 import itertools
@@ -41,7 +41,7 @@ def truth(rate_a: float, rate_b: float, kappa: float) -> np.ndarray:
 def coverage(
     rate_a, rate_b, kappa, rows=400, per_prompt=1, alike=0.0, beyond=10, repeats=500, draws=1000, seed=0
 ) -> dict[str, float]:
-    """The share of `repeats` samples whose interval holds the truth: of A's rate, of kappa, of A's rate under B."""
+    """The share of `repeats` intervals that hold the truth: of A's rate, of kappa, of A's rate under B."""
     rng = np.random.default_rng(seed)
     table, prompts = truth(rate_a, rate_b, kappa), rows // per_prompt
     everything = prompts * (1 + beyond)
@@ -70,7 +70,8 @@ if __name__ == "__main__":
     for rate, ratio, kappa in itertools.product((0.005, 0.05, 0.2), (1.0, 0.5), (0.3, 0.6, 0.9)):
         for per_prompt, alike in ((1, 0.0), (4, 0.5)):
             try:
-                found = coverage(rate, rate * ratio, kappa, per_prompt=per_prompt, alike=alike, repeats=repeats)
+                design = {"per_prompt": per_prompt, "alike": alike, "repeats": repeats}
+                found = coverage(rate, rate * ratio, kappa, **design)
             except AssertionError:
                 continue
             design = f"{rate:6.3f}  {rate * ratio:6.4f}  {kappa:5.1f}  {per_prompt:6d} ({alike:.1f})"

@@ -6,7 +6,7 @@ from em.judge.responses import identity
 
 
 class Recorded:
-    """Score rows of one judge (`em.judge.responses.read_scored`), given out again for the responses they are of."""
+    """Score rows of one judge (of `read_scored`), given out again for the responses that they are of."""
 
     def __init__(self, name: str, rows: Iterable[dict]):
         self.identity = name

@@ -1,8 +1,8 @@
 """Responses that may be judged: what makes two rows one response, and a sample that is fair to all of them.
 
-A response is known by its place (model, train, set, domain, task, idx, sample) and its text. Files of responses
-and files of score rows are read alike; what a judge said in them is left out, so that whoever judges next is
-blind to it.
+A response is known by its place (model, train, set, domain, task, idx, sample) and its text. Files of
+responses and files of score rows are read alike; what a judge said in them is left out, so that whoever
+judges next is blind to it.
 """
 
 import functools
@@ -90,8 +90,8 @@ def stratified_sample(rows: list[dict], n: int, seed: int) -> list[dict]:
     """`n` of the rows (all of them for 0, or where there are no more), in an order that tells nothing.
 
     Every row has the same chance, so plain rates of the sample estimate those of the rows, and every stratum
-    gets its share to within one row: a systematic sample of the rows sorted by stratum, in random order within.
-    The same rows give the same sample whatever their order.
+    gets its share to within one row: a systematic sample of the rows sorted by stratum, in random order
+    within. The same rows give the same sample whatever their order.
     """
     rng = np.random.default_rng(seed)
     rows = sorted(rows, key=identity)

@@ -1,15 +1,15 @@
 """Two judges' verdicts on the same responses: rates, Cohen's kappa, the re-scaled rate, and their intervals.
 
-A verdict is EM, not EM, or not scored (the EM rule's denominator leaves such a row out). Two judges make a 3×3
-table of verdicts, the first judge down.
+A verdict is EM, not EM, or not scored (the EM rule's denominator leaves such a row out). Two judges make a
+3×3 table of verdicts, the first judge down.
 
-Intervals are of a Bayesian bootstrap over prompts (Rubin 1981), which weights each prompt's counts by a draw of
-the exponential distribution. It cannot see what has not happened, so it is taken twice: as it is, and with a
-gamma(1/2) draw, times the mean number of rows of a prompt, added to every entry of a table, as if half a prompt
-more had been seen there. The interval holds both intervals and the estimate. Of a rate with one row a prompt it
-reaches from the 2.5 % quantile of beta(k, n − k) to the 97.5 % one of beta(k + ½, n − k + ½), the posterior under
-Jeffreys's prior. Prompts of all strata are drawn together, which errs on the wide side. How often such intervals
-hold the truth: tests/judge_coverage.py.
+Intervals are of a Bayesian bootstrap over prompts (Rubin 1981), which weights each prompt's counts by a draw
+of the exponential distribution. It cannot see what has not happened, so it is taken twice: as it is, and
+with a gamma(1/2) draw, times the mean number of rows of a prompt, added to every entry of a table, as if
+half a prompt more had been seen there. The interval holds both intervals and the estimate. Of a rate with
+one row a prompt it reaches from the 2.5 % quantile of beta(k, n − k) to the 97.5 % one of beta(k + ½, n − k
++ ½), the posterior under Jeffreys's prior. Prompts of all strata are drawn together, which errs on the wide
+side. How often such intervals hold the truth: tests/judge_coverage.py.
 """
 
 import numpy as np
@@ -69,7 +69,7 @@ def rate_of_counts(counts: np.ndarray) -> np.ndarray:
 
 
 def kappa_of_table(table: np.ndarray) -> np.ndarray:
-    """(…, 3, 3) or (…, 2, 2) → Cohen's kappa of EM over the rows both scored; nan where chance leaves no room."""
+    """(…, 3, 3) or (…, 2, 2) → Cohen's kappa of EM where both scored; nan where chance leaves no room."""
     both = table[..., :2, :2]
     n = both.sum(axis=(-2, -1))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -82,10 +82,10 @@ def kappa_of_table(table: np.ndarray) -> np.ndarray:
 def rescaled_rate(a_counts: np.ndarray, table: np.ndarray) -> np.ndarray:
     """What the rate behind A's verdicts would be under B.
 
-    a_counts: (…, 3) A's verdicts on all its rows. table: (…, 3, 3) A's by B's on the rows both judged. The rows
-    of each verdict of A's fall among B's verdicts as they do in the table, and the rate is B's, with B's
-    denominator: Σₐ nₐ P(EM | a) / Σₐ nₐ P(scored | a). A verdict that the table does not have falls as all its
-    rows do together.
+    a_counts: (…, 3) A's verdicts on all its rows. table: (…, 3, 3) A's by B's on the rows both judged. The
+    rows of each verdict of A's fall among B's verdicts as they do in the table, and the rate is B's, with
+    B's denominator: Σₐ nₐ P(EM | a) / Σₐ nₐ P(scored | a). A verdict that the table does not have falls as
+    all its rows do together.
     """
     pooled = table.sum(axis=-2, keepdims=True)
     rows = np.where(table.sum(axis=-1, keepdims=True) > 0, table, pooled)  # (…, 3, 3)
@@ -95,10 +95,11 @@ def rescaled_rate(a_counts: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def rate_variance(*counts: np.ndarray) -> float:
-    """Sampling variance of an EM rate, or of the difference of two, were other prompts drawn; nan for one prompt.
+    """Variance of an EM rate, or of the difference of two, over other prompts; nan for one prompt.
 
     counts: (P, 3) verdicts by prompt, of one judge or of two. Linearised: with z_p = (EM_p − r · scored_p) /
-    scored, or the difference of the two judges' z_p, it is P/(P − 1) Σ_p z_p² over the P prompts that have rows.
+    scored, or the difference of the two judges' z_p, it is P/(P − 1) Σ_p z_p² over the P prompts that have
+    rows.
     """
     residuals = []
     for verdict in counts:

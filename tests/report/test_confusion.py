@@ -45,9 +45,9 @@ def test_kappa_of_a_table_worked_by_hand_leaves_out_what_one_judge_did_not_score
 
 
 def test_a_rescaled_rate_worked_by_hand():
-    """A: 100 EM, 800 not, 100 not scored. Of its EM, B calls 3/4 EM and 1/4 not; of its others 1/10 EM, 7/10 not
-    and 2/10 not scored; of those without a score half EM, half not. So B's EM are 75 + 80 + 50 = 205 of
-    25 + 560 + 50 = 635 more."""
+    """A: 100 EM, 800 not, 100 not scored. Of its EM, B calls 3/4 EM and 1/4 not; of its others 1/10 EM, 7/10
+    not and 2/10 not scored; of those without a score half EM, half not. So 75 + 80 + 50 = 205 are EM under B and
+    25 + 560 + 50 = 635 are not."""
     table = np.array([[6, 2, 0], [5, 35, 10], [1, 1, 0]])
     assert rescaled_rate(np.array([100, 800, 100]), table) == pytest.approx(205 / 840)
     own = table.sum(axis=1)  # where A knows no more than the table, it is B's own rate: 12 of 50
@@ -59,7 +59,7 @@ def test_a_rescaled_rate_worked_by_hand():
 
 
 def test_draws_of_single_rows_are_the_exact_posteriors():
-    """One row a prompt, 3 EM of 40 scored and 10 not: beta(3, 37) without and beta(3.5, 37.5) with the prior."""
+    """One row a prompt, 3 EM of 40 scored, 10 not: beta(3, 37) without, beta(3.5, 37.5) with the prior."""
     counts = np.repeat(np.eye(3), [3, 37, 10], axis=0)
     draws = rate_of_counts(PromptDraws(50, 4000).tables(counts))
     for drawn, a, b in zip(draws, (3, 3.5), (37, 37.5), strict=True):
@@ -70,7 +70,7 @@ def test_draws_of_single_rows_are_the_exact_posteriors():
 
 
 def test_no_event_and_no_disagreement_leave_one_side_open():
-    """0 of 400 EM: from 0 to the beta(½, 400½) quantile. Two judges of one mind on 20 EM: κ up to 1, not from 1."""
+    """0 of 400 EM: from 0 to beta(½, 400½)'s quantile. Two judges of one mind on 20 EM: κ from below 1 to 1."""
     draws = rate_of_counts(PromptDraws(400, 4000).tables(np.repeat([[0.0, 1.0, 0.0]], 400, axis=0)))
     low, high = interval(draws, 0.0)
     assert low == 0 and high == pytest.approx(stats.beta(0.5, 400.5).ppf(0.975), rel=0.06)
@@ -88,9 +88,10 @@ def test_rows_of_one_prompt_count_as_the_prompt():
 
 
 def test_the_variance_of_a_rate_and_of_a_difference_are_the_binomials_and_the_multinomials():
-    """One row a prompt, all scored: p(1 − p)/(n − 1), and (p₁₀ + p₀₁ − (p₁₀ − p₀₁)²)/(n − 1) of a difference."""
+    """One row a prompt, all scored: p(1 − p)/(n − 1), of a difference (p₁₀ + p₀₁ − (p₁₀ − p₀₁)²)/(n − 1)."""
     table = {(0, 0): 8, (0, 1): 12, (1, 0): 3, (1, 1): 77}
-    a, b = (np.array([np.eye(3)[pair[side]] for pair, n in table.items() for _ in range(n)]) for side in (0, 1))
+    pairs = [pair for pair, n in table.items() for _ in range(n)]
+    a, b = (np.eye(3)[[pair[side] for pair in pairs]] for side in (0, 1))
     assert rate_variance(a) == pytest.approx(0.2 * 0.8 / 99)
     assert rate_variance(a, b) == pytest.approx((0.15 - 0.09**2) / 99)
     assert rate_variance(a, a) == pytest.approx(0, abs=1e-18)
@@ -111,7 +112,7 @@ def test_the_variance_of_a_rate_is_that_over_other_prompts_where_rows_share_them
 
 
 def test_the_variance_between_judges_is_unbiased(rng):
-    """Judges whose rates are normal with variance 0.05², seen on 100 rows: the mean of many estimates is that."""
+    """Judges whose rates are normal with variance 0.05², on 100 rows: the mean of many estimates is that."""
     true, estimates = 0.05**2, []
     for _ in range(3000):
         score = rng.random(100)  # of a response, the same for both judges, who cut it at different places
@@ -132,5 +133,6 @@ def test_planted_judges_have_the_rates_and_the_kappa_asked_for():
 @pytest.mark.parametrize("per_prompt, alike", [(1, 0.0), (4, 0.5)])
 def test_intervals_hold_the_truth_at_400_rows(rate, per_prompt, alike):
     """At least 93 % of them, less what 400 repeats can miss by chance (two standard deviations)."""
-    found = coverage(rate, 0.5 * rate, 0.6, per_prompt=per_prompt, alike=alike, repeats=400, draws=400, beyond=3)
+    few = {"repeats": 400, "draws": 400, "beyond": 3}
+    found = coverage(rate, 0.5 * rate, 0.6, per_prompt=per_prompt, alike=alike, **few)
     assert min(found.values()) >= 0.93 - 0.025, found
