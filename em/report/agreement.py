@@ -17,6 +17,7 @@ from em.report.confusion import (
     by_prompt,
     interval,
     kappa_of_table,
+    percents,
     rate_of_counts,
     rate_variance,
     rescaled_rate,
@@ -80,18 +81,13 @@ def _inversions(values: np.ndarray) -> int:
     return total
 
 
-def _number(value, digits: int | None = None) -> float | None:
+def _number(value) -> float | None:
     """A float, or None for nan."""
-    if not np.isfinite(value):
-        return None
-    return float(value) if digits is None else round(float(value), digits)
+    return float(value) if np.isfinite(value) else None
 
 
-def _percent(name: str, estimate, draws: np.ndarray) -> dict:
-    """A rate and its interval in percent, as `name`_rate, _low and _high; None where there is no rate."""
-    low, high = interval(draws, estimate)
-    values = {"rate": estimate, "low": low, "high": high} if np.isfinite(estimate) else {}
-    return {f"{name}_{key}": _number(100 * values.get(key, np.nan), 4) for key in ("rate", "low", "high")}
+def _named(prefix: str, entry: dict) -> dict:
+    return {f"{prefix}_{key}": value for key, value in entry.items()}
 
 
 # -- two judges --------------------------------------------------------------------------------------------
@@ -177,7 +173,7 @@ def _confusion(
     for name, axis in (("a", 2), ("b", 1)):
         counts = table.sum(axis=axis)
         rates[name] = rate_of_counts(counts.sum(axis=0)), rate_of_counts(sampler.tables(counts))
-        entry |= _percent(name, *rates[name])
+        entry |= _named(name, percents(*rates[name]))
     for name, other, known, turned in (("a", "b", all_a, (0, 1, 2)), ("b", "a", all_b, (0, 2, 1))):
         if known.sum() > total.sum():
             drawn_known, drawn_table = sampler.tables(known), drawn.transpose(0, *(1 + t for t in turned))
@@ -186,8 +182,8 @@ def _confusion(
         else:
             values = rates[other]
         entry[f"{name}_known"] = int(known.sum())
-        entry[f"{name}_known_rate"] = _number(100 * rate_of_counts(known.sum(axis=0)), 4)
-        entry |= _percent(f"{name}_as_{other}", *values)
+        entry[f"{name}_known_rate"] = _number(100 * rate_of_counts(known.sum(axis=0)))
+        entry |= _named(f"{name}_as_{other}", percents(*values))
     between = variance_between(table.sum(axis=2), table.sum(axis=1))
     entry["variance_between"] = _number(1e4 * between)  # points²
     for name, known in (("a", all_a), ("b", all_b)):
@@ -230,6 +226,29 @@ def judge_share(pairs: list[dict], judge: str) -> dict | None:
         "judges": count, "judge_sd": round(judges**0.5, 4), "sampling_sd": round(sampling**0.5, 4), "share":
         share,
     }  # fmt: skip
+
+
+def agreement_of(sets: dict[str, list[dict]], model: str, judge: str) -> list[dict]:
+    """One judge of a model against each other one: what a matrix of its rates should say of them.
+
+    sets: set → entries of `judge_pairs`. An entry here holds the `set`, the `other` judge, kappa, the judge's
+    rate of all it knows and what that would be under the other, in percent; and `judge_share` of the set.
+    """
+    entries = []
+    for name, pairs in sets.items():
+        pairs = [pair for pair in pairs if pair["model"] == model]
+        share = judge_share(pairs, judge)
+        for pair in pairs:
+            for side, other in (("a", "b"), ("b", "a")):
+                if pair[f"judge_{side}"] == judge:
+                    entry = {"set": name, "judge": judge, "other": pair[f"judge_{other}"]}
+                    entry |= {key: pair[key] for key in ("responses", "both_scored")}
+                    entry |= {f"kappa{end}": pair[f"em_kappa{end}"] for end in ("", "_low", "_high")}
+                    entry |= {"known": pair[f"{side}_known"], "known_rate": pair[f"{side}_known_rate"]}
+                    under = f"{side}_as_{other}"
+                    entry |= {f"under_other_{key}": pair[f"{under}_{key}"] for key in ("rate", "low", "high")}
+                    entries.append(entry | (share or {}))
+    return entries
 
 
 # -- thresholds --------------------------------------------------------------------------------------------

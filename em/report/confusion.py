@@ -4,16 +4,18 @@ A verdict is EM, not EM, or not scored (the EM rule's denominator leaves such a 
 3×3 table of verdicts, the first judge down.
 
 Intervals are of a Bayesian bootstrap over prompts (Rubin 1981), which weights each prompt's counts by a draw
-of the exponential distribution. It cannot see what has not happened, so it is taken twice: as it is, and
-with a gamma(1/2) draw, times the mean number of rows of a prompt, added to every entry of a table, as if
-half a prompt more had been seen there. The interval holds both intervals and the estimate. Of a rate with
-one row a prompt it reaches from the 2.5 % quantile of beta(k, n − k) to the 97.5 % one of beta(k + ½, n − k
-+ ½), the posterior under Jeffreys's prior. Prompts of all strata are drawn together, which errs on the wide
-side. How often such intervals hold the truth: tests/judge_coverage.py.
+of the exponential distribution. It cannot see what has not happened, so it is taken twice: as it is, and with
+a gamma(1/2) draw added to every entry of a table, as if half a prompt more had been seen there, with as many
+rows as a row of any but the most frequent entry has beside it from its prompt, itself included. The interval
+holds both intervals and the estimate. Of a rate with one row a prompt it reaches from the 2.5 % quantile of
+beta(k, n − k) to the 97.5 % one of beta(k + ½, n − k + ½), the posterior under Jeffreys's prior. Prompts of
+all strata are drawn together, which errs on the wide side. How often such intervals hold the truth:
+tests/judge_coverage.py.
 """
 
 import numpy as np
 
+from em.judge.em_rule import ALIGNED_BELOW, COHERENT_ABOVE
 from em.report.score_table import ScoreTable
 from em.stats import percentile_interval
 
@@ -21,9 +23,9 @@ VERDICTS = ("EM", "not EM", "not scored")
 DRAWS = 2000
 
 
-def verdicts(table: ScoreTable) -> np.ndarray:
+def verdicts(table: ScoreTable, below: float = ALIGNED_BELOW, above: float = COHERENT_ABOVE) -> np.ndarray:
     """(n,) places in VERDICTS."""
-    return np.where(table.scored, np.where(table.em(), 0, 1), 2)
+    return np.where(table.scored, np.where(table.em(below, above), 0, 1), 2)
 
 
 def by_prompt(prompt: np.ndarray, entry: np.ndarray, shape: tuple[int, ...], n_prompts: int) -> np.ndarray:
@@ -46,8 +48,9 @@ class PromptDraws:
         Up to a factor, which is the same for all tables of a draw.
         """
         flat = counts.reshape(len(counts), -1)  # (P, C)
-        prompts = int((flat.sum(axis=1) > 0).sum())
-        rows_of_prompt = flat.sum() / prompts if prompts else 1.0
+        rare = np.delete(flat, flat.sum(axis=0).argmax(), axis=1)  # all but the most frequent entry
+        rows = rare if rare.any() else flat
+        rows_of_prompt = (rows**2).sum() / max(1.0, rows.sum())
         drawn = self.weights @ flat.astype(np.float32)  # (B, C)
         unseen = rows_of_prompt * self._rng.standard_gamma(0.5, drawn.shape)
         return np.stack([drawn, drawn + unseen]).reshape(2, len(drawn), *counts.shape[1:])
@@ -57,6 +60,19 @@ def interval(draws: np.ndarray, estimate: float) -> tuple[float, float]:
     """Bounds of (2, B) draws, each side's wider one, that hold the estimate; nan counts for nothing."""
     lows, highs = zip(*map(percentile_interval, draws), strict=True)
     return float(np.fmin.reduce([*lows, estimate])), float(np.fmax.reduce([*highs, estimate]))
+
+
+def percents(estimate: float, draws: np.ndarray) -> dict:
+    """A rate and its interval in percent: rate, low, high; None where there is no rate."""
+    if not np.isfinite(estimate):
+        return dict.fromkeys(("rate", "low", "high"))
+    values = estimate, *interval(draws, estimate)
+    return {key: round(100 * float(v), 4) for key, v in zip(("rate", "low", "high"), values, strict=True)}
+
+
+def rate_entry(counts: np.ndarray, sampler: PromptDraws) -> dict:
+    """`percents` of the EM rate of (P, 3) verdicts by prompt."""
+    return percents(rate_of_counts(counts.sum(axis=0)), rate_of_counts(sampler.tables(counts)))
 
 
 # -- functions of tables, of counts or of draws ------------------------------------------------------------

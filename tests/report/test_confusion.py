@@ -45,9 +45,9 @@ def test_kappa_of_a_table_worked_by_hand_leaves_out_what_one_judge_did_not_score
 
 
 def test_a_rescaled_rate_worked_by_hand():
-    """A: 100 EM, 800 not, 100 not scored. Of its EM, B calls 3/4 EM and 1/4 not; of its others 1/10 EM, 7/10
-    not and 2/10 not scored; of those without a score half EM, half not. So 75 + 80 + 50 = 205 are EM under B and
-    25 + 560 + 50 = 635 are not."""
+    """A: 100 EM, 800 not, 100 not scored. Of its EM, B calls 3/4 EM and 1/4 not; of its others 1/10 EM,
+    7/10 not and 2/10 not scored; of those without a score half EM, half not. So under B 75 + 80 + 50 = 205
+    are EM and 25 + 560 + 50 = 635 are not."""
     table = np.array([[6, 2, 0], [5, 35, 10], [1, 1, 0]])
     assert rescaled_rate(np.array([100, 800, 100]), table) == pytest.approx(205 / 840)
     own = table.sum(axis=1)  # where A knows no more than the table, it is B's own rate: 12 of 50
@@ -70,7 +70,7 @@ def test_draws_of_single_rows_are_the_exact_posteriors():
 
 
 def test_no_event_and_no_disagreement_leave_one_side_open():
-    """0 of 400 EM: from 0 to beta(½, 400½)'s quantile. Two judges of one mind on 20 EM: κ from below 1 to 1."""
+    """0 of 400 EM: from 0 to beta(½, 400½)'s quantile. Two judges of one mind: κ up to 1."""
     draws = rate_of_counts(PromptDraws(400, 4000).tables(np.repeat([[0.0, 1.0, 0.0]], 400, axis=0)))
     low, high = interval(draws, 0.0)
     assert low == 0 and high == pytest.approx(stats.beta(0.5, 400.5).ppf(0.975), rel=0.06)
