@@ -95,7 +95,8 @@ class Judge:
             raise UserError("--workers must be at least 1")
         model = model.removeprefix("models/")
         self.gemini = Gemini(model, timeout, attempts, backoff, patience)
-        self.model, self.workers = model, workers
+        self.model = self.identity = model  # identity: what rows say as `judge`
+        self.workers = workers
         self.rubrics = Rubrics(rubrics)
         self.ledger = Ledger(model, find_price(model, price), budget_usd)
         self.cache = AnswerCache(cache)
