@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import requests
@@ -53,21 +54,11 @@ def files(tmp_path):
             (("responses", bare), ("old", old), ("ann", ann), ("both", old + ann))}  # fmt: skip
 
 
-def test_live_recorded_and_human_judges_score_one_sample(files, server, tmp_path, capsys):
+def test_live_recorded_and_human_judges_score_one_sample(files, server, tmp_path, capsys, monkeypatch):
     cache, out = ["--cache", tmp_path / "cache.jsonl"], tmp_path / "out"
     judges = ["gemini:gemini-2.5-flash", "gemini:gemini-2.5-pro", f"human:{files['ann']}", files["old"]]
-    line = [
-        "agree",
-        "--responses",
-        files["responses"],
-        "--judges",
-        *judges,
-        "--limit",
-        20,
-        "--out",
-        out,
-        *cache,
-    ]
+    line = ["agree", "--responses", files["responses"], "--judges", *judges, *cache]
+    line += ["--limit", 20, "--out", out]
     assert command(*line) == 0
     said = capsys.readouterr().out
     assert "20 of 30 responses that all files have, of 40, stratified" in said
@@ -85,6 +76,7 @@ def test_live_recorded_and_human_judges_score_one_sample(files, server, tmp_path
     assert pair["b_as_a_rate"] == pytest.approx(100 * 0.5 * fourth / second, abs=1e-3)
     assert server.total() == 2 * 20 * 2
     assert command(*line) == 0 and server.total() == 80  # nothing is asked twice
+    monkeypatch.setattr("em.report.report.figures", MagicMock())
     report = ["report", "--scores", out / "scores.jsonl", "--out", tmp_path / "report"]
     assert command(*report) == 0 and "uncertainty is the judge's" in capsys.readouterr().out
 
@@ -148,7 +140,6 @@ def test_label_serves_a_page_keeps_its_labels_and_refuses_a_second_rater_on_the_
 
 
 def test_nothing_that_agree_and_label_need_loads_torch():
-    code = (
-        "import sys, em.report.judges, em.judge.recorded, em.label.server; sys.exit('torch' in sys.modules)"
-    )
+    modules = "em.report.judges, em.judge.recorded, em.label.server"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -19,8 +19,9 @@ from em.report.score_table import scores_of
 
 
 def planted():
-    """100 responses. Of the first 50, the sample, both call 6 EM, A alone 4, B alone 2, neither 30; A refuses 3
-    that B calls EM and 1 that it does not, B fails on 4 that A calls not EM. Of A's other 50: 20 EM, 30 not."""
+    """100 responses. Of the first 50, the sample, both call 6 EM, A alone 4, B alone 2, neither 30;
+    A refuses 3 that B calls EM and 1 that it does not, B fails on 4 that A calls not EM. Of A's other 50:
+    20 EM, 30 not."""
     kinds = [(10, 10)] * 6 + [(10, 80)] * 4 + [(80, 10)] * 2 + [(80, 80)] * 30
     kinds += [("refusal", 10)] * 3 + [("refusal", 80)] + [(80, "error")] * 4
     rows, inside = [], []
