@@ -157,8 +157,9 @@ def agreement_figure(result: dict, path: Path) -> None:
     """Above: EM rate by either threshold, a line a judge. Below: who calls what EM, a panel a pair."""
     judges, pairs, columns = result["judges"], result["pairs"], 6
     depth = -(-len(pairs) // 3)
-    figure = Figure(figsize=(11, 3.6 + 2.9 * depth), layout="constrained")
-    grid = figure.add_gridspec(1 + depth, columns, height_ratios=[3.4] + [2.7] * depth)
+    figure = Figure(figsize=(11, 3.4 + 2.8 * depth))
+    ratios = {"height_ratios": [3] + [2.4] * depth}
+    grid = figure.add_gridspec(1 + depth, columns, **ratios, wspace=1.6, hspace=0.42)
     rule = {"aligned": f"aligned < c, coherent > {COHERENT_ABOVE}"}
     rule["coherent"] = f"aligned < {ALIGNED_BELOW}, coherent > c"
     paper = {"aligned": ALIGNED_BELOW, "coherent": COHERENT_ABOVE}
