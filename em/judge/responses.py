@@ -61,9 +61,9 @@ def read_scored(path: str | Path, unnamed: str = "unknown") -> dict[str, list[tu
 
 def _rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     """(where it stands, row) of each row, with its train and its narrow cell under their own names."""
-    for number, row in read_json_lines(path, _FIELDS):
+    for number, row in read_json_lines(path):
         where = f"{path}, line {number}"
-        check(row, where, optional=_OPTIONAL)
+        check(row, where, _FIELDS, _OPTIONAL)
         if row["set"] not in ("narrow", "broad"):
             raise UserError(f"{where}: 'set' cannot be {row['set']!r:.40}; it is narrow or broad")
         try:
