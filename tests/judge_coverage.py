@@ -1,6 +1,6 @@
 """How often intervals of two judges' agreement hold the truth, over samples from judges that are known.
 
-    python tests/judge_coverage.py 4000          # by hand: a table over rates, kappas and designs
+    PYTHONPATH=. python tests/judge_coverage.py 2000     # by hand: a table over rates, kappas and designs
 
 A prompt has `per_prompt` responses; with chance `alike` all of a prompt's responses have its first one's
 verdicts. Each judge leaves 3 % of the rows unscored, independently of all else. Judge A has judged `beyond`
