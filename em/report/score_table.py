@@ -115,10 +115,13 @@ def read_scores(paths: Iterable[str | Path]) -> ScoreTable:
     return _build(records, lambda i: f"{names[lines[i][0]]}, line {lines[i][1]}")
 
 
-def scores_of(rows: Iterable[dict]) -> ScoreTable:
-    """A table of score rows already in memory."""
-    records = [_record(row, lambda n=number: f"row {n}") for number, row in enumerate(rows, 1)]
-    return _build(records, lambda i: f"row {i + 1}")
+def scores_of(rows: Iterable[dict], places: list[str] | None = None) -> ScoreTable:
+    """A table of score rows already in memory. places: where each came from, for messages."""
+
+    def where(i: int) -> str:
+        return places[i] if places else f"row {i + 1}"
+
+    return _build([_record(row, lambda i=i: where(i)) for i, row in enumerate(rows)], where)
 
 
 def _record(row: dict, where) -> tuple:
