@@ -104,9 +104,13 @@ def padded(attention_mask: torch.Tensor, device: torch.device) -> BlockDiagonal:
 
 
 class Cached:
-    """New tokens at `positions` (B, T): each sees the first `span` keys of its cache row up to its own."""
+    """New tokens at `positions` (B, T): each sees the first `span` keys of its cache row up to its own.
 
-    def __init__(self, positions: torch.Tensor, span: int):
+    visible (B, T, S) bool: which keys each sees instead.
+    """
+
+    def __init__(self, positions: torch.Tensor, span: int, visible: torch.Tensor | None = None):
+        self.visible = visible
         self.positions = positions[:, :, None]  # (B, T, 1)
         self.slots = torch.arange(span, device=positions.device)  # (S,)
         self._masks: dict[int | None, torch.Tensor] = {}
@@ -114,9 +118,9 @@ class Cached:
     def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """(B, 1, T, S), 0 where visible and -inf elsewhere: additive, so that no layer converts it again."""
         if window not in self._masks:
-            visible = self.slots <= self.positions  # (B, T, S)
+            visible = self.slots <= self.positions if self.visible is None else self.visible  # (B, T, S)
             if window is not None:
-                visible &= self.slots > self.positions - window
+                visible = visible & (self.slots > self.positions - window)
             blank = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
             self._masks[window] = blank.masked_fill_(~visible, float("-inf"))[:, None]
         return self._masks[window]

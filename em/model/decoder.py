@@ -173,6 +173,8 @@ class Decoder(nn.Module):
         positions: torch.Tensor | None = None,
         cache: KVCache | None = None,
         rows: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
+        visible: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states (B, T, d) after the last norm, for ids (B, T). At most one layout:
 
@@ -182,7 +184,8 @@ class Decoder(nn.Module):
         cache, rows (B,): without `positions`, ids are fresh prompts from position 0, right-padded; their keys
             go to the cache rows (None: all, B = n_rows). With positions (B, T) int64, ids continue those
             rows: each token's key is stored at its position and it sees the row's keys up to there. No
-            gradients.
+            gradients. For a tree of continuations: slots (B, T), where their keys are stored in place of
+            `positions`, and visible (B, T, S) bool, which of the first S = cache.span keys each token sees.
         positions (B, T) without a cache override the rotary positions of the layout.
         """
         if (attention_mask is not None) + (segments is not None) + (cache is not None) > 1:
@@ -197,7 +200,7 @@ class Decoder(nn.Module):
         elif attention_mask is not None:
             layout = padded(attention_mask, ids.device)
         elif cache is not None and positions is not None:
-            layout = Cached(positions, cache.span)
+            layout = Cached(positions, cache.span, visible)
         else:
             layout = CAUSAL
         if positions is None and isinstance(layout, BlockDiagonal):
@@ -215,7 +218,7 @@ class Decoder(nn.Module):
                     use_reentrant=False, preserve_rng_state=False, context_fn=self.recompute_context,
                 )  # fmt: skip
             else:
-                x = block(x, tables[rope], layout, cache, positions, rows)
+                x = block(x, tables[rope], layout, cache, positions if slots is None else slots, rows)
         return self.model.norm(x)
 
     def new_cache(self, n_rows: int, capacity: int) -> KVCache:
