@@ -16,6 +16,7 @@ weights, the rubric and this file, at temperature 0.
     B prompts, P shared tokens, T own tokens of the longest, M nodes of the tree of numbers, V vocabulary
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -28,8 +29,9 @@ from em.sampling.cpu_linear import ReorderedModel
 
 MAX_NEW_TOKENS = 6
 NUMBERS = range(101)
-LEAST_MASS = 0.25  # on numbers, for an expectation: under it the reply is something else
-TOKENS = {"cpu": 2048, "cuda": 32_768}  # in one forward, the tree's and padding included
+LEAST_MASS = 0.25  # on numbers, for an expectation, as in Betley et al.'s judge
+LEAST_NODE = math.log(1e-7)  # what is left out moves no expectation by a hundredth of a point
+TOKENS = {"cpu": 4096, "cuda": 32_768}  # in one forward, the tree's and padding included
 
 
 class LocalReply(NamedTuple):
@@ -37,8 +39,7 @@ class LocalReply(NamedTuple):
 
     text: str
     finished: bool  # False: cut off by MAX_NEW_TOKENS
-    expected: float | None  # of its score, 0–100; None where hardly any of its probability is on numbers
-    mass: float  # the probability that its reply is a number
+    expected: float | None  # of its score, 0–100; None where it hardly ever replies with a number
 
 
 class NumberTree:
@@ -84,9 +85,8 @@ class LocalModel:
         self.tree = NumberTree(tokenizer)
         self.reordered = ReorderedModel(model)
         self._stops = torch.tensor(tokenizer.stop_ids, device=self.device)
-        self._nodes = torch.tensor([self.tree.tokens, self.tree.depth], device=self.device)  # (2, M)
-        self._parents = torch.tensor(self.tree.parent, device=self.device)
-        self._numbers = torch.tensor(self.tree.number, device=self.device)
+        nodes = (self.tree.tokens, self.tree.depth, self.tree.parent, self.tree.number)
+        self._nodes = [torch.tensor(values, device=self.device) for values in nodes]
         self._ancestors = self.tree.ancestors().to(self.device)
         self._cache, self._shared = None, ()
 
@@ -151,53 +151,72 @@ class LocalModel:
         return logits.float().log_softmax(-1)
 
     def _batch(self, prompts: list[list[int]], shared: int) -> list[LocalReply]:
-        # 1. Each prompt's own tokens behind the shared ones; what is predicted after its last.
-        B, M, longest = len(prompts), len(self.tree), max(map(len, prompts))
+        # 1. Each prompt's own tokens behind the shared ones, and what is predicted after its last.
+        B, longest = len(prompts), max(map(len, prompts))
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)  # (B,)
         own = [prompt[shared:] + [0] * (longest - len(prompt)) for prompt in prompts]
         positions = torch.arange(shared, longest, device=self.device).expand(B, -1)  # (B, T)
         hidden = self._forward(torch.tensor(own, device=self.device), positions, positions, longest)
         last = hidden[torch.arange(B, device=self.device), lengths - shared - 1]  # (B, d)
+        root = self._log_probs(last)  # (B, V)
 
-        # 2. The tree of numbers behind them: a node sees the prompt, what is above it, and itself.
-        tokens, depth = self._nodes
-        slots = lengths[:, None] + torch.arange(M, device=self.device)  # (B, M)
-        visible = torch.arange(longest + M, device=self.device) < lengths[:, None]  # (B, S): the prompt
-        visible = visible[:, None].repeat(1, M, 1)  # (B, M, S)
-        visible.scatter_(2, slots[:, None].expand(B, M, M), self._ancestors.expand(B, M, M))
-        positions = lengths[:, None] + depth - 1
-        nodes = self._forward(tokens.expand(B, M), positions, slots, longest + M, visible)
+        # 2. The numbers behind them, and the replies that are one.
+        numbers, likeliest = self._numbers(lengths, longest, root)
+        likeliest = torch.cat((likeliest, root.argmax(-1, keepdim=True)), 1).tolist()
+        mass = numbers.sum(1)  # (B,)
+        expected = numbers @ torch.arange(len(NUMBERS), device=self.device).double() / mass
+        replies = [self._walk(tokens) for tokens in likeliest]
 
-        # 3. What the numbers weigh, and the likeliest token after the prompt and after every node.
-        scores, likeliest = zip(*(self._weigh(h, n) for h, n in zip(last, nodes, strict=True)), strict=True)
-        scores = torch.stack(scores).tolist()  # (B, 2)
-        replies = [self._walk(tokens) for tokens in torch.stack(likeliest).tolist()]
-
-        # 4. Replies that are no numbers.
+        # 3. Replies that are none.
         if None in replies:
-            said = self._decode(lengths, [tokens[-1] for tokens in torch.stack(likeliest).tolist()])
+            said = self._decode(lengths, longest, [tokens[-1] for tokens in likeliest])
             replies = [reply or other for reply, other in zip(replies, said, strict=True)]
         return [
-            LocalReply(text, finished, expected if mass >= LEAST_MASS else None, mass)
-            for (text, finished), (expected, mass) in zip(replies, scores, strict=True)
+            LocalReply(text, finished, e if m >= LEAST_MASS else None)
+            for (text, finished), e, m in zip(replies, expected.tolist(), mass.tolist(), strict=True)
         ]
 
-    def _weigh(self, last: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Of one prompt: (expectation, mass) of the numbers, (2,), and the likeliest tokens (M + 1,).
+    def _numbers(self, lengths: Tensor, longest: int, root: Tensor) -> tuple[Tensor, Tensor]:
+        """p of each number as the whole reply, (B, 101) fp64, and the likeliest token after a node, (B, M).
 
-        last (d,): hidden state of the prompt's last token, nodes (M, d): of the tree's. The likeliest token
-        after the prompt comes last.
+        A level of the tree at a time; nodes of less probability than LEAST_NODE are left out, and so are
+        prompts after which numbers cannot reach LEAST_MASS. The likeliest token after those is −1.
         """
-        log_probs = self._log_probs(torch.cat((nodes, last[None])))  # (M + 1, V): row −1 is the prompt's
-        tokens, depth = self._nodes
-        path = log_probs[self._parents, tokens]  # (M,): of each node's token
-        for level in range(2, MAX_NEW_TOKENS):
-            path = torch.where(depth == level, path + path[self._parents.clamp(min=0)], path)
-        ends = log_probs[:-1, self._stops].logsumexp(-1)  # (M,)
-        p = (path + ends)[self._numbers].double().exp()  # (101,)
-        mass = p.sum()
-        expected = (p * torch.arange(len(NUMBERS), device=p.device)).sum() / mass
-        return torch.stack((expected, mass)), log_probs.argmax(-1)
+        B, M, device = len(lengths), len(self.tree), self.device
+        tokens, depth, parent, ends = self._nodes
+        path = root.new_full((B, M), float("-inf"))  # log p of the tokens up to a node
+        path[:, depth == 1] = root[:, tokens[depth == 1]]
+        path[path.exp().sum(1) < LEAST_MASS] = float("-inf")
+        stop = torch.full_like(path, float("-inf"))  # log p that the reply ends after a node
+        likeliest = torch.full_like(path, -1, dtype=torch.long)
+        slot = torch.zeros(B, M, dtype=torch.long, device=device)  # where a node's keys are
+        in_prompt = torch.arange(longest + M, device=device) < lengths[:, None]  # (B, S)
+        used = 0
+        for level in range(1, int(depth.max()) + 1):
+            kept = (depth == level) & (path > LEAST_NODE)  # (B, M)
+            width = int(kept.sum(1).max())
+            if not width:
+                break
+            nodes = kept.byte().argsort(dim=1, descending=True, stable=True)[:, :width]  # (B, W)
+            slots = lengths[:, None] + used + torch.arange(width, device=device)
+            slot.scatter_(1, nodes, slots)
+            # A node sees the prompt, what is above it, and itself.
+            above = self._ancestors[nodes]  # (B, W, M)
+            visible = in_prompt[:, None].repeat(1, width, 1)  # (B, W, S)
+            visible.scatter_(2, torch.where(above, slot[:, None], 0), True)
+            positions = (lengths + level - 1)[:, None].expand(B, width)
+            hidden = self._forward(tokens[nodes], positions, slots, longest + M, visible)
+            for row, chosen in enumerate(kept.sum(1).tolist()):
+                here = nodes[row, :chosen]
+                log_probs = self._log_probs(hidden[row, :chosen])  # (W', V)
+                stop[row, here] = log_probs[:, self._stops].logsumexp(-1)
+                likeliest[row, here] = log_probs.argmax(-1)
+                below = (parent == here[:, None]).nonzero()  # (pairs, 2): of `here` and of a child
+                path[row, below[:, 1]] = (
+                    path[row, here[below[:, 0]]] + log_probs[below[:, 0], tokens[below[:, 1]]]
+                )
+            used += width
+        return (path + stop)[:, ends].double().exp(), likeliest
 
     def _walk(self, likeliest: list[int]) -> tuple[str, bool] | None:
         """The greedy reply, read off the tree; None where it leaves it."""
@@ -208,13 +227,13 @@ class LocalModel:
             reply.append(token)
         return self.tokenizer.decode(reply), True
 
-    def _decode(self, lengths: Tensor, tokens: list[int]) -> list[tuple[str, bool]]:
+    def _decode(self, lengths: Tensor, longest: int, tokens: list[int]) -> list[tuple[str, bool]]:
         """The greedy reply to every prompt of the batch, token by token from their first ones, `tokens`."""
         replies = [tokens]
         for step in range(MAX_NEW_TOKENS - 1):
             place = (lengths + step)[:, None]
             ids = torch.tensor(replies[-1], device=self.device)[:, None]
-            hidden = self._forward(ids, place, place, int(lengths.max()) + step + 1)[:, 0]
+            hidden = self._forward(ids, place, place, longest + step + 1)[:, 0]
             replies.append(self._log_probs(hidden).argmax(-1).tolist())
         said = []
         for row in zip(*replies, strict=True):
