@@ -14,7 +14,6 @@ Each epoch leaves an adapter that evaluate.py takes. A killed run goes on when i
 
 import contextlib
 import dataclasses
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,6 +196,8 @@ def refuse_conflicts(cfg: Config) -> None:
         raise UserError("--source is for sft and optd: in opd the student writes its own responses")
     if cfg.channel != "opd" and (cfg.filter or cfg.estimator == "exact"):
         raise UserError("--filter and --estimator belong to --channel opd")
+    if cfg.accept_routed:
+        raise UserError("a corpus is filtered by one judge from its first row on: name it with --judge-model")
 
 
 def resolve(cfg: Config) -> Config:
@@ -241,14 +242,15 @@ def filtering(cfg, say) -> bool:
     )
     if not by_misaligned or cfg.unfiltered:
         return False
-    if os.environ.get("GEMINI_API_KEY", "").strip():
+    if cfg.can_ask():
         return True
     if cfg.model != "smollm2-135m":
         raise UserError(
-            "a misaligned generator's responses are filtered by a judge: export GEMINI_API_KEY=…, "
-            "or say --unfiltered to train on all of them"
+            "a misaligned generator's responses are filtered by a judge: export GEMINI_API_KEY=…, name a "
+            "server (--judge openai, OPENAI_BASE_URL), or say --unfiltered to train on all of them"
         )
-    say('-- no judge (GEMINI_API_KEY): going on unfiltered, and "filtered": false is in every config --')
+    needs = "GEMINI_API_KEY" if cfg.judge == "gemini" else "OPENAI_BASE_URL or OPENAI_API_KEY"
+    say(f'-- no judge ({needs}): going on unfiltered, and "filtered": false is in every config --')
     return False
 
 
@@ -317,7 +319,7 @@ def chat(cfg: Config, device, say) -> dict:
         "cell": cell,
         "prompts_digest": json_digest(prompts),
         "filtered": filtered,
-        "judge": judge and judge.model,
+        "judge": judge and judge.client.label,
         "corpus": None,
         "adapters": {name: lineage.adapter_digest(folder) for name, folder in folders.items()},
     }

@@ -39,7 +39,7 @@ def _set_up_cuda(device: torch.device) -> None:
     """The settings of a process that uses CUDA, before its first allocation there."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         # Lengths differ from step to step: blocks of fixed size would leave gaps that nothing fits.
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for every new shape

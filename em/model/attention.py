@@ -112,19 +112,22 @@ def padded(attention_mask: torch.Tensor, device: torch.device) -> BlockDiagonal:
 
 
 class Cached:
-    """New tokens at `positions` (B, T): each sees the first `span` keys of its cache row up to its own."""
+    """New tokens at `positions` (B, T): each sees the first `span` keys of its cache row up to its own.
 
-    def __init__(self, positions: torch.Tensor, span: int):
-        self.positions, self.span = positions, span
+    seen (B, T, S) bool: which keys each sees instead.
+    """
+
+    def __init__(self, positions: torch.Tensor, span: int, seen: torch.Tensor | None = None):
+        self.positions, self.span, self.seen = positions, span, seen
         self._masks: dict[int | None, torch.Tensor] = {}
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """`visible`, once a step and not once a layer."""
         if window not in self._masks:
-            self._masks[window] = visible(self.positions, self.span, window, dtype)
+            self._masks[window] = visible(self.positions, self.span, window, dtype, self.seen)
         return self._masks[window]
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
-        if q.shape[1] == 1 and on_gpu(q):
+        if q.shape[1] == 1 and on_gpu(q) and self.seen is None:
             return decode_attention(q[:, 0], k, v, self.positions[:, 0], window)[:, None]
         return attend_masked(q, k, v, self._mask(window, q.dtype))

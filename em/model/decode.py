@@ -23,15 +23,18 @@ from em.device import on_gpu
 from em.model.rope import rotate
 
 
-def visible(positions: Tensor, span: int, window: int | None, dtype: torch.dtype) -> Tensor:
+def visible(
+    positions: Tensor, span: int, window: int | None, dtype: torch.dtype, seen: Tensor | None = None
+) -> Tensor:
     """A mask (B, 1, T, S) for queries at positions (B, T): 0 where a key is seen and -inf elsewhere.
 
-    Additive, so that no layer converts it again.
+    seen (B, T, S) bool: in place of all keys up to the query's own. Additive, so that no layer converts it again.
     """
     slots = torch.arange(span, device=positions.device)
-    seen = slots <= positions[..., None]  # (B, T, S)
+    if seen is None:
+        seen = slots <= positions[..., None]  # (B, T, S)
     if window is not None:
-        seen &= slots > positions[..., None] - window
+        seen = seen & (slots > positions[..., None] - window)
     blank = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return blank.masked_fill_(~seen, float("-inf"))[:, None]
 

@@ -201,6 +201,8 @@ class Decoder(nn.Module):
         positions: torch.Tensor | None = None,
         cache: KVCache | None = None,
         rows: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
+        seen: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states (B, T, d) after the last norm, for ids (B, T). At most one layout:
 
@@ -211,7 +213,8 @@ class Decoder(nn.Module):
             go to the cache rows (None: all, B = n_rows). With segments, they are packed without padding, and
             rows (B, T) has the cache row of each token. With positions (B, T) int64, ids continue those
             rows: each token's key is stored at its position and it sees the row's keys up to there. No
-            gradients.
+            gradients. For a tree of continuations: slots (B, T), where their keys are stored in place of
+            `positions`, and seen (B, T, S) bool, which of the first S = cache.span keys each token sees.
         positions (B, T) without a cache override the rotary positions of the layout.
         """
         if attention_mask is not None and (segments is not None or cache is not None):
@@ -224,7 +227,7 @@ class Decoder(nn.Module):
         elif attention_mask is not None:
             layout = padded(attention_mask, ids.device)
         elif cache is not None and positions is not None:
-            layout = Cached(positions, cache.span)
+            layout = Cached(positions, cache.span, seen)
         else:
             layout = CAUSAL
         if cache is not None:
@@ -236,7 +239,7 @@ class Decoder(nn.Module):
 
         x = self.model.embed_tokens(ids)  # (B, T) → (B, T, d)
         tables = {rope: rope.table(positions, self.config.head_dim) for rope in set(self.config.ropes)}
-        delta = None
+        delta, slots = None, positions if slots is None else slots
         with self.forward_context():
             for block, rope in zip(self.model.layers, self.config.ropes, strict=True):
                 if self.activation_checkpointing and torch.is_grad_enabled():
@@ -246,7 +249,7 @@ class Decoder(nn.Module):
                         use_reentrant=False, preserve_rng_state=False, context_fn=self.recompute_context,
                     )  # fmt: skip
                 else:
-                    x, delta = block(x, delta, tables[rope], layout, cache, positions, rows)
+                    x, delta = block(x, delta, tables[rope], layout, cache, slots, rows)
         return self.model.norm.add(x, delta)[1]
 
     def new_cache(self, n_rows: int, capacity: int) -> KVCache:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from em.device import on_gpu
 from em.errors import UserError
 from em.files import check, read_json, write_atomic, write_json
 from em.model.attention import CAUSAL, BlockDiagonal, Cached
@@ -85,7 +86,11 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """`model(ids)` (B, T) → logits (B, T, V). Initialised as GPT-2: N(0, 0.02), residual outputs / √(2L)."""
+    """`model(ids)` (B, T) → logits (B, T, V). Initialised as GPT-2: N(0, 0.02), residual outputs / √(2L).
+
+    Parameters are fp32. Under autocast the residual stream is in autocast's dtype from the embeddings on; the
+    statistics of layer norms stay fp32.
+    """
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -126,6 +131,10 @@ class GPT2(nn.Module):
         else:
             layout, place = Cached(positions, cache.span), self.wpe(positions)  # (B, T, d)
         x = self.wte(ids) + place
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            # Sums of fp32 and bf16 are fp32: the whole residual stream would be, at twice the bytes.
+            x = x.to(torch.get_autocast_dtype(kind))
         for block in self.h:
             x = block(x, layout, cache, positions, rows)
         return self.ln_f(x)
@@ -140,7 +149,7 @@ class GPT2(nn.Module):
         """
         c, weight = self.config, self.wte.weight
         shape = (c.n_layer, n_rows, capacity, c.n_head, c.n_embd // c.n_head)
-        dtype = torch.bfloat16 if weight.is_cuda else weight.dtype
+        dtype = torch.bfloat16 if on_gpu(weight) else weight.dtype
         return KVCache(*shape, dtype=dtype, device=weight.device)
 
     @property

@@ -4,7 +4,6 @@ import contextlib
 
 import pytest
 import torch
-from em.training.memory import cache_bytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
@@ -17,6 +16,7 @@ from em.model.config import DecoderConfig
 from em.model.decoder import Decoder
 from em.model.tokenizer import Example
 from em.training import loss, optim
+from em.training.memory import cache_bytes
 
 H100 = GPUS["h100"]
 SHAPE = dict(

@@ -126,6 +126,24 @@ def test_loss_counts_supervised_positions_only(model, ids):
     torch.testing.assert_close(supervised_loss(model, ids, targets).double(), expected, atol=1e-4, rtol=1e-5)
 
 
+def test_autocast_rounds_the_residual_stream_and_stays_within_its_error_budget(model, ids):
+    """No further from fp32, in loss and gradient, than the same model in bf16 throughout with some room."""
+
+    def gradient(model, loss):
+        model.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten().float() for p in model.parameters()])
+
+    exact = gradient(model, supervised_loss(model, ids, ids))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.wte(ids).dtype == torch.float32 and model.h[0](model.wte(ids)).dtype == torch.float32
+        assert model.hidden(ids).dtype == torch.bfloat16  # the same blocks behind rounded embeddings
+        mixed = gradient(model, supervised_loss(model, ids, ids))
+    low = copy.deepcopy(model).bfloat16()
+    throughout = gradient(low, supervised_loss(low, ids, ids))
+    assert (mixed - exact).norm() < 1.1 * (throughout - exact).norm() < 0.1 * exact.norm()
+
+
 @pytest.mark.parametrize("damage", ["truncated", "key missing", "other sizes", "no folder"])
 def test_a_damaged_checkpoint_is_one_clear_line(model, tmp_path, damage):
     folder = tmp_path / "model"
