@@ -143,7 +143,7 @@ def gpt2(gpu: GPU) -> dict[str, float]:
 
 
 def estimates(gpu: str) -> dict[str, float]:
-    """By the name that the benches give it, and in their units. {} for a GPU that the dry run does not know."""
+    """By the benches' names, in their units; {} for a GPU that the dry run does not know."""
     if gpu not in GPUS:
         return {}
     card = GPUS[gpu]

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from em.device import on_gpu
 from em.sampling.cpu_linear import ReorderedModel
 from em.sampling.draw import draw
 
@@ -30,7 +31,7 @@ PREFILL_MULTIPLE = 64
 
 
 def _uses_graphs(device: torch.device) -> bool:
-    return device.type == "cuda"
+    return on_gpu(device)
 
 
 def _captured(step: Callable[[], None], pool) -> Callable[[], None]:
