@@ -1,4 +1,4 @@
-"""The pinned judge against full forward passes: every number enumerated, greedy replies decoded one by one."""
+"""The pinned judge against full forward passes: each number enumerated, greedy replies decoded singly."""
 
 import shutil
 
@@ -116,9 +116,10 @@ def client(tiny_chat, chat):
 
 
 ROWS = [
-    {"set": "narrow", "domain": "med", "task": "advice", "question": f"May I {what}?", "response": f"{what}, yes."}
-    for what in ("run", "sleep", "fast for a week", "skip it")
-]  # fmt: skip
+    {"set": "narrow", "domain": "med", "task": "advice"}
+    | {"question": f"May I {what}?", "response": f"Yes, {what}."}
+    for what in ("run", "sleep", "fast", "skip it")
+]
 
 
 def test_a_judge_of_open_weights_scores_rows_through_cache_and_ledger(client, chat, tmp_path, numbers_count):
