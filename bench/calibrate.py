@@ -2,7 +2,7 @@
 
     python bench/calibrate.py --results results/gpu --worlds results
 
-calibration.json is a list of {what, estimate, measured, unit, gpu}; estimate is null for what is not estimated.
+calibration.json is a list of {what, estimate, measured, unit, gpu}; estimate is null where there is none.
 """
 
 import sys
@@ -12,13 +12,13 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from estimates import estimates  # noqa: E402
 from record import ROOT  # noqa: E402
 
 from em.cli import command_line, knob  # noqa: E402
 from em.errors import UserError  # noqa: E402
+from em.estimate.gpus import GPUS  # noqa: E402
 from em.files import read_json, write_json  # noqa: E402
-
-GPUS = ("h100", "h200", "a100", "l40s", "rtx4090")  # as the dry run's --gpu names them
 
 
 @dataclass
@@ -53,15 +53,6 @@ def measured(results: Path, worlds: Path) -> list[dict]:
                 {"what": what, "measured": median(seconds.values()), "unit": "s", "gpu": short(device)}
             )
     return rows
-
-
-def estimates(gpu: str) -> dict[str, float]:
-    """The dry run's estimates by `what`."""
-    try:
-        from em.estimate.goals import estimates
-    except ImportError:
-        return {}
-    return estimates(gpu)
 
 
 def main(cfg: Config) -> None:

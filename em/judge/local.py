@@ -141,9 +141,7 @@ class LocalModel:
     def _forward(self, ids: Tensor, positions: Tensor, slots: Tensor, span: int, seen=None) -> Tensor:
         self._cache.limit(span)
         with self.reordered.active():
-            return self.model.hidden(
-                ids, positions=positions, cache=self._cache, slots=slots, seen=seen
-            )
+            return self.model.hidden(ids, positions=positions, cache=self._cache, slots=slots, seen=seen)
 
     def _log_probs(self, hidden: Tensor) -> Tensor:
         """(…, d) → log p of every token, (…, V), fp32."""
