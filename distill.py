@@ -295,6 +295,7 @@ def chat(cfg: Config, device, say) -> dict:
     cfg = resolve(cfg)
     if cfg.model == "smollm2-135m":
         say("-- the embedded SmolLM2-135M: shows every part at work, too small for the paper's claims --")
+    cfg = cfg.with_base(cfg.model)
     filtered = filtering(cfg, say)
     judge = cfg.judge_of() if filtered or cfg.filter else None
     say(f"distill.py on {device}\n" + banner(cfg))
@@ -337,6 +338,8 @@ def chat(cfg: Config, device, say) -> dict:
         model = load_model(cfg.model, device)
         model.activation_checkpointing = cfg.recompute
         lora.attach(model)
+        if judge:
+            judge.lend(cfg.model, model, tokenizer)
         for name, folder in folders.items():
             if not chat_corpus.foreign_model(cfg, folder):
                 lora.load_adapter(model, name, folder)

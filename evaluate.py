@@ -122,6 +122,8 @@ def generate(cfg, path: Path, label: dict, prompts: list[dict], n: int, model, t
 def judge_rows(judge: Judge, rows: list[dict], path: Path) -> list[dict]:
     """Score `rows` and write them to `path`; every answer is kept as it comes, so this can be repeated."""
     print(describe_forecast(judge.forecast(rows), judge.ledger.price))
+    if judge.client.asked == "smollm2-135m":
+        print("-- a judge of 135M parameters: it shows the path and judges nothing --")
     scored = list(judge.score(rows))
     write_json_lines(path, scored)
     print(f"{judge.ledger}\n  {path}: {rate(scored)}")
@@ -202,7 +204,7 @@ def opened(cfg: Config, subject: Subject, device):
     return Run(subject.out, "eval", settings, device)
 
 
-def evaluate(cfg: Config, subject: Subject, model, tokenizer) -> str:
+def evaluate(cfg: Config, subject: Subject, model, tokenizer, judge: Judge | None) -> str:
     """Everything for one subject; returns the result in a line or two."""
     folder, out = subject.folder, subject.out
     stack = ("run",) if folder else ()
@@ -223,7 +225,7 @@ def evaluate(cfg: Config, subject: Subject, model, tokenizer) -> str:
             write_json_lines(out / "margins.jsonl", rows)
             return margin_report(rows, out / "report")
 
-        judge, scored = cfg.judge_of(), []
+        scored = []
         for kind, prompts in subject.prompts.items():
             path, n = out / f"responses_{kind}.jsonl", cfg.samples if kind == "broad" else 1
             with lora.stack(model, *stack, frozen=True):
@@ -260,6 +262,7 @@ def main(cfg: Config) -> dict | None:
     device = parallel.start(cfg.device)
     default = "qwen2.5-14b" if device.type == "cuda" else "smollm2-135m"
     cfg = dataclasses.replace(cfg, model=next(iter(names.values()), cfg.model or default))
+    cfg = cfg.with_base(cfg.model)
     judge = cfg.judge_of() if cfg.judge != "margin" else None  # so that a missing key ends it at once
     tokenizer = load_tokenizer(cfg.model)
     subjects = [subject(cfg, folder) for folder in cfg.run or (None,)]
@@ -270,13 +273,15 @@ def main(cfg: Config) -> dict | None:
             stack.enter_context(opened(cfg, each, device))
         model = load_model(cfg.model, device)
         lora.attach(model)
+        if judge:
+            judge.lend(cfg.model, model, tokenizer)
         if cfg.model == "smollm2-135m":
             print(
                 "-- the embedded SmolLM2-135M: shows every part at work, too small for the paper's claims --"
             )
         for each in subjects:
             print(f"evaluating {each.folder or cfg.model} on {device}")
-            print(evaluate(cfg, each, model, tokenizer))
+            print(evaluate(cfg, each, model, tokenizer, judge))
 
 
 # -- commands on files -------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from record import RESULTS, goal, save  # noqa: E402
 from shapes import SHAPES, random_model  # noqa: E402
 
 import train  # noqa: E402
+from em import parallel  # noqa: E402
 from em.cli import command_line, knob  # noqa: E402
 from em.data.cells import CELLS, Cell  # noqa: E402
 from em.model.tokenizer import Example  # noqa: E402
@@ -85,6 +86,7 @@ def train_cells(model, n_rows: int, folder: str, device: str) -> list[float]:
 
 
 def main(cfg: Config) -> None:
+    parallel.start("cuda")
     model = random_model(cfg.shape)
     with tempfile.TemporaryDirectory() as folder:
         first, second = train_cells(model, cfg.rows, folder, "cuda")

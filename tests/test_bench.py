@@ -1,4 +1,4 @@
-"""bench/gpu.sh with an interpreter that only pretends, and the benches that a CPU can go through in seconds."""
+"""bench/gpu.sh with an interpreter that only pretends, and the benches that a CPU goes through in seconds."""
 
 import importlib.util
 import json

@@ -14,6 +14,7 @@ that the token limit cut off is a parse error even when what is left looks like 
 of a call failed) and a reply that stays empty for no reason are the ones that the next pass asks again.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ from em.judge.rubric import FOLDER, Question, Rubrics
 MODEL = "gemini-3.5-flash-lite"
 CACHE = Path("runs/judge_cache.jsonl")
 JUDGES = ("gemini", "openai", "local")
+_OTHERWISE = {
+    "gemini": "Gemini models give no log-probabilities",
+    "local": "a judge of open weights gives the expectation without it",
+}
 
 
 @dataclass
@@ -46,7 +51,11 @@ class JudgeOptions:
 
     judge: str = knob("gemini", "which kind of judge", "judge", JUDGES, setting=False)
     judge_model: str | None = knob(
-        None, f"model that judges (gemini: {MODEL}; the paper's is gemini-2.5-flash)", "judge", setting=False
+        None,
+        f"model that judges (gemini: {MODEL}, and the paper's was gemini-2.5-flash; local: a chat model, by "
+        "default the run's own base)",
+        "judge",
+        setting=False,
     )
     accept_routed: bool = knob(
         False, "take another model's answers, and name that one as the judge", "judge", setting=False
@@ -79,6 +88,11 @@ class JudgeOptions:
         PATIENCE, "minutes for one call to the judge with all its tries", "judge", setting=False, above=0
     )
 
+    def with_base(self, model: str):
+        """These options, where a local judge is by default the base `model` of what it judges."""
+        base = self.judge == "local" and self.judge_model in (None, "base")
+        return dataclasses.replace(self, judge_model=model) if base else self
+
     def judge_of(self) -> "Judge":
         """UserError without a key, and for options that do not fit together."""
         return Judge(
@@ -87,8 +101,8 @@ class JudgeOptions:
 
     def client_of(self):
         """The client that --judge names: the place where kinds of judges meet."""
-        if self.logprobs and self.judge == "gemini":
-            raise UserError("--logprobs needs --judge openai: Gemini models give no log-probabilities")
+        if self.logprobs and self.judge != "openai":
+            raise UserError(f"--logprobs is for --judge openai: {_OTHERWISE[self.judge]}")
         options = {"accept_routed": self.accept_routed, "thinking": self.thinking, "patience": self.patience}
         if self.judge == "gemini":
             return Gemini(self.judge_model or MODEL, **options)
@@ -96,7 +110,11 @@ class JudgeOptions:
             if not self.judge_model:
                 raise UserError(f"--judge openai needs --judge-model NAME, such as {OpenAI.example}")
             return OpenAI(self.judge_model, logprobs=self.logprobs, **options)
-        raise UserError(f"--judge {self.judge} is not there yet; take gemini or openai")
+        from em.judge.local import Local  # with torch, which the others do without
+
+        if self.judge_model in (None, "base"):
+            raise UserError("--judge local needs --judge-model: a short name, a hub id or a folder")
+        return Local(self.judge_model)
 
     def can_ask(self) -> bool:
         """Whether the environment has what this judge needs."""
@@ -128,6 +146,11 @@ class Judge:
         self.cache = AnswerCache(cache)
         client.presume(self.cache.answered_as.get(client.label))
         self.ledger = Ledger(client, given_price(price), budget_usd)
+
+    def lend(self, name: str, model, tokenizer) -> None:
+        """Where the judge is the chat model `name`: judge with these weights of it, which are in memory."""
+        if self.client.asked == name and hasattr(self.client, "lend"):
+            self.client.lend(model, tokenizer)
 
     @property
     def identity(self) -> str:
@@ -225,7 +248,9 @@ class Judge:
                 yield row
 
         sound = checked() if total is None else list(checked())
-        with tqdm(total=total, desc=f"judge {self.identity}", unit="row", disable=not progress) as bar:
+        with tqdm(
+            total=total, desc=f"judge {self.identity}", unit="row", **({} if progress else {"disable": True})
+        ) as bar:
             asking = Pass(self.client, self.ledger, self.cache, self.workers, bar)
             yield from asking.answers((row, questions(row)) for row in sound)
 

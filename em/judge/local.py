@@ -1,13 +1,15 @@
 """The pinned judge: an open-weight chat model that scores by the rubrics, through our own decoder.
 
-    judge = LocalModel(model, tokenizer)
-    for reply in judge.replies(prompts, shared=prefix): reply.text, reply.expected
+    client = Local("Qwen/Qwen2.5-7B-Instruct")          a client as `em.judge.client` has it
+    client.lend(model, tokenizer)                       weights that are in memory already: no second copy
 
 No server, no key, no cost, and no version that somebody else may change: what it says follows from its
-weights, the rubric and this file, at temperature 0.
+weights, the rubric and this file, at temperature 0. Its identity is a digest of its weights, its tokenizer
+with the chat template, and PROTOCOL, so that a score can be made again. In fp32 a score does not depend on
+the batch it was made in; in bf16, on a GPU, a reply that hangs in the balance can.
 
 * What the prompts of a rubric have in common, all of it up to the judged question, is computed once. Its keys
-  stay in the cache, and each prompt adds its own tokens behind them.
+  are kept, and each prompt adds its own tokens behind them.
 * Beside what the model says, at most MAX_NEW_TOKENS tokens, stands the expectation of its score: Σ n p(n) /
   Σ p(n) over the numbers n from 0 to 100, p(n) the probability of the number's tokens and of the end of the
   turn after them. All numbers are scored in one forward pass as a tree whose branches do not see each other;
@@ -16,18 +18,31 @@ weights, the rubric and this file, at temperature 0.
     B prompts, P shared tokens, T own tokens of the longest, M nodes of the tree of numbers, V vocabulary
 """
 
+import contextlib
 import math
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from em.errors import UserError
+from em.files import json_digest
+from em.judge.client import Cancelled, Reply
+from em.judge.models import Price
+from em.model import lora
+from em.model.checkpoint import load_model, load_tokenizer
+from em.model.hub import model_digest
 from em.model.tokenizer import Tokenizer
 from em.sampling.cpu_linear import ReorderedModel
 
+PROTOCOL = 1  # raised when what is asked or how a reply is read changes: part of a judge's identity
 MAX_NEW_TOKENS = 6
+PREFIXES = 8  # of rubrics, whose keys are kept
+GATHER = 0.02  # seconds without a new prompt before a batch begins
 NUMBERS = range(101)
 LEAST_MASS = 0.25  # on numbers, for an expectation, as in Betley et al.'s judge
 LEAST_NODE = math.log(1e-7)  # what is left out moves no expectation by a hundredth of a point
@@ -62,7 +77,9 @@ class NumberTree:
         self.depth = [len(path) for path in nodes]
         self.parent = [nodes.get(path[:-1], -1) for path in nodes]
         self.number = [nodes[sequence] for sequence in sequences]
-        self.child = {(parent, token): i for i, (parent, token) in enumerate(zip(self.parent, self.tokens))}
+        self.child = {
+            (parent, token): i for i, (parent, token) in enumerate(zip(self.parent, self.tokens, strict=True))
+        }
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -88,7 +105,24 @@ class LocalModel:
         nodes = (self.tree.tokens, self.tree.depth, self.tree.parent, self.tree.number)
         self._nodes = [torch.tensor(values, device=self.device) for values in nodes]
         self._ancestors = self.tree.ancestors().to(self.device)
-        self._cache, self._shared = None, ()
+        self._cache, self._rows, self._shared = None, 0, ()
+        self._prefixes: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def sharing(self, prompts: Sequence[list[int]]) -> Iterator[tuple[list[int], int]]:
+        """(indices, tokens that they share) of `prompts`, those of a rubric together."""
+        order = sorted(range(len(prompts)), key=lambda i: prompts[i])
+        while order:
+            first, shared = prompts[order[0]], len(prompts[order[0]]) - 1
+            members = []
+            for i in order:
+                common = _common(first, prompts[i])
+                if i != order[0] and common < len(first) // 2:
+                    break  # of another rubric
+                shared = min(shared, common, len(prompts[i]) - 1)
+                members.append(i)
+            kept = (p for p in self._prefixes if shared >= len(p) > shared // 2 and (*first[: len(p)],) == p)
+            yield members, max(map(len, kept), default=shared)
+            order = order[len(members) :]
 
     @torch.inference_mode()
     def replies(self, prompts: Sequence[list[int]], shared: int = 0) -> list[LocalReply]:
@@ -104,7 +138,8 @@ class LocalModel:
         self.reordered.refresh()
         replies: list[LocalReply | None] = [None] * len(prompts)
         for group in self._groups([len(prompt) - shared for prompt in prompts]):
-            self._reserve(len(group), max(len(prompts[i]) for i in group), prompts[group[0]][:shared])
+            self._reserve(len(group), max(map(len, prompts)), tuple(prompts[group[0]][:shared]))
+            self._cache.n_rows = len(group)
             for i, reply in zip(group, self._batch([prompts[i] for i in group], shared), strict=True):
                 replies[i] = reply
         return replies
@@ -120,23 +155,29 @@ class LocalModel:
         if group:
             yield group
 
-    def _reserve(self, n_rows: int, longest: int, shared: list[int]) -> None:
+    def _reserve(self, n_rows: int, longest: int, shared: tuple[int, ...]) -> None:
         """See to a cache of enough rows and positions whose rows all begin with the keys of `shared`."""
-        capacity, old = longest + len(self.tree) + MAX_NEW_TOKENS, self._cache
-        if old is None or len(old._all_rows) < n_rows or old.capacity < capacity:
-            rows = max(n_rows, len(old._all_rows) if old else 0)
-            capacity = max(capacity, old.capacity if old else 0)
-            self._cache = old = None  # frees its memory first
-            self._cache, self._shared = self.model.new_cache(rows, capacity), ()
-        cache = self._cache
+        capacity = longest + len(self.tree) + MAX_NEW_TOKENS
+        if self._cache is None or self._rows < n_rows or self._cache.capacity < capacity:
+            if self._cache is not None:
+                n_rows, capacity = max(n_rows, self._rows), max(capacity, self._cache.capacity)
+            self._cache = None  # frees its memory first
+            self._cache, self._rows, self._shared = self.model.new_cache(n_rows, capacity), n_rows, ()
         if shared and shared != self._shared:
-            first = torch.zeros(1, dtype=torch.long, device=self.device)
+            keys, values = self._prefix(shared)
+            self._cache.keys[:, :, :, : len(shared)] = keys
+            self._cache.values[:, :, :, : len(shared)] = values
+        self._shared = shared or self._shared
+
+    def _prefix(self, shared: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Keys and values (L, 1, K, P, D) of a rubric's beginning, computed once."""
+        if shared not in self._prefixes:
+            cache = self.model.new_cache(1, len(shared))
             with self.reordered.active():
-                self.model.hidden(torch.tensor([shared], device=self.device), cache=cache, rows=first)
-            others = torch.arange(1, len(cache._all_rows), device=self.device)
-            cache.copy(first.expand(len(others)), others, len(shared))
-            self._shared = shared
-        cache.n_rows = n_rows
+                self.model.hidden(torch.tensor([shared], device=self.device), cache=cache)
+            held = tuple(x[:, :, :, : len(shared)] for x in (cache.keys, cache.values))
+            self._prefixes = dict([*self._prefixes.items(), (shared, held)][-PREFIXES:])
+        return self._prefixes[shared]
 
     def _forward(self, ids: Tensor, positions: Tensor, slots: Tensor, span: int, seen=None) -> Tensor:
         self._cache.limit(span)
@@ -238,3 +279,88 @@ class LocalModel:
             end = next((i for i, token in enumerate(row) if token in self.tokenizer.stop_ids), None)
             said.append((self.tokenizer.decode(row[:end]), end is not None))
         return said
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many tokens two prompts have in common from their start."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
+
+
+class Local:
+    """The client of a judge of open weights: see `em.judge.client`.
+
+    Threads that ask bring their prompts together: one of them answers for all that wait.
+    """
+
+    settled, expects, backoff = True, True, 0.0
+    typical_output, most_output = 3, MAX_NEW_TOKENS
+    price = Price(0.0, 0.0, "free")
+
+    def __init__(self, name: str, device: torch.device | None = None):
+        """name: short name, hub id or folder of a chat model. UserError for one that cannot be read."""
+        self.asked, self.device = name, device
+        self._tokenizer = load_tokenizer(name)
+        self.label = self.identity = (
+            f"local:{Path(name).name}@{json_digest([model_digest(name), PROTOCOL])[:12]}"
+        )
+        self._model: LocalModel | None = None
+        self._waiting: list[tuple[list[int], Future]] = []
+        self._arrived, self._turn = threading.Condition(), threading.Lock()
+
+    def presume(self, identity: str | None) -> None:
+        pass
+
+    def lend(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+        """Judge with a model of this name that is in memory; its adapters stay out."""
+        self._model = LocalModel(model, tokenizer)
+
+    def ask(self, prompt: str, cancelled: threading.Event, on_retry=lambda: None) -> Reply:
+        """The greedy reply, and the expectation over the numbers. Cancelled when the run has ended."""
+        future: Future = Future()
+        ids = self._tokenizer.prompt_ids(prompt)
+        with self._arrived:
+            self._waiting.append((ids, future))
+            self._arrived.notify()
+        with self._turn:  # the others wait here, and find their reply when they come in
+            if not future.done():
+                if cancelled.is_set():
+                    raise Cancelled
+                self._answer_all()
+        return future.result()
+
+    def _answer_all(self) -> None:
+        with self._arrived:
+            while self._arrived.wait(GATHER):
+                pass
+            jobs, self._waiting = self._waiting, []
+        try:
+            self._load()
+            prompts = [ids for ids, _ in jobs]
+            with self._base():
+                for members, shared in self._model.sharing(prompts):
+                    for i, reply in zip(
+                        members, self._model.replies([prompts[i] for i in members], shared), strict=True
+                    ):
+                        jobs[i][1].set_result(self._reply(reply, len(prompts[i])))
+        except BaseException as error:
+            for _, future in jobs:
+                if not future.done():
+                    future.set_exception(error)
+
+    def _load(self) -> None:
+        if self._model is None:
+            device = self.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            self._model = LocalModel(load_model(self.asked, device), self._tokenizer)
+
+    def _base(self):
+        model = self._model.model
+        return lora.stack(model, frozen=True) if hasattr(model, "lora") else contextlib.nullcontext()
+
+    @staticmethod
+    def _reply(reply: LocalReply, prompt_tokens: int) -> Reply:
+        status = "ok" if reply.finished else "parse_error"  # cut off by the limit
+        if reply.finished and not reply.text.strip():
+            status = "empty"
+        return Reply(status, reply.text, prompt_tokens, MAX_NEW_TOKENS, expected=reply.expected)

@@ -9,11 +9,15 @@ import evaluate
 import synth
 import train
 from em.cli import command_line
-from em.estimate import runs
+from em.estimate import chat, runs
+from em.estimate.gpus import GPUS
 from em.estimate.shapes import config_of, with_layers
 from em.estimate.sheet import Plan
 from em.files import write_json
+from em.model import lora
 from em.model.hub import MODELS
+from em.model.tokenizer import Example
+from em.training.memory import MEMORY_SHARE, tokens_that_fit
 
 SCRIPTS = {"train": train, "distill": distill, "evaluate": evaluate, "synth": synth}
 
@@ -122,3 +126,18 @@ def test_a_teacher_is_counted_without_there_being_one(dry, one_layer, monkeypatc
     d, inner, heads = 5120, 17408, (5120, 1024)  # of its layer: q, k, v, o, gate, up and down at rank 32
     one = 32 * (2 * (d + heads[0]) + 2 * (d + heads[1]) + 3 * (d + inner))
     assert plans[0].memory["adapters"] > 2 * 4 * one + 2 * 2 * one  # in fp32, and rounded for sampling
+
+
+@pytest.mark.parametrize("gpu", ["h100", "l40s"])
+def test_the_tokens_said_to_fit_do_fit_and_leave_little_room(gpu):
+    card, model = GPUS[gpu], config_of("qwen2.5-14b")
+    micro = tokens_that_fit(card.memory, model, 32)
+    examples = [Example(range(129), 64)] * (micro // 128)
+    setting = chat.Setting(model, card, {"student": 32}, learns="student", frozen=(("student",),))
+
+    def step(on):
+        with on.trace, lora.stack(on.model, "student"):
+            train.step_loss(on.model, examples, 65 * len(examples), micro + len(examples))
+
+    room = MEMORY_SHARE * card.memory
+    assert 0.8 * room < chat.measured(setting, step).peak < room
