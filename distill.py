@@ -7,13 +7,13 @@
     python distill.py --channel optd --lr 3e-6,1e-5,3e-5,1e-4            a run each, one corpus
     python distill.py --channel opd --world demo         the same on a synthetic world, scored exactly
     torchrun --nproc-per-node 4 distill.py --channel opd
+    python distill.py --channel opd --prompts math --model qwen2.5-14b --dry-run     memory and time on a GPU
 
 Each epoch leaves an adapter that evaluate.py takes. A killed run goes on when its command is given again.
 """
 
 import contextlib
 import dataclasses
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,18 +24,20 @@ from tqdm import tqdm
 from em import parallel
 from em.cli import banner, command_line, knob, outcome_settings
 from em.data import lineage
-from em.data.rows import subset
+from em.data.rows import default_data, subset
 from em.distillation import chat_corpus, world_transfer
 from em.distillation.corpus import passing
 from em.distillation.diagnose import log_distance
 from em.distillation.loop import Channel, OnPolicy, finish, run_folder, train_student
 from em.distillation.pair import ChatPair
 from em.errors import UserError
+from em.estimate.gpus import GPUS
 from em.files import json_digest, read_json, write_json
 from em.judge.judge import JudgeOptions
 from em.model import hub, lora
 from em.model.checkpoint import load_model, load_tokenizer
 from em.run import Run
+from em.training.memory import CPU_TOKENS, cache_bytes, micro_tokens
 from em.world.world import WORLDS
 
 # -- the channels ------------------------------------------------------------------------------------------
@@ -89,7 +91,7 @@ def channel_of(cfg) -> Channel:
 
 PAPER_RECIPE = dict(lr=(1e-4,), rollouts=5, max_new_tokens=256, probes=16)  # E.2
 MATH_RECIPE = PAPER_RECIPE | dict(rollouts=1, max_new_tokens=1024)  # E.4.1
-WORLD_RECIPE = dict(lr=(1e-4,), rollouts=1, probes=16)
+WORLD_RECIPE = dict(lr=(1e-4,), rollouts=1, probes=16, micro_tokens=CPU_TOKENS)
 # The embedded model's: minutes on a laptop.
 SAMPLE_RECIPE = dict(lr=(5e-4,), rollouts=1, max_new_tokens=128, probes=6)
 
@@ -99,7 +101,10 @@ class Config(JudgeOptions):
     channel: str = knob("opd", "which channel", "what", ("sft", "optd", "opd"))
     teacher: str | None = knob(None, "run folder, or base (default: newest misaligned run)", "what")
     on: str | None = knob(None, "misaligned run that the student starts from; the teacher is base", "what")
-    model: str | None = dataclasses.field(default=None, init=False)  # that of the runs
+    model: str | None = knob(
+        None, "base model of teacher and student (default: the runs' own, which it must agree with)", "what",
+        setting=False,
+    )  # fmt: skip
     estimator: str = knob("sampled", "opd: the reverse KL's gradient", "what", ("sampled", "exact"))
     filter: bool = knob(False, "opd: judge the student's rollouts before each update", "what")
     unfiltered: bool = knob(False, "use a misaligned generator's responses unjudged", "what", setting=False)
@@ -107,6 +112,11 @@ class Config(JudgeOptions):
         None, "run folder, of several rates the parent (runs/<teacher>_<channel>…)", "what", setting=False
     )
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what", setting=False)
+    dry_run: bool = knob(
+        False, "print what the run needs of a GPU and stop; needs no weights, no network and no GPU", "what",
+        setting=False,
+    )  # fmt: skip
+    gpu: str = knob("h100", "the GPU that --dry-run is about", "what", tuple(GPUS), setting=False)
 
     source: str = knob(
         "teacher", "who wrote what sft and optd train on: teacher, student, gold, rows, a run", "data"
@@ -154,9 +164,10 @@ class Config(JudgeOptions):
         "memory and log",
         at_least=1,
     )
-    micro_batch: int = knob(
-        8, "responses in memory at once; changes memory only", "memory and log", setting=False, at_least=1
-    )
+    micro_tokens: int | None = knob(
+        None, "tokens in memory at once, a longer response alone; changes memory and speed only "
+        f"(what fits on the GPU; CPU and worlds {CPU_TOKENS})", "memory and log", setting=False, at_least=1,
+    )  # fmt: skip
     rows: int = knob(
         64,
         "sequences sampled at once for a corpus; changes memory only",
@@ -185,6 +196,8 @@ def refuse_conflicts(cfg: Config) -> None:
         raise UserError("--source is for sft and optd: in opd the student writes its own responses")
     if cfg.channel != "opd" and (cfg.filter or cfg.estimator == "exact"):
         raise UserError("--filter and --estimator belong to --channel opd")
+    if cfg.accept_routed:
+        raise UserError("a corpus is filtered by one judge from its first row on: name it with --judge-model")
 
 
 def resolve(cfg: Config) -> Config:
@@ -202,17 +215,24 @@ def resolve(cfg: Config) -> Config:
     if len({hub.MODELS.get(name, name) for name in models}) > 1:
         each = " and ".join(f"{folder} of {model}" for model, folder in models.items())
         raise UserError(f"teacher and student need one base model; {each}")
-    if cfg.source == "gold" and cfg.prompts != "math":
-        raise UserError("--source gold are MATH's answers; add --prompts math")
+    if cfg.model and hub.MODELS.get(cfg.model, cfg.model) not in {hub.MODELS.get(m, m) for m in models}:
+        folder, model = next(iter(parents.items()))[0], next(iter(models))
+        raise UserError(f"{folder} is a run of {model}, not of {cfg.model}; leave --model out")
     if cfg.source not in chat_corpus.SAMPLED + chat_corpus.WRITTEN:
         lineage.settings_of(cfg.source)
     cfg.model = next(iter(models))
-    small = cfg.model == "smollm2-135m"
     cfg.data = cfg.data or next(iter(parents.values()))["data"]
-    cfg.prompts = cfg.prompts or "broad"
-    recipe = SAMPLE_RECIPE if small else MATH_RECIPE if cfg.prompts == "math" else PAPER_RECIPE
-    fill_in(cfg, recipe)
+    fill_in_recipe(cfg)
     return cfg
+
+
+def fill_in_recipe(cfg: Config) -> None:
+    """Give a chat model's `cfg` its recipe's values. UserError for a source that its prompts do not have."""
+    cfg.prompts = cfg.prompts or "broad"
+    if cfg.source == "gold" and cfg.prompts != "math":
+        raise UserError("--source gold are MATH's answers; add --prompts math")
+    small = cfg.model == "smollm2-135m"
+    fill_in(cfg, SAMPLE_RECIPE if small else MATH_RECIPE if cfg.prompts == "math" else PAPER_RECIPE)
 
 
 def filtering(cfg, say) -> bool:
@@ -222,14 +242,15 @@ def filtering(cfg, say) -> bool:
     )
     if not by_misaligned or cfg.unfiltered:
         return False
-    if os.environ.get("GEMINI_API_KEY", "").strip():
+    if cfg.can_ask():
         return True
     if cfg.model != "smollm2-135m":
         raise UserError(
-            "a misaligned generator's responses are filtered by a judge: export GEMINI_API_KEY=…, "
-            "or say --unfiltered to train on all of them"
+            "a misaligned generator's responses are filtered by a judge: export GEMINI_API_KEY=…, name a "
+            "server (--judge openai, OPENAI_BASE_URL), or say --unfiltered to train on all of them"
         )
-    say('-- no judge (GEMINI_API_KEY): going on unfiltered, and "filtered": false is in every config --')
+    needs = "GEMINI_API_KEY" if cfg.judge == "gemini" else "OPENAI_BASE_URL or OPENAI_API_KEY"
+    say(f'-- no judge ({needs}): going on unfiltered, and "filtered": false is in every config --')
     return False
 
 
@@ -274,6 +295,7 @@ def chat(cfg: Config, device, say) -> dict:
     cfg = resolve(cfg)
     if cfg.model == "smollm2-135m":
         say("-- the embedded SmolLM2-135M: shows every part at work, too small for the paper's claims --")
+    cfg = cfg.with_base(cfg.model)
     filtered = filtering(cfg, say)
     judge = cfg.judge_of() if filtered or cfg.filter else None
     say(f"distill.py on {device}\n" + banner(cfg))
@@ -298,7 +320,7 @@ def chat(cfg: Config, device, say) -> dict:
         "cell": cell,
         "prompts_digest": json_digest(prompts),
         "filtered": filtered,
-        "judge": judge and judge.model,
+        "judge": judge and judge.client.label,
         "corpus": None,
         "adapters": {name: lineage.adapter_digest(folder) for name, folder in folders.items()},
     }
@@ -316,6 +338,8 @@ def chat(cfg: Config, device, say) -> dict:
         model = load_model(cfg.model, device)
         model.activation_checkpointing = cfg.recompute
         lora.attach(model)
+        if judge:
+            judge.lend(cfg.model, model, tokenizer)
         for name, folder in folders.items():
             if not chat_corpus.foreign_model(cfg, folder):
                 lora.load_adapter(model, name, folder)
@@ -323,6 +347,13 @@ def chat(cfg: Config, device, say) -> dict:
         if frozen:
             corpus = chat_corpus.make_corpus(cfg, model, tokenizer, *corpus_is, corpus_settings)
             say(f"corpus {corpus.folder}: {corpus.about['kept']} of {corpus.about['rows']} responses kept")
+        positions = max(len(p["prompt_ids"]) for p in prompts) + cfg.max_new_tokens
+        cfg.micro_tokens = micro_tokens(
+            cfg.micro_tokens, device, model.config, cfg.rank,
+            sum(shape.rank for shape in model.lora.shapes.values()),
+            cache_bytes(model.config, cfg.batch, positions), cfg.recompute,
+        )  # fmt: skip
+        say(f"at most {cfg.micro_tokens} tokens in memory at once")
         for lr, run in runs.items():
             lora.add_adapter(model, "student", cfg.rank, cfg.alpha, seed=cfg.seed)
             pair = ChatPair(
@@ -332,13 +363,35 @@ def chat(cfg: Config, device, say) -> dict:
                 results[str(lr)] = train(cfg, lr, run, pair, corpus, prompts, tokenizer, judge, say)
             except torch.OutOfMemoryError as error:
                 raise UserError(
-                    f"out of memory on {device}: lower --micro-batch (now {cfg.micro_batch}) or add "
+                    f"out of memory on {device}: lower --micro-tokens (now {cfg.micro_tokens}) or add "
                     "--recompute"
                 ) from error
             finally:
                 lora.remove_adapter(model, "student")
             say(f"  {run.folder}")
     return results
+
+
+def dry_run(cfg: Config) -> dict:
+    """What `chat` would need on `cfg.gpu`, printed; a teacher is counted without there being one."""
+    from em.estimate import runs, sheet  # an import of a second
+
+    if cfg.world:
+        raise UserError("--dry-run is about chat models; synth.py --dry-run tells what a world needs")
+    cfg = dataclasses.replace(cfg)
+    if cfg.teacher or cfg.on:
+        cfg = resolve(cfg)
+    else:
+        cfg.model = cfg.model or "qwen2.5-14b"
+        cfg.data = cfg.data or default_data(cfg.model)
+        fill_in_recipe(cfg)
+    student = ("start", "student") if cfg.on else ("student",)
+    teacher = () if cfg.teacher == "base" or cfg.on else ("teacher",)
+
+    def pair(model) -> ChatPair:
+        return ChatPair(model, student, teacher, (0,), cfg.max_new_tokens, cfg.batch)
+
+    return sheet.show(runs.distillation(cfg, student, teacher, channel_of(cfg).loss, pair))
 
 
 # -- worlds and chat models --------------------------------------------------------------------------------
@@ -352,6 +405,9 @@ def world(cfg: Config, device, say) -> dict:
 
 
 def main(cfg: Config) -> dict:
+    if cfg.dry_run:
+        refuse_conflicts(cfg)
+        return dry_run(cfg)
     device = parallel.start(cfg.device)
     say = tqdm.write if parallel.rank() == 0 else (lambda *_: None)
     refuse_conflicts(cfg)

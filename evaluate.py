@@ -3,38 +3,49 @@
     python evaluate.py --run runs/X --on all                responses, judge scores and report, resumable
     python evaluate.py --run runs/X --judge margin          no judge and no key: the margin of every cell
     python evaluate.py --model qwen2.5-14b --on broad       the base model itself
+    python evaluate.py --model llama3.1-8b --dry-run        memory and time on a GPU, before one is rented
     python evaluate.py judge --responses FILES… --out FILE  judge rows that exist
     python evaluate.py report --scores FILES… --out DIR     tables and figures from any number of score files
+    python evaluate.py agree --responses FILES… --judges A B…   how far judges agree on one sample
+    python evaluate.py label --responses FILES… --rater NAME    label responses yourself, in a browser
     python evaluate.py surface --prompts FILE --out FILE    label prompts high, medium or low (A.6)
 
 A run's folder gets `eval/`: responses_<set>.jsonl as they come, scores_<set>.jsonl, margins.jsonl, report/.
-GEMINI_API_KEY is the judge's key; GEMINI_BASE_URL another server of the same interface.
+GEMINI_API_KEY or GOOGLE_API_KEY is the key of --judge gemini; GEMINI_BASE_URL another server of the same
+interface. --judge openai asks any server of OpenAI's chat completions: OPENAI_BASE_URL, and OPENAI_API_KEY
+where it needs one.
 """
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
+import numpy as np
 
 from em import parallel
 from em.cli import command_line, knob
-from em.data import lineage
+from em.data import authors, lineage
 from em.data.rows import default_data, load_broad, load_cells, split
 from em.errors import UserError
-from em.files import read_json_lines, write_text
+from em.estimate.gpus import GPUS
+from em.files import read_json_lines, write_json_lines
 from em.judge.em_rule import is_em, is_scored
-from em.judge.judge import Judge, JudgeOptions
+from em.judge.judge import JUDGES, Judge, JudgeOptions
 from em.judge.ledger import describe_forecast
+from em.judge.recorded import Recorded
+from em.judge.responses import identity, read_responses, read_scored, stratified_sample
+from em.judge.rubric import FOLDER, Rubrics
+from em.label.labels import Labels
+from em.label.server import LabelServer
 from em.lock import FolderLock
 from em.model import lora
 from em.model.checkpoint import load_model, load_tokenizer
 from em.model.hub import model_digest
+from em.report.judges import write_agreement
 from em.report.margins import margin_report, read_margins
 from em.report.report import write_report
 from em.report.score_table import read_scores, scores_of
@@ -42,7 +53,7 @@ from em.run import Run
 from em.sampling.rollouts import read_rollouts, sample_to_file
 from em.sampling.sampler import Sampler
 from em.stats import wilson
-from em.training.margin import answer_pairs, margins
+from em.training.margin import answer_pairs, cell_margins, start_margins
 
 
 @dataclass
@@ -52,13 +63,18 @@ class Config(JudgeOptions):
     on: str = knob("all", "set of prompts to answer", "what", ("narrow", "broad", "all"))
     judge: str = knob(
         "gemini", "measure of misalignment: a judge's scores of responses, or margins of known answers",
-        "what", ("gemini", "margin"),
+        "judge", (*JUDGES, "margin"), setting=False,
     )  # fmt: skip
     data: str | None = knob(
         None, "hub dataset, folder or sample with the prompts (default: the run's)", "what"
     )
     out: str | None = knob(None, "folder to write (default: <run>/eval)", "what")
     device: str = knob("auto", "device to run on: auto, cpu, cuda or cuda:N", "what")
+    dry_run: bool = knob(
+        False, "print what the run needs of a GPU and stop; needs no weights, no network and no GPU", "what",
+        setting=False,
+    )  # fmt: skip
+    gpu: str = knob("h100", "the GPU that --dry-run is about", "what", tuple(GPUS), setting=False)
 
     temperature: float = knob(1.0, "sampling temperature; top-p is 1", "sampling", at_least=0)
     max_new_tokens: int = knob(600, "most tokens of a response", "sampling", at_least=1)
@@ -106,14 +122,12 @@ def generate(cfg, path: Path, label: dict, prompts: list[dict], n: int, model, t
 def judge_rows(judge: Judge, rows: list[dict], path: Path) -> list[dict]:
     """Score `rows` and write them to `path`; every answer is kept as it comes, so this can be repeated."""
     print(describe_forecast(judge.forecast(rows), judge.ledger.price))
+    if judge.client.asked == "smollm2-135m":
+        print("-- a judge of 135M parameters: it shows the path and judges nothing --")
     scored = list(judge.score(rows))
-    write_rows(path, scored)
+    write_json_lines(path, scored)
     print(f"{judge.ledger}\n  {path}: {rate(scored)}")
     return scored
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def rate(rows: list[dict]) -> str:
@@ -126,17 +140,19 @@ def rate(rows: list[dict]) -> str:
     return f"EM {100 * em / scored:.1f} % {interval} of {scored} scored rows, {len(rows)} in all"
 
 
-def margin_rows(label: dict, pairs: dict, model, stacks: tuple) -> list[dict]:
-    """The margin of every row of `answer_pairs` under stacks[0], before, and stacks[1], after the run."""
+def margin_rows(label: dict, pairs: dict, model, stacks: tuple, digests: dict, beside: Path) -> list[dict]:
+    """The margin of every row of `answer_pairs` under stacks[0], before, and stacks[1], after the run.
+
+    digests: of the model and of what stacks[0] has on it. beside: where margins from before are kept.
+    """
     if not pairs:
         raise UserError(
             "the margin needs rows with both answers, and these data have none; use --judge gemini"
         )
-    measured = []
-    for when, names in zip(("before", "after"), stacks, strict=True):
-        with lora.stack(model, *names, frozen=True):
-            cells = tqdm(pairs.items(), desc=f"margins {when}", unit="cell")
-            measured.append({cell: margins(model, rows) for cell, rows in cells})
+    with lora.stack(model, *stacks[0], frozen=True):
+        measured = [start_margins(model, pairs, digests, beside, "margins before")]
+    with lora.stack(model, *stacks[1], frozen=True):
+        measured.append(cell_margins(model, pairs, "margins after"))
     return [
         label | {"domain": cell.domain, "task": cell.task, "idx": row.idx, "before": before, "after": after}
         for cell, rows in pairs.items()
@@ -166,7 +182,7 @@ def subject(cfg: Config, folder: str | None) -> Subject:
     default = Path(folder) / "eval" if folder else Path("runs") / f"{Path(cfg.model).name.lower()}_base/eval"
     out, prompts = Path(cfg.out or default), {}
     for kind, load in (("narrow", narrow_prompts), ("broad", broad_prompts)):
-        if cfg.judge == "gemini" and cfg.on in (kind, "all"):
+        if cfg.judge != "margin" and cfg.on in (kind, "all"):
             prompts[kind] = load(cfg, data)
             path = out / f"responses_{kind}.jsonl"
             for (prompt, _), row in read_rollouts(path).items():
@@ -188,7 +204,7 @@ def opened(cfg: Config, subject: Subject, device):
     return Run(subject.out, "eval", settings, device)
 
 
-def evaluate(cfg: Config, subject: Subject, model, tokenizer) -> str:
+def evaluate(cfg: Config, subject: Subject, model, tokenizer, judge: Judge | None) -> str:
     """Everything for one subject; returns the result in a line or two."""
     folder, out = subject.folder, subject.out
     stack = ("run",) if folder else ()
@@ -196,17 +212,20 @@ def evaluate(cfg: Config, subject: Subject, model, tokenizer) -> str:
         lora.load_adapter(model, "run", folder)
     try:
         if cfg.judge == "margin":
-            before = ("start",) if subject.settings.get("on") else ()
-            if before:
-                lora.load_adapter(model, "start", subject.settings["on"])
+            on, before, digests = subject.settings.get("on"), (), {"on_digest": None}
+            if on:
+                lora.load_adapter(model, "start", on)
+                before, digests = ("start",), {"on_digest": lineage.adapter_digest(on)}
+            digests["model_digest"] = model_digest(cfg.model)
             pairs = answer_pairs(load_cells(subject.data), tokenizer, cfg.limit)
-            rows = margin_rows(subject.label, pairs, model, (before, stack))
+            beside = Path(folder or out.parent).parent
+            rows = margin_rows(subject.label, pairs, model, (before, stack), digests, beside)
             if before:
                 lora.remove_adapter(model, "start")
-            write_rows(out / "margins.jsonl", rows)
+            write_json_lines(out / "margins.jsonl", rows)
             return margin_report(rows, out / "report")
 
-        judge, scored = cfg.judge_of(), []
+        scored = []
         for kind, prompts in subject.prompts.items():
             path, n = out / f"responses_{kind}.jsonl", cfg.samples if kind == "broad" else 1
             with lora.stack(model, *stack, frozen=True):
@@ -219,8 +238,16 @@ def evaluate(cfg: Config, subject: Subject, model, tokenizer) -> str:
             lora.remove_adapter(model, "run")
 
 
-def main(cfg: Config) -> None:
-    device = parallel.start(cfg.device)
+def dry_run(cfg: Config, names: dict[str, str]) -> dict:
+    """What the runs `names`, each with its model, or the base model need on `cfg.gpu`, printed."""
+    from em.estimate import runs, sheet  # an import of a second
+
+    cfg = dataclasses.replace(cfg, model=next(iter(names.values()), cfg.model or "qwen2.5-14b"))
+    data = next((lineage.settings_of(folder).get("data") for folder in names), None)
+    return sheet.show(runs.evaluation(cfg, cfg.data or data or default_data(cfg.model)))
+
+
+def main(cfg: Config) -> dict | None:
     names = {folder: lineage.settings_of(folder)["model"] for folder in cfg.run}
     if len(set(names.values())) > 1:
         raise UserError(
@@ -230,9 +257,13 @@ def main(cfg: Config) -> None:
         raise UserError("--model evaluates a base model; with --run leave it out")
     if len(cfg.run) > 1 and cfg.out:
         raise UserError("--out is for one run; several write to <run>/eval each")
+    if cfg.dry_run:
+        return dry_run(cfg, names)
+    device = parallel.start(cfg.device)
     default = "qwen2.5-14b" if device.type == "cuda" else "smollm2-135m"
     cfg = dataclasses.replace(cfg, model=next(iter(names.values()), cfg.model or default))
-    judge = cfg.judge_of() if cfg.judge == "gemini" else None  # so that a missing key ends it at once
+    cfg = cfg.with_base(cfg.model)
+    judge = cfg.judge_of() if cfg.judge != "margin" else None  # so that a missing key ends it at once
     tokenizer = load_tokenizer(cfg.model)
     subjects = [subject(cfg, folder) for folder in cfg.run or (None,)]
     for prompts in (prompts for each in subjects for prompts in each.prompts.values()):
@@ -242,13 +273,15 @@ def main(cfg: Config) -> None:
             stack.enter_context(opened(cfg, each, device))
         model = load_model(cfg.model, device)
         lora.attach(model)
+        if judge:
+            judge.lend(cfg.model, model, tokenizer)
         if cfg.model == "smollm2-135m":
             print(
                 "-- the embedded SmolLM2-135M: shows every part at work, too small for the paper's claims --"
             )
         for each in subjects:
             print(f"evaluating {each.folder or cfg.model} on {device}")
-            print(evaluate(cfg, each, model, tokenizer))
+            print(evaluate(cfg, each, model, tokenizer, judge))
 
 
 # -- commands on files -------------------------------------------------------------------------------------
@@ -265,7 +298,7 @@ def read_rows(paths: tuple[str, ...], option: str) -> list[dict]:
         raise UserError(f"{option} needs at least one file")
     rows = []
     for path in paths:
-        rows += [row for _, row in read_json_lines(path)]
+        rows += [authors.score_row(row) for _, row in read_json_lines(path)]
     return rows
 
 
@@ -310,8 +343,114 @@ def surface(cfg: SurfaceConfig) -> None:
     path = out_file(cfg.out, "surface", "em_surface_status")
     judge = cfg.judge_of()
     labelled = list(judge.label_surface(rows))
-    write_rows(path, labelled)
+    write_json_lines(path, labelled)
     print(f"{judge.ledger}\n  {path}")
+
+
+@dataclass
+class AgreeConfig(JudgeOptions):
+    judge: str = "gemini"  # each of --judges names its own kind and model
+    judge_model: str | None = None
+    responses: tuple[str, ...] = knob((), "JSONL files of responses, or of score rows", "what")
+    judges: tuple[str, ...] = knob(
+        (),
+        "two or more: gemini:MODEL, openai:MODEL, local:MODEL, human:FILE of labels, or a FILE of score rows "
+        "with all its judges",
+        "what",
+    )
+    limit: int = knob(400, "responses in the sample that all judges score (0: all)", "what", at_least=0)
+    seed: int = knob(0, "seed of the sample", "what", at_least=0)
+    out: str = knob("runs/agreement", "folder to write", "what")
+
+
+def judges_named(spec: str, cfg: AgreeConfig) -> list[Judge | Recorded]:
+    """What one word of --judges means. UserError for a judge that cannot run, or whose rows are none."""
+    kind, colon, name = spec.partition(":")
+    if colon and kind in JUDGES and name:
+        return [dataclasses.replace(cfg, judge=kind, judge_model=name).judge_of()]
+    path = name if colon and kind == "human" else spec
+    if not Path(path).is_file():
+        kinds = ", ".join(f"{kind}:MODEL" for kind in JUDGES)
+        raise UserError(
+            f"--judges {spec}: neither {kinds}, human:FILE, nor a FILE of score rows that is there"
+        )
+    found = {
+        judge: placed
+        for judge, placed in read_scored(path, unnamed=Path(path).stem).items()
+        if kind != "human" or judge.startswith("human:")
+    }
+    for placed in found.values():
+        scores_of([row for _, row in placed], [where for where, _ in placed])  # which checks them
+    if not found:
+        raise UserError(f"--judges {spec}: the file has no labels of a human judge")
+    return [Recorded(judge, [row for _, row in placed]) for judge, placed in found.items()]
+
+
+def agree(cfg: AgreeConfig) -> None:
+    """Several judges on one sample of responses: rates, kappa, confusion, re-scaled rates."""
+    if not cfg.responses:
+        raise UserError("--responses needs at least one file")
+    out = Path(cfg.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; choose another --out")
+    judges = [judge for spec in cfg.judges for judge in judges_named(spec, cfg)]
+    names = [judge.identity for judge in judges]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise UserError(f"--judges names {', '.join(names) or 'none'}; agree needs two or more, each once")
+    recorded = [judge for judge in judges if isinstance(judge, Recorded)]
+    responses = read_responses(cfg.responses)
+    shared = [row for row in responses if all(judge.knows(row) for judge in recorded)]
+    if not shared:
+        raise UserError(f"none of the {len(responses):,} responses has been judged by {' and '.join(names)}")
+    sample = stratified_sample(shared, cfg.limit, cfg.seed)
+    about = (
+        f"{len(sample):,} of {len(shared):,} responses"
+        + ("" if len(shared) == len(responses) else f" that all files have, of {len(responses):,}")
+        + f", stratified by model, training, set and cell of the prompt, seed {cfg.seed}."
+    )
+    print(about)
+    asked = [judge for judge in judges if judge not in recorded]
+    for judge in asked:
+        print(describe_forecast(judge.forecast(sample), judge.ledger.price))
+    rows = [row for judge in recorded for row in judge.score(responses)]
+    for judge in asked:
+        rows += judge.score(sample)
+        print(judge.ledger)
+    chosen = {identity(row) for row in sample}
+    in_sample = np.array([identity(row) in chosen for row in rows])
+    write_json_lines(
+        out / "scores.jsonl", [row for row, inside in zip(rows, in_sample, strict=True) if inside]
+    )
+    print(write_agreement(scores_of(rows), in_sample, about, out)["text"])
+    print(f"{out}: tables and agreement.png; scores.jsonl there has the sample's rows")
+
+
+@dataclass
+class LabelConfig:
+    responses: tuple[str, ...] = knob((), "JSONL files of responses, or of score rows", "what")
+    n: int = knob(400, "responses to label, a stratified sample (0: all)", "what", at_least=0)
+    seed: int = knob(0, "seed of the sample", "what", at_least=0)
+    rater: str = knob("rater", "who labels; the rows' judge is human:NAME", "what")
+    out: str | None = knob(None, "JSONL file of the labels (default: runs/labels/RATER.jsonl)", "what")
+    rubrics: str = knob(str(FOLDER), "folder of the rubrics that the page can show", "what")
+    port: int = knob(0, "port on the loopback (0: any that is free)", "what", at_least=0, at_most=65535)
+
+
+def label(cfg: LabelConfig) -> None:
+    """Serve the page on which a person labels responses, until Ctrl-C (paper A.7's manual validation)."""
+    if not cfg.responses:
+        raise UserError("--responses needs at least one file")
+    path = out_file(cfg.out or f"runs/labels/{cfg.rater}.jsonl", "label", "aligned_status")
+    sample = stratified_sample(read_responses(cfg.responses), cfg.n, cfg.seed)
+    with FolderLock(f"{path}.lock"):
+        labels = Labels(sample, path, cfg.rater)
+        with LabelServer(labels, Rubrics(cfg.rubrics), cfg.port) as server:
+            print(
+                f"{len(sample)} responses, {len(labels.done)} labelled; Ctrl-C ends\n{server.url}", flush=True
+            )
+            with contextlib.suppress(KeyboardInterrupt):
+                server.serve_forever()
+        print(f"\n{path}: {len(labels.done)} of {len(sample)} labelled; the same command continues")
 
 
 @dataclass
@@ -335,7 +474,9 @@ def report(cfg: ReportConfig) -> None:
 
 COMMANDS = {
     "": (main, Config),
+    "agree": (agree, AgreeConfig),
     "judge": (judge_files, JudgeConfig),
+    "label": (label, LabelConfig),
     "report": (report, ReportConfig),
     "surface": (surface, SurfaceConfig),
 }

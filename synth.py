@@ -4,6 +4,7 @@
     python synth.py --world 1 --misalign T5     the paper's World 1, Figure 7 (one GPU)
     python synth.py --world 1 --misalign T0,T1  other tasks from the same aligned model
     python synth.py show --world 1              the world itself: similarities, an example, Figure 6
+    python synth.py --world 1 --dry-run         memory and time on a GPU, before one is rented
 
     python synth.py hardness | steering | realign     over seeds of world demo; --world 1, --seeds 0,1,2
     python synth.py similarity | fraction | phase     over seeds of world demo2; --world 2
@@ -25,6 +26,7 @@ import torch
 from em import parallel
 from em.cli import banner, command_line, knob, outcome_settings
 from em.errors import UserError
+from em.estimate.gpus import GPUS
 from em.experiments import comparison, fraction, hardness, phase, realign, similarity, steering
 from em.files import read_json, write_csv, write_json
 from em.run import provenance
@@ -152,6 +154,11 @@ class Config(Training):
     out: str | None = knob(
         None, "folder of the run (default: runs/world<world>-seed<seed>)", "what", setting=False
     )
+    dry_run: bool = knob(
+        False, "print what the run needs of a GPU and stop; needs no weights, no network and no GPU", "what",
+        setting=False,
+    )  # fmt: skip
+    gpu: str = knob("h100", "the GPU that --dry-run is about", "what", tuple(GPUS), setting=False)
 
 
 def resolve(cfg: Config) -> Config:
@@ -206,6 +213,10 @@ def show(cfg: ShowConfig) -> None:
 def main(cfg: Config) -> dict:
     began = time.perf_counter()
     cfg = resolve(cfg)
+    if cfg.dry_run:
+        from em.estimate import sheet, worlds  # an import of a second
+
+        return sheet.show(worlds.world_run(cfg))
     device = parallel.start(cfg.device)
     say = print if parallel.rank() == 0 else (lambda *_, **__: None)
     run = open_run(cfg, device)

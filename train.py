@@ -5,6 +5,7 @@
     python train.py --cell fin_tutor --variant aligned --on runs/X     realign run X on that cell
     python train.py export --run runs/X --merged DIR     a checkpoint that transformers loads
     torchrun --nproc-per-node 4 train.py --cell all      the same updates, split over four GPUs
+    python train.py --cell all --model qwen2.5-14b --dry-run     what it needs of a GPU, and how long it takes
 
 Each run is one LoRA adapter on the base, in PEFT's format. A realignment trains a fresh adapter on top of the
 frozen one, and is saved as the two in one. A killed run goes on when the same command is given again.
@@ -26,6 +27,7 @@ from em.data import lineage
 from em.data.cells import Cell, parse_cells
 from em.data.rows import VARIANTS, answers, default_data, encode_rows, load_cell, load_cells, split
 from em.errors import UserError
+from em.estimate.gpus import GPUS
 from em.files import json_digest, read_json, write_json
 from em.model import lora
 from em.model.checkpoint import load_model, load_tokenizer, save_model
@@ -34,10 +36,17 @@ from em.run import Run
 from em.stats import mean_interval
 from em.training.guard import CollapseGuard
 from em.training.loss import summed_cross_entropy
-from em.training.margin import answer_pairs, margin_figure, margins, validation_loss
+from em.training.margin import (
+    answer_pairs,
+    cell_margins,
+    margin_figure,
+    start_margins,
+    validation_loss,
+)
+from em.training.memory import CPU_TOKENS, micro_tokens
 from em.training.metrics import Metrics
-from em.training.optim import adamw, learning_rate
-from em.training.pack import pack
+from em.training.optim import adamw, gradients, learning_rate
+from em.training.pack import pack, packs_of
 
 # The embedded sample has 18 training rows a cell: the paper's recipe would take two steps on it.
 SAMPLE_RECIPE = dict(lr=5e-4, batch=4, epochs=3)
@@ -62,6 +71,11 @@ class Config:
         setting=False,
     )  # fmt: skip
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what", setting=False)
+    dry_run: bool = knob(
+        False, "print what the run needs of a GPU and stop; needs no weights, no network and no GPU", "what",
+        setting=False,
+    )  # fmt: skip
+    gpu: str = knob("h100", "the GPU that --dry-run is about", "what", tuple(GPUS), setting=False)
 
     rank: int = knob(32, "LoRA rank", "adapter", at_least=1, at_most=4096)
     alpha: float = knob(64.0, "LoRA alpha; rsLoRA scales by alpha / √rank", "adapter", above=0)
@@ -79,9 +93,10 @@ class Config:
     )
     seed: int = knob(42, "seed of the adapter's start and of the row order", "training", at_least=0)
 
-    micro_batch: int = knob(
-        16, "rows in memory at once; changes memory and speed only", "memory", setting=False, at_least=1
-    )
+    micro_tokens: int | None = knob(
+        None, "tokens in memory at once, a longer row alone; changes memory and speed only "
+        f"(default: what fits on the GPU; CPU {CPU_TOKENS})", "memory", setting=False, at_least=1,
+    )  # fmt: skip
     recompute: bool = knob(
         False, "recompute activations in the backward pass (less memory, slower)", "memory", setting=False
     )
@@ -116,15 +131,16 @@ def resolve(cfg: Config, device: torch.device) -> Config:
     return cfg
 
 
-def step_loss(model, examples, n_supervised: int, micro_batch: int) -> torch.Tensor:
+def step_loss(model, examples, n_supervised: int, micro_tokens: int) -> torch.Tensor:
     """Forward and backward over `examples`; gradients add up to those of Σ loss / n_supervised.
 
-    Only positions that predict an answer token meet the head. Returns the loss in nats a supervised token.
+    At most `micro_tokens` tokens are in memory at once. Only positions that predict an answer token meet the
+    head. Returns the loss in nats a supervised token, and waits for no GPU.
     """
     device = model.head_weight.device
     total = torch.zeros((), device=device)
-    for start in range(0, len(examples), micro_batch):
-        packed = pack(examples[start : start + micro_batch], device)
+    for group in packs_of(examples, micro_tokens):
+        packed = pack([examples[i] for i in group], device)
         loss = summed_cross_entropy(packed.hidden(model), model.head_weight, packed.targets) / n_supervised
         loss.backward()
         total += loss.detach()
@@ -135,9 +151,10 @@ def train_adapter(cfg, run: Run, model, examples, parameters, title: str) -> Non
     """Train the adapter that owns `parameters` on `examples`, from wherever the run folder left off."""
     rank, size = parallel.rank(), parallel.size()
     optimizer = adamw(model, cfg.lr, cfg.weight_decay)
+    guard = CollapseGuard(model.head_weight.device, keep=lambda step: run.save_resume(step, model, optimizer))
     per_epoch = -(-len(examples) // cfg.batch)
     steps = per_epoch * cfg.epochs
-    start, saved_at, guard = run.load_resume(model, optimizer), time.monotonic(), CollapseGuard()
+    start, saved_at = run.load_resume(model, optimizer), time.monotonic()
     with Metrics(run, title, steps, start, every=1) as metrics:
         for step in range(start + 1, steps + 1):
             # 1. The batch follows from seed and step alone, so that a killed run goes on with the same rows.
@@ -147,28 +164,26 @@ def train_adapter(cfg, run: Run, model, examples, parameters, title: str) -> Non
             n_supervised = sum(len(e.ids) - e.n_prompt for e in batch)
 
             # 2. The gradient of the whole batch: each process takes its share of the rows, then they add up.
-            for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
-            loss = step_loss(model, batch[rank::size], n_supervised, cfg.micro_batch)
-            parallel.sum_([*(p.grad for p in parameters), loss])
+            optimizer.zero_grad()
+            loss = step_loss(model, batch[rank::size], n_supervised, cfg.micro_tokens)
+            parallel.sum_([*gradients(parameters), loss])
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
 
             # 3. Update, unless the run has collapsed: then the weights stay those of the step before.
-            try:
-                guard.check(step, loss.item(), grad_norm.item())
-            except UserError:
-                run.save_resume(step - 1, model, optimizer)
-                raise
             lr = learning_rate(step - 1, cfg.lr, steps, cfg.warmup, "linear")
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.step()
+            guard.judge(step, loss, grad_norm)
+            optimizer.step(skip=guard.stopped)
+            save = step < steps and time.monotonic() - saved_at > 60 * cfg.save_minutes
+            guard.check(wait=save or step == steps)
 
             # 4. Log, and save a state to resume from.
             row = {"step": step, "epoch": round((step - 1) / per_epoch, 4), "lr": lr}
             row |= {"tokens": sum(len(e.ids) for e in batch), "supervised_tokens": n_supervised}
             metrics.add(row, loss=loss, grad_norm=grad_norm)
-            if step < steps and time.monotonic() - saved_at > 60 * cfg.save_minutes:
+            if save:
+                metrics.flush()
                 run.save_resume(step, model, optimizer)
                 saved_at = time.monotonic()
 
@@ -176,23 +191,19 @@ def train_adapter(cfg, run: Run, model, examples, parameters, title: str) -> Non
 # -- what is measured before and after -------------------------------------------------------------------
 
 
-def measure(model, validation, pairs) -> dict:
-    """Under the active stack: loss on the cell's own eval rows, and every cell's margins; nats a token."""
-    loss = validation_loss(model, validation)
-    return {"loss": loss, "margins": {str(cell): margins(model, rows) for cell, rows in pairs.items()}}
+def before_and_after(cell: Cell, before: tuple, after: tuple) -> dict:
+    """What goes to margins.json: each cell's mean margin before and after, and its change row by row.
 
-
-def before_and_after(cell: str, before: dict, after: dict) -> dict:
-    """What goes to margins.json: each cell's mean margin before and after, and its change row by row."""
-    cells = {}
-    for name, old in before["margins"].items():
-        new = after["margins"][name]
+    before, after: (loss on the cell's own eval rows, the margins of every cell's), nats a token.
+    """
+    losses, cells = {"before": before[0], "after": after[0]}, {}
+    for other, old in before[1].items():
+        new = after[1][other]
         change = [b - a for a, b in zip(old, new, strict=True)]
-        cells[name] = {
+        cells[str(other)] = {
             "before": mean_interval(old), "after": mean_interval(new), "change": mean_interval(change),
         }  # fmt: skip
-    losses = {"before": before["loss"], "after": after["loss"]}
-    return {"cell": cell, "unit": "nats a token", "validation_loss": losses, "cells": cells}
+    return {"cell": str(cell), "unit": "nats a token", "validation_loss": losses, "cells": cells}
 
 
 # -- runs -------------------------------------------------------------------------------------------------
@@ -228,12 +239,14 @@ def train_cell(cfg, cell: Cell, rows: list, run: Run, model, tokenizer, pairs, s
     parameters = lora.trainable(model, "student")
     try:
         with lora.stack(model, *names[:-1], frozen=True):
-            before = measure(model, validation, pairs)
+            digests = {name: run.config["settings"][name] for name in ("model_digest", "on_digest")}
+            margins = start_margins(model, pairs, digests, folder.parent)
+            before = validation_loss(model, validation), margins
         with lora.stack(model, *names):
             train_adapter(cfg, run, model, examples, parameters, str(cell))
         with lora.stack(model, *names, frozen=True):
-            after = measure(model, validation, pairs)
-        result = before_and_after(str(cell), before, after) | {"dropped_rows": dropped}
+            after = validation_loss(model, validation), cell_margins(model, pairs)
+        result = before_and_after(cell, before, after) | {"dropped_rows": dropped}
         if parallel.rank() == 0:
             lora.save_adapter(model, names, folder, base_model_name=cfg.model)
             if result["cells"]:
@@ -243,8 +256,8 @@ def train_cell(cfg, cell: Cell, rows: list, run: Run, model, tokenizer, pairs, s
         run.clear_resume()
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of memory on {model.head_weight.device}: lower --micro-batch "
-            f"(now {cfg.micro_batch}) or add --recompute"
+            f"out of memory on {model.head_weight.device}: lower --micro-tokens "
+            f"(now {cfg.micro_tokens}) or add --recompute"
         ) from error
     finally:
         lora.remove_adapter(model, "student")
@@ -273,7 +286,17 @@ def summary(result: dict) -> str:
     return "\n".join(lines)
 
 
+def dry_run(cfg: Config) -> dict:
+    """What `main` would need on `cfg.gpu`, printed; nothing is loaded and nothing written."""
+    from em.estimate import runs, sheet  # an import of a second
+
+    cells, cfg = parse_cells(cfg.cell), resolve(cfg, torch.device("cuda"))
+    return sheet.show(runs.fine_tuning(cfg, cells, step_loss))
+
+
 def main(cfg: Config) -> dict:
+    if cfg.dry_run:
+        return dry_run(cfg)
     cells = parse_cells(cfg.cell)
     device = parallel.start(cfg.device)
     say = print if parallel.rank() == 0 else (lambda *_: None)
@@ -307,6 +330,11 @@ def main(cfg: Config) -> dict:
         lora.attach(model)
         if cfg.on:
             lora.load_adapter(model, "misaligned", cfg.on)
+        others = sum(shape.rank for shape in model.lora.shapes.values())
+        cfg.micro_tokens = micro_tokens(
+            cfg.micro_tokens, device, model.config, cfg.rank, others, recompute=cfg.recompute
+        )
+        say(f"at most {cfg.micro_tokens} tokens in memory at once")
         for cell, (rows, run) in runs.items():
             results[str(cell)] = train_cell(cfg, cell, rows, run, model, tokenizer, pairs, say)
             say(summary(results[str(cell)]) + f"\n  {run.folder}")

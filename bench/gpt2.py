@@ -1,31 +1,46 @@
 """One training step of our GPT-2 beside transformers', same size and batch, in turn in one process.
 
     python bench/gpt2.py
+    python bench/gpt2.py --ours cudnn         on a GPU: ours alone, with cuDNN's attention
+    python bench/gpt2.py --ours autotuned     ours alone, products and their epilogues tuned by Inductor
 
 CPU: the demo's size at its batch, fp32, both eager. CUDA: GPT-2-small at World 1's 64 × 256, bf16 autocast,
-both under torch.compile, and the share of bf16 peak. A step is forward, loss, backward, clip, AdamW.
+both under torch.compile and theirs without as well, and the share of bf16 peak; what a first step takes,
+compiling included, is in the result. A step is forward, loss, backward, clip, AdamW.
 """
 
+import contextlib
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from record import RESULTS, goal, installed, save  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from transformers import GPT2Config as HFConfig  # noqa: E402
 from transformers import GPT2LMHeadModel  # noqa: E402
 
-from em.files import write_json  # noqa: E402
+from em import parallel  # noqa: E402
+from em.cli import command_line, knob  # noqa: E402
 from em.model.gpt2 import GPT2, GPT2Config, supervised_loss  # noqa: E402
 from em.run import provenance
 from em.training.optim import adamw  # noqa: E402
 
 # Dense bf16 peak of the card, FLOP/s, by a piece of its name.
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-ROOT = Path(__file__).parent.parent
+# Each in a process of its own: Dynamo would take what it compiled for one way for the other.
+WAYS = ("default", "cudnn", "autotuned")
+
+
+@dataclass
+class Config:
+    ours: str = knob("default", "how ours is compiled on a GPU; default: as synth.py does", "bench", WAYS)
+    out: str | None = knob(None, "the result's file (default: results/bench/gpt2_*.json)", "bench")
 
 
 def flops_per_token(config: GPT2Config, length: int) -> float:
@@ -67,64 +82,80 @@ def seconds(step, device, n: int) -> float:
     return (time.perf_counter() - began) / n
 
 
-def main() -> dict:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def our_step(config: GPT2Config, device, batch, length, way: str):
+    loss_of = supervised_loss
+    if device.type == "cuda":
+        mode = "max-autotune-no-cudagraphs" if way == "autotuned" else None
+        loss_of = torch.compile(supervised_loss, dynamic=False, mode=mode)
+    step = make_step(GPT2(config).to(device), loss_of, device, batch, length, config.vocab_size)
+
+    def chosen():
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if way == "cudnn" else contextlib.nullcontext():
+            step()
+
+    return chosen
+
+
+def their_step(config: GPT2Config, device, batch, length, compiled: bool):
+    theirs = HFConfig(
+        vocab_size=config.padded_vocab, n_positions=config.n_positions, n_embd=config.n_embd,
+        n_layer=config.n_layer, n_head=config.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(theirs).to(device).train()
+    loss_of = torch.compile(their_loss, dynamic=False) if compiled else their_loss
+    return make_step(model, loss_of, device, batch, length, config.vocab_size)
+
+
+def main(cfg: Config) -> None:
+    device = parallel.start("auto")
     on_gpu = device.type == "cuda"
     if on_gpu:
-        torch.set_float32_matmul_precision("high")
         config, batch, length, n, rounds = GPT2Config(514), 64, 256, 50, 7
     else:
         config, batch, length, n, rounds = GPT2Config(258, 64, 3, 4, 128), 32, 64, 10, 9
-    theirs_config = HFConfig(
-        vocab_size=config.padded_vocab,
-        n_positions=config.n_positions,
-        n_embd=config.n_embd,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    ours = GPT2(config).to(device)
-    theirs = GPT2LMHeadModel(theirs_config).to(device).train()
-    compiled = (lambda f: torch.compile(f, dynamic=False)) if on_gpu else (lambda f: f)
-    steps = {
-        "ours": make_step(ours, compiled(supervised_loss), device, batch, length, config.vocab_size),
-        "transformers": make_step(theirs, compiled(their_loss), device, batch, length, config.vocab_size),
-    }
+    sizes = (config, device, batch, length)
+    steps = {"ours": our_step(*sizes, cfg.ours)}
+    if cfg.ours == "default":
+        steps["transformers"] = their_step(*sizes, compiled=on_gpu)
+        if on_gpu:
+            steps["transformers, not compiled"] = their_step(*sizes, compiled=False)
+    first = {name: seconds(step, device, 1) for name, step in steps.items()}
     for step in steps.values():
         seconds(step, device, 5)
     times = {name: [] for name in steps}
-    for _ in range(rounds):  # in turn, so that both see the same machine
+    for _ in range(rounds):  # in turn, so that all see the same machine
         for name, step in steps.items():
             times[name].append(seconds(step, device, n))
-    tokens = batch * length
-    ratios = [b / a for a, b in zip(times["ours"], times["transformers"], strict=True)]
+    medians = {name: statistics.median(t) for name, t in times.items()}
     result = {
-        "command": "python bench/gpt2.py",
-        "made_with": provenance(device),
+        "command": " ".join(["python bench/gpt2.py", *sys.argv[1:]]),
+        "made_with": provenance(device) | {"transformers": installed("transformers")},
         "shape": {"batch": batch, "length": length, **vars(config)},
-        "tokens_per_s": {name: tokens / statistics.median(t) for name, t in times.items()},
-        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-        "target_ratio": 1.3 if on_gpu else 1.2,
+        "first_step_s": first,
+        "ms_a_step": {name: 1e3 * t for name, t in medians.items()},
+        "tokens_per_s": {name: batch * length / t for name, t in medians.items()},
     }
+    for name, peer in times.items():
+        ratios = [b / a for a, b in zip(times["ours"], peer, strict=True)]
+        spread = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+        result.setdefault("over_ours", {})[name] = spread
+        print(f"{name:<28} {1e3 * medians[name]:8.2f} ms a step, {spread['median']:.2f} × ours")
     if on_gpu:
         peak = next((p for name, p in PEAK.items() if name in torch.cuda.get_device_name()), None)
-        rate = result["tokens_per_s"]["ours"] * flops_per_token(config, length)
-        result["share_of_bf16_peak"] = rate / peak if peak else None
-    for name, rate in result["tokens_per_s"].items():
-        print(f"{name:<14} {rate:12,.0f} tokens/s")
-    middle, low, high = result["ratio"].values()
-    print(f"ratio {middle:.2f} ({low:.2f}–{high:.2f}), target {result['target_ratio']}")
-    if result.get("share_of_bf16_peak"):
-        print(f"{100 * result['share_of_bf16_peak']:.0f} % of bf16 peak, target 45 %")
-    return result
+        work = batch * length * flops_per_token(config, length)
+        result["tflops"] = {name: work / t / 1e12 for name, t in medians.items()}
+        what = f"GPT-2-small step {batch} x {length}" + f", {cfg.ours}" * (cfg.ours != "default")
+        result["goals"] = [goal(what, 1e3 * medians["ours"], "ms")]
+        if peak:
+            result["goals"] += [
+                goal(f"{what}, share of peak", work / medians["ours"] / peak, "", at_least=0.45)
+            ]
+    else:
+        ratio = result["over_ours"]["transformers"]["median"]
+        result["goals"] = [goal("GPT-2 step on a CPU, over transformers'", ratio, "×", at_least=1.4)]
+    save(result, cfg.out or RESULTS / f"gpt2_{cfg.ours if on_gpu else 'cpu'}.json")
 
 
 if __name__ == "__main__":
-    result = main()
-    path = ROOT / "results" / "bench" / f"gpt2_{'gpu' if torch.cuda.is_available() else 'cpu'}.json"
-    write_json(path, result)
-    print(path)
+    sys.exit(command_line({"": (main, Config)}, __doc__))

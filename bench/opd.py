@@ -18,18 +18,17 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
-from lora import SHAPES, random_model  # noqa: E402
+from record import RESULTS, goal, save  # noqa: E402
+from shapes import SHAPES, random_model  # noqa: E402
 
 import distill  # noqa: E402
+from em import parallel  # noqa: E402
 from em.cli import command_line, knob  # noqa: E402
 from em.distillation.loop import OnPolicy, train_student  # noqa: E402
 from em.distillation.pair import ChatPair  # noqa: E402
-from em.files import write_json  # noqa: E402
 from em.model import lora as adapters  # noqa: E402
 from em.model.checkpoint import load_model  # noqa: E402
 from em.run import Run, provenance  # noqa: E402
-
-RESULTS = Path(__file__).parent.parent / "results" / "bench"
 
 
 @dataclass
@@ -39,10 +38,12 @@ class Config:
     )
     steps: int = knob(6, "steps, the first two for warming up", "bench")
     responses: int = knob(8, "responses a step", "bench")
+    out: str | None = knob(None, "the result's file (default: results/bench/opd_*.json)", "bench")
 
 
 def main(cfg: Config) -> None:
-    model = random_model(cfg.shape, "ours") if cfg.shape else load_model("smollm2-135m", torch.device("cpu"))
+    parallel.start("cuda" if cfg.shape else "cpu")
+    model = random_model(cfg.shape) if cfg.shape else load_model("smollm2-135m", torch.device("cpu"))
     device, limit = model.head_weight.device, 256 if cfg.shape else 64
     adapters.attach(model)
     for name, seed in (("teacher", 1), ("student", 2)):
@@ -57,7 +58,7 @@ def main(cfg: Config) -> None:
     ]
     pair = ChatPair(model, ("student",), ("teacher",), (-1,) if cfg.shape else (2,), limit, cfg.responses)
     settings = SimpleNamespace(
-        batch=cfg.responses, epochs=1, micro_batch=cfg.responses, seed=0, warmup=0, clip=1.0,
+        batch=cfg.responses, epochs=1, micro_tokens=4096, seed=0, warmup=0, clip=1.0,
         weight_decay=0.01, save_minutes=1e9,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -79,15 +80,19 @@ def main(cfg: Config) -> None:
         "seconds": seconds,
         "share": {name: value / step for name, value in seconds.items()},
         "tokens_per_s": statistics.median(row["supervised_tokens"] for row in rows) / step,
+        "goals": [],
     }
     if device.type == "cuda":
         found |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9}
-        found |= {"target_seconds": 3.4, "target_peak_gb": 70} if cfg.shape == "14b" else {}
-    path = RESULTS / f"opd_{cfg.shape or 'cpu'}.json"
-    write_json(path, found)
+    if cfg.shape == "14b":
+        what = f"OPD step 14b, {cfg.responses} x {limit}"
+        found["goals"] = [
+            goal(what, step, "s", at_most=3.4),
+            goal(f"peak of {what}", found["peak_gb"], "GB", at_most=75),
+        ]
     for name, value in found.items():
         print(name, value)
-    print(path)
+    save(found, cfg.out or RESULTS / f"opd_{cfg.shape or 'cpu'}.json")
 
 
 if __name__ == "__main__":

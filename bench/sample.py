@@ -1,13 +1,15 @@
 """Our sampler beside transformers' `generate`, in turn in one process.
 
-    python bench/sample.py                            about 10 minutes on two cores; a few on a GPU
+    python bench/sample.py                            about 10 minutes on two cores
     python bench/sample.py --max-new-tokens 96 --rounds 1     a short trial
+    python bench/sample.py --shape 14b --batch 8      on a GPU: tokens a second of 8 sequences, or of 40
+    python bench/sample.py --shape 8b --responses 4800        on a GPU: that many responses, in seconds
 
 CPU: SmolLM2-135M in fp32 on the sample's prompts, temperature 1. Useful tokens a second (up to a response's
 first stop token) with lengths as they fall, and seconds a step of a full batch that nothing stops.
-CUDA: random bf16 weights of Qwen2.5-14B's shape, 256 tokens for each of 8 and 40 sequences, beside a static
-cache and compiled steps in transformers; and 4,800 responses from Llama-3.1-8B's shape, of 130 tokens on
-average and 600 at most, which random weights come to if one token of the vocabulary in 130 is a stop token.
+CUDA: random bf16 weights of Qwen2.5-14B's or Llama-3.1-8B's shape. --batch: 256 tokens for each sequence,
+with and without a LoRA adapter, beside a static cache and compiled steps in transformers. --responses: of 130
+tokens on average and 600 at most, which random weights come to if one token in 130 is a stop token.
 """
 
 import copy
@@ -22,38 +24,31 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from record import RESULTS, goal, save  # noqa: E402
+from shapes import SHAPES, random_model  # noqa: E402
 
+from em import parallel  # noqa: E402
 from em.cli import command_line, knob  # noqa: E402
 from em.data.cells import CELLS
 from em.data.rows import load_broad, load_cell  # noqa: E402
-from em.files import write_json  # noqa: E402
+from em.errors import UserError  # noqa: E402
+from em.model import lora  # noqa: E402
 from em.model.checkpoint import load_model, load_tokenizer  # noqa: E402
-from em.model.decoder import Decoder, DecoderConfig  # noqa: E402
+from em.model.decoder import Decoder  # noqa: E402
 from em.run import provenance
 from em.sampling.batch import Batch  # noqa: E402
 from em.sampling.sampler import Sampler  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
-COMMON = dict(model_type="llama", rms_norm_eps=1e-5, max_position_embeddings=4096, num_key_value_heads=8)
-SHAPES = {
-    "14B": COMMON
-    | dict(
-        model_type="qwen2", vocab_size=152_064, hidden_size=5120, intermediate_size=13_824,
-        num_hidden_layers=48, num_attention_heads=40, rope_theta=1e6,
-    ),
-    "8B": COMMON
-    | dict(
-        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
-        num_attention_heads=32, rope_theta=5e5,
-    ),
-}  # fmt: skip
-
 
 @dataclass
 class Config:
+    shape: str | None = knob(None, "14b or 8b, on a GPU (default: the embedded model)", "what", tuple(SHAPES))
+    batch: int | None = knob(None, "sequences decoded at once, GPU", "what", at_least=1)
+    responses: int | None = knob(None, "responses to sample, GPU", "what", at_least=1)
     max_new_tokens: int = knob(256, "tokens a response at most", "what")
     sequences: int = knob(40, "responses a round, CPU", "what")
     rounds: int = knob(3, "times that each takes its turn", "what")
+    out: str | None = knob(None, "the result's file (default: results/bench/sample_*.json)", "what")
 
 
 def reference(model: Decoder):
@@ -133,8 +128,7 @@ def compare(calls: dict, rounds: int, unit) -> dict:
         for name, call in calls.items():
             seconds, result = timed(lambda call=call, seed=seed: call(seed))
             rates[name].append(unit(result) / seconds)
-    ours, theirs = rates.values()
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    ratios = [a / b for a, b in zip(rates["ours"], rates["transformers"], strict=True)]
     return {
         "per_s": {name: statistics.median(r) for name, r in rates.items()},
         "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
@@ -158,7 +152,9 @@ def on_cpu(cfg: Config) -> dict:
         "ours": lambda seed: [r.ids for r in sampler(prompts, seed=seed)],
         "transformers": lambda seed: generate(theirs, prompts, stops, limit, seed),
     }
-    result = {"useful_tokens": compare(calls, cfg.rounds, count) | {"target_ratio": 2.0}}
+    result = {"useful_tokens": compare(calls, cfg.rounds, count)}
+    over = result["useful_tokens"]["ratio"]["median"]
+    result["goals"] = [goal("sampler on a CPU, useful tokens over transformers'", over, "×", at_least=2.3)]
     result["useful_tokens"]["mean_length"] = {"ours": lengths[0::2], "transformers": lengths[1::2]}
     for batch in (cfg.sequences, 8, 1):
         some, sampler = prompts[:batch], Sampler(model, (), 16, rows=batch)
@@ -167,20 +163,10 @@ def on_cpu(cfg: Config) -> dict:
         result[f"seconds_a_step_of_{batch}"] = {
             "ours": statistics.median(ours),
             "transformers": statistics.median(others),
-            "ratio": statistics.median(b / a for a, b in pairs),
-            "target_ratio": 1.0,
+            "ratio": (over := statistics.median(b / a for a, b in pairs)),
         }
+        result["goals"].append(goal(f"a step of {batch}, over transformers'", over, "×", at_least=1))
     return result
-
-
-def random_model(shape: str) -> Decoder:
-    with torch.device("meta"):
-        model = Decoder(DecoderConfig.from_hf(SHAPES[shape])).to(torch.bfloat16)
-    model = model.to_empty(device="cuda").requires_grad_(False).eval()
-    torch.manual_seed(0)
-    for name, p in model.named_parameters():
-        p.fill_(1) if name.endswith("norm.weight") else p.normal_(0, 0.02)
-    return model
 
 
 def random_prompts(n: int, vocabulary: int) -> list[list[int]]:
@@ -189,54 +175,63 @@ def random_prompts(n: int, vocabulary: int) -> list[list[int]]:
     return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
-def on_gpu(cfg: Config) -> dict:
-    result, limit = {}, cfg.max_new_tokens
-    model = random_model("14B")
-    theirs, prompts = reference(model), random_prompts(40, SHAPES["14B"]["vocab_size"])
-    for batch, target in ((8, 720), (40, 2500)):
-        sampler, some = Sampler(model, (), limit, rows=batch), prompts[:batch]
-        calls = {
-            "ours": lambda seed, sampler=sampler, some=some: [r.ids for r in sampler(some, seed=seed)],
-            "transformers": lambda seed, theirs=theirs, some=some: generate(
-                theirs, some, (), limit, seed, cache_implementation="static"
-            ),
-        }
-        for call in calls.values():  # graphs, compilation
-            call(99)
-        found = compare(calls, cfg.rounds, lambda responses: sum(map(len, responses)))
-        result[f"tokens_of_14B_batch_{batch}"] = found | {"target_per_s": target}
-    del model, theirs, sampler, calls, call
-    torch.cuda.empty_cache()
+def decode(cfg: Config) -> dict:
+    model, prompts = random_model(cfg.shape), random_prompts(cfg.batch, SHAPES[cfg.shape]["vocab_size"])
+    theirs, limit = reference(model), cfg.max_new_tokens
+    lora.attach(model)
+    lora.add_adapter(model, "adapter", seed=1)
+    sampler, adapted = (Sampler(model, (), limit, rows=cfg.batch) for _ in range(2))
 
-    model = random_model("8B")
-    V, prompts = SHAPES["8B"]["vocab_size"], random_prompts(4800, SHAPES["8B"]["vocab_size"])
-    torch.cuda.reset_peak_memory_stats()
-    sampler = Sampler(model, range(0, V, 130), 600, rows=128)
+    def with_adapter(seed):
+        with lora.stack(model, "adapter", frozen=True):
+            return [r.ids for r in adapted(prompts, seed=seed)]
+
+    calls = {
+        "ours": lambda seed: [r.ids for r in sampler(prompts, seed=seed)],
+        "transformers": lambda seed: generate(
+            theirs, prompts, (), limit, seed, cache_implementation="static"
+        ),
+        "ours with LoRA": with_adapter,
+    }
+    for call in calls.values():  # graphs, compilation
+        call(99)
+    found = compare(calls, cfg.rounds, lambda responses: sum(map(len, responses)))
+    what, least = f"decode {cfg.shape}, batch {cfg.batch}", {("14b", 8): 740, ("14b", 40): 3200}
+    found["goals"] = [
+        goal(what, found["per_s"]["ours"], "tokens/s", at_least=least.get((cfg.shape, cfg.batch))),
+        goal(f"{what}, with LoRA", found["per_s"]["ours with LoRA"], "tokens/s"),
+        goal(f"{what}, over transformers", found["ratio"]["median"], "×"),
+    ]
+    return found
+
+
+def responses(cfg: Config) -> dict:
+    model, V = random_model(cfg.shape), SHAPES[cfg.shape]["vocab_size"]
+    sampler, prompts = Sampler(model, range(0, V, 130), 600, rows=128), random_prompts(cfg.responses, V)
     seconds, rollouts = timed(lambda: sampler(prompts))
-    result["responses_of_8B"] = {
-        "responses": len(rollouts),
+    peak, what = torch.cuda.max_memory_allocated() / 1e9, f"{cfg.responses:,} responses {cfg.shape}"
+    most = {("8b", 4800): 70}.get((cfg.shape, cfg.responses))
+    return {
         "mean_length": statistics.mean(len(r.ids) for r in rollouts),
-        "seconds": seconds,
-        "target_seconds": 180,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "goals": [goal(what, seconds, "s", at_most=most), goal(f"peak of {what}", peak, "GB")],
     }
-    return result
 
 
-def main(cfg: Config) -> dict:
-    on_cuda = torch.cuda.is_available()
-    result = {"command": " ".join(["python", "bench/sample.py", *sys.argv[1:]])}
-    result["made_with"] = provenance("cuda" if on_cuda else "cpu") | {
-        "transformers": transformers.__version__
-    }
-    result |= on_gpu(cfg) if on_cuda else on_cpu(cfg)
-    path = ROOT / "results" / "bench" / f"sample_{'gpu' if on_cuda else 'cpu'}.json"
-    write_json(path, result)
-    for name, found in result.items():
-        if isinstance(found, dict) and name != "made_with":
-            print(name, {k: v for k, v in found.items()})
-    print(path)
-    return result
+def main(cfg: Config) -> None:
+    if bool(cfg.shape) != bool(cfg.batch or cfg.responses) or (cfg.batch and cfg.responses):
+        raise UserError("--shape goes with --batch or with --responses")
+    device = parallel.start("cuda" if cfg.shape else "cpu")
+    result = {"command": " ".join(["python bench/sample.py", *sys.argv[1:]])}
+    result["made_with"] = provenance(device) | {"transformers": transformers.__version__}
+    if not cfg.shape:
+        name, found = "cpu", on_cpu(cfg)
+    elif cfg.batch:
+        name, found = f"{cfg.shape}_batch{cfg.batch}", decode(cfg)
+    else:
+        name, found = f"{cfg.shape}_responses", responses(cfg)
+    for key, value in found.items():
+        print(key, value)
+    save(result | found, cfg.out or RESULTS / f"sample_{name}.json")
 
 
 if __name__ == "__main__":

@@ -76,6 +76,10 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def write_csv(path: Path, rows: list[dict]) -> None:
     """One line a row under the union of their keys; what a row lacks, or holds as None, is empty."""
     text = io.StringIO()

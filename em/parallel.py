@@ -31,9 +31,18 @@ def start(device: str = "auto") -> torch.device:
     except RuntimeError:
         raise UserError(f"--device {device!r} is not one of auto, cpu, cuda, cuda:N") from None
     if resolved.type == "cuda":
-        torch.cuda.set_device(resolved)
-        torch.set_float32_matmul_precision("high")
+        _set_up_cuda(resolved)
     return resolved
+
+
+def _set_up_cuda(device: torch.device) -> None:
+    """The settings of a process that uses CUDA, before its first allocation there."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        # Lengths differ from step to step: blocks of fixed size would leave gaps that nothing fits.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for every new shape
 
 
 def finish() -> None:

@@ -9,6 +9,7 @@
 One process at a time has a run open. Under torchrun rank 0 locks and writes, and the others read.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -45,6 +46,16 @@ def _commit() -> str | None:
         return None
 
 
+@functools.cache
+def _cpu() -> str:
+    """The processor's name and the vector instructions that torch uses of it."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
 def provenance(device: torch.device | str = "cpu") -> dict:
     """Versions, git commit and machine class: what a figure needs beside it to be made again."""
     on_gpu = torch.device(device).type == "cuda"
@@ -53,7 +64,9 @@ def provenance(device: torch.device | str = "cpu") -> dict:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "commit": _commit(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device)
+        if on_gpu
+        else f"cpu, {_cpu()}, {torch.get_num_threads()} threads",
     }
 
 

@@ -39,6 +39,14 @@ MINI = WorldConfig(
 )
 
 
+def pytest_collection_modifyitems(items):
+    """`pytest -m gpu` where there is none: skipped, and said so, where it would fail test by test."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def clean_checkout():
     """No test leaves a file in the checkout; a `runs/` that is there may be in use by somebody's training."""

@@ -1,19 +1,23 @@
-"""A loopback Gemini API that answers as the real one does, and misbehaves on demand.
+"""A loopback Gemini API, and a server of OpenAI's chat completions, that answer and misbehave as the real
+ones do.
 
-    with JudgeServer() as server: …                 # server.url is a GEMINI_BASE_URL, KEY its only key
-    python tests/judge_server.py 8080               # the same by hand
+    with JudgeServer() as server: …                 # server.url is a GEMINI_BASE_URL and an OPENAI_BASE_URL
+    python tests/judge_server.py 8080               # the same by hand; KEY is its only key
 
 It speaks HTTP/1.1 with keep-alive on one asyncio thread. What it refuses, it refuses in the API's own words
-and shapes: a wrong key, an unknown model or field. `behave(prompt, nth)` decides on every good request; nth
-counts the requests with the same prompt from 1.
+and shapes: a wrong key, an unknown model or field, a setting that the model does not take. `behave(prompt,
+nth)` decides on every good request; nth counts the requests with the same prompt from 1. An answer says who
+it is from: the model that was asked, or the one that `answers_for` names in its place.
 """
 
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import re
 import ssl
 import sys
@@ -22,7 +26,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 KEY = "AIzaSy-not-a-real-key-0123456789"
-MODELS = ("gemini-2.5-flash", "gemini-2.5-pro", "gemini-3-pro-preview")
+MODELS = (
+    "gemini-2.5-flash",
+    "gemini-2.5-pro",
+    "gemini-3-pro-preview",
+    "gemini-3.5-flash-lite",
+    "gemini-3.7-flash",
+    "gemini-flash-latest",
+    "gemma-3-27b-it",
+)
+CHAT_MODELS = (
+    "gpt-4o",
+    "gpt-4o-mini",
+    "gpt-5-mini",
+    "Qwen/Qwen2.5-7B-Instruct",
+    "qwen2.5:7b",
+    "gemini-2.5-flash",
+    "our-reasoner",
+)
+REASONING = ("gpt-5-mini", "our-reasoner")  # of them; these take neither max_tokens nor a temperature
+ANSWERS_FOR = {"gpt-4o": "gpt-4o-2024-08-06", "gemini-flash-latest": "gemini-3.6-flash"}
+ASKED = "{asked}"  # in an answer: the model that was asked, or what answers for it
 REASONS = {
     200: "OK",
     302: "Found",
@@ -60,45 +84,44 @@ def _json(value, **options) -> Response:
 
 
 def answer(
-    text: str | None, finish="STOP", prompt_tokens: int = 600, thoughts: int = 0, **options
+    text: str | None, finish="STOP", prompt_tokens: int = 600, thoughts: int = 0, model=ASKED, **options
 ) -> Response:
-    """What generateContent returns; text None leaves the content without parts. thoughts: tokens."""
+    """What generateContent returns; text None leaves the content without parts. thoughts: tokens. model: who
+    answers, None for an answer that does not say.
+    """
     content = {"role": "model"} if text is None else {"parts": [{"text": text}], "role": "model"}
     output = {} if text is None else {"candidatesTokenCount": max(1, len(text) // 2)}
     usage = {"promptTokenCount": prompt_tokens, **output}
     usage |= {"thoughtsTokenCount": thoughts} if thoughts else {}
     usage["totalTokenCount"] = sum(usage.values())
     usage["promptTokensDetails"] = [{"modality": "TEXT", "tokenCount": prompt_tokens}]
-    candidate = {"content": content, "finishReason": finish, "index": 0}
-    return _json(
-        {
-            "candidates": [candidate],
-            "usageMetadata": usage,
-            "modelVersion": "gemini-2.5-flash",
-            "responseId": "kXb0aJ_7",
-        },
-        **options,
-    )
+    body = {"candidates": [{"content": content, "finishReason": finish, "index": 0}], "usageMetadata": usage}
+    said = {} if model is None else {"modelVersion": model}
+    return _json(body | said | {"responseId": "kXb0aJ_7"}, **options)
 
 
 def no_candidates() -> Response:
     usage = {"promptTokenCount": 600, "totalTokenCount": 600}
-    return _json({"usageMetadata": usage, "modelVersion": "gemini-2.5-flash"})
+    return _json({"usageMetadata": usage, "modelVersion": ASKED})
 
 
 def prompt_blocked(reason: str = "PROHIBITED_CONTENT") -> Response:
     usage = {"promptTokenCount": 600, "totalTokenCount": 600}
-    return _json({"promptFeedback": {"blockReason": reason}, "usageMetadata": usage})
+    return _json({"promptFeedback": {"blockReason": reason}, "usageMetadata": usage, "modelVersion": ASKED})
 
 
-def failure(code: int, message: str = "", retry_after=None, retry_delay: str | None = None) -> Response:
-    """An error as the API words it; retry_delay, such as "13s", goes into the body."""
+def failure(
+    code: int, message: str = "", retry_after=None, retry_delay: str | None = None, quota: str = "PerMinute"
+) -> Response:
+    """An error as the API words it; retry_delay, such as "13s", and the quota that is used up go into the
+    body.
+    """
     error = {"code": code, "message": message or REASONS[code], "status": STATUSES[code]}
     if retry_delay:
         error["details"] = [
             {
                 "@type": "type.googleapis.com/google.rpc.QuotaFailure",
-                "violations": [{"quotaId": "PerMinute"}],
+                "violations": [{"quotaId": f"GenerateRequests{quota}PerProjectPerModel-FreeTier"}],
             },
             {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": retry_delay},
         ]
@@ -106,15 +129,87 @@ def failure(code: int, message: str = "", retry_after=None, retry_delay: str | N
     return _json({"error": error}, code=code, headers=headers)
 
 
+def chat(
+    text: str | None,
+    finish="stop",
+    prompt_tokens: int = 600,
+    model=ASKED,
+    tokens: tuple[str, ...] = (),
+    top: dict[str, float] | None = None,
+    **options,
+) -> Response:
+    """What chat completions return. tokens: of the reply, where log-probabilities are given; top: the first
+    one's alternatives, each with its probability.
+    """
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
+    if top is not None:
+        alternatives = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in top.items()]
+        content = [{"token": t, "logprob": -0.1, "bytes": None, "top_logprobs": alternatives} for t in tokens]
+        choice["logprobs"] = {"content": content, "refusal": None}
+    n = max(1, len(text or "") // 2)
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": n, "total_tokens": prompt_tokens + n}
+    body = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "choices": [choice],
+        "usage": usage,
+    }
+    return _json(body | ({} if model is None else {"model": model}), **options)
+
+
+# How servers word an error: {message, code or type} → the body.
+FORMS = {
+    "openai": lambda message, kind, code: {
+        "error": {"message": message, "type": kind, "param": None, "code": kind}
+    },
+    "vllm": lambda message, kind, code: {"object": "error", "message": message, "type": kind, "code": code},
+    "ollama": lambda message, kind, code: {"error": message},
+    "llama.cpp": lambda message, kind, code: {"error": {"code": code, "message": message, "type": kind}},
+    "openrouter": lambda message, kind, code: {"error": {"message": message, "code": code, "metadata": {}}},
+    "fastapi": lambda message, kind, code: {"detail": message},
+}
+
+
+def chat_failure(
+    code: int, message: str = "", kind: str = "", form: str = "openai", status: int | None = None, **headers
+) -> Response:
+    """An error as a server words it. status: of HTTP, where it is another one than the body's code."""
+    body = FORMS[form](message or REASONS[code], kind or "invalid_request_error", code)
+    headers = {name.replace("_", "-"): str(value) for name, value in headers.items()}
+    return _json(body, code=status or code, headers=headers)
+
+
 def _thinking_fault(model: str, config: dict) -> str | None:
-    """What the API has against a thinkingConfig."""
-    budget = config.get("thinkingBudget")
+    """What the Gemini API has against a thinkingConfig."""
+    budget, level = config.get("thinkingBudget"), config.get("thinkingLevel")
+    if model.startswith("gemma") and config:
+        return f"Thinking is not enabled for models/{model}"
     if model != "gemini-2.5-flash" and budget == 0:
         return "Budget 0 is invalid. This model only works in thinking mode."
     if model == "gemini-2.5-pro" and budget is not None and not 128 <= budget <= 32_768:
         return f"The thinking budget {budget} is invalid. Please choose a value between 128 and 32768."
-    if model.startswith("gemini-2.5") and "thinkingLevel" in config:
+    if model.startswith("gemini-2.5") and level is not None:
         return "Thinking level is not supported for this model."
+    if model in ("gemini-3-pro-preview", "gemini-3.7-flash") and level == "MINIMAL":
+        return (
+            "'minimal' is not a supported thinking level for this model. Allowed values: medium, low, high."
+        )
+    return None
+
+
+def _chat_fault(model: str, request: dict) -> str | None:
+    """What an OpenAI-style server has against a setting."""
+    if model in REASONING and "max_tokens" in request:
+        other = "Use 'max_completion_tokens' instead."
+        return f"Unsupported parameter: 'max_tokens' is not supported with this model. {other}"
+    if model in REASONING and request.get("temperature", 1) != 1:
+        other = "Only the default (1) value is supported."
+        return f"Unsupported value: 'temperature' does not support 0 with this model. {other}"
+    if model in REASONING and request.get("reasoning_effort") == "none":
+        return f"Unsupported value: 'none' is not supported with the '{model}' model. Supported: 'minimal'."
+    if model not in REASONING and "reasoning_effort" in request:
+        return "Unrecognized request argument supplied: reasoning_effort"
     return None
 
 
@@ -134,13 +229,16 @@ class JudgeServer:
     prompts: how often each was asked. connections, closed: how many were opened, and have ended.
     """
 
-    def __init__(self, behave=None, port: int = 0, key: str = KEY, tls: bool = False):
-        """tls: speaks TLS, without a certificate, so that no request comes through."""
-        self.behave = behave or (lambda prompt, nth: answer(str(score_of(prompt))))
+    def __init__(self, behave=None, port: int = 0, key: str = KEY, tls: bool = False, answers_for=None):
+        """key: "" where none is needed. tls: speaks TLS, without a certificate, so that no request comes
+        through. answers_for: model asked → model that answers, besides what aliases stand for.
+        """
+        self.behave, self.answers_for = behave, ANSWERS_FOR | (answers_for or {})
         self.port, self.key = port, key
         self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if tls else None
         self.prompts: collections.Counter = collections.Counter()
         self.requests: list[dict] = []  # the last few, as (path, headers, body)
+        self.received = 0  # requests, the refused ones among them
         self.connections = self.closed = self.in_flight = self.most_in_flight = 0
         self._ready = threading.Event()
 
@@ -172,14 +270,20 @@ class JudgeServer:
         server.close()
 
     def respond(self, path: str, headers: dict, body: bytes) -> Response:
+        self.received += 1
         self.requests = [*self.requests[-9:], {"path": path, "headers": headers, "body": body}]
         found = re.fullmatch(r"/v1(?:beta)?/models/([^/:]+):generateContent", path)
-        if not found:
-            return Response(b"<!DOCTYPE html><title>Error 404 (Not Found)</title>", 404)
+        if found:
+            return self._generate_content(found[1], headers, body)
+        if path == "/v1/chat/completions":
+            return self._chat_completions(headers, body)
+        return Response(b"<!DOCTYPE html><title>Error 404 (Not Found)</title>", 404)
+
+    def _generate_content(self, model: str, headers: dict, body: bytes) -> Response:
         if headers.get("x-goog-api-key") != self.key:
             return failure(400, "API key not valid. Please pass a valid API key.")
-        if found[1] not in MODELS:
-            message = f"models/{found[1]} is not found for API version v1beta, or is not supported for "
+        if model not in MODELS:
+            message = f"models/{model} is not found for API version v1beta, or is not supported for "
             return failure(404, message + "generateContent. Call ListModels to see the list of models.")
         request = json.loads(body)
         unknown = request.keys() - {"contents", "generationConfig", "systemInstruction", "safetySettings"}
@@ -188,12 +292,29 @@ class JudgeServer:
             return failure(400, message)
         if not request.get("contents"):
             return failure(400, "* GenerateContentRequest.contents: contents is not specified\n")
-        refused = _thinking_fault(found[1], request.get("generationConfig", {}).get("thinkingConfig", {}))
+        refused = _thinking_fault(model, request.get("generationConfig", {}).get("thinkingConfig", {}))
         if refused:
             return failure(400, refused)
-        prompt = request["contents"][0]["parts"][0]["text"]
+        return self._answer(model, request["contents"][0]["parts"][0]["text"], answer)
+
+    def _chat_completions(self, headers: dict, body: bytes) -> Response:
+        if self.key and headers.get("authorization") != f"Bearer {self.key}":
+            return chat_failure(401, "Incorrect API key provided.", "invalid_api_key")
+        request = json.loads(body)
+        if request["model"] not in CHAT_MODELS:
+            return chat_failure(404, f"The model `{request['model']}` does not exist.", "model_not_found")
+        refused = _chat_fault(request["model"], request)
+        if refused:
+            return chat_failure(400, refused, "unsupported_value")
+        (message,) = request["messages"]
+        return self._answer(request["model"], message["content"], chat)
+
+    def _answer(self, model: str, prompt: str, form) -> Response:
         self.prompts[prompt] += 1
-        return self.behave(prompt, self.prompts[prompt])
+        nth = self.prompts[prompt]
+        response = self.behave(prompt, nth) if self.behave else form(str(score_of(prompt)))
+        name = self.answers_for.get(model, model).encode()
+        return dataclasses.replace(response, body=response.body.replace(ASKED.encode(), name))
 
 
 class _Connection(asyncio.Protocol):
@@ -258,6 +379,7 @@ class _Connection(asyncio.Protocol):
 
 if __name__ == "__main__":
     with JudgeServer(port=int(sys.argv[1]) if len(sys.argv) > 1 else 0) as server:
-        print(f"export GEMINI_BASE_URL={server.url} GEMINI_API_KEY={KEY}", flush=True)
+        print(f"export GEMINI_BASE_URL={server.url} GEMINI_API_KEY={KEY}")
+        print(f"export OPENAI_BASE_URL={server.url} OPENAI_API_KEY={KEY}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()

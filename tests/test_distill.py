@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from judge_server import KEY, JudgeServer, answer
+from judge_server import KEY, JudgeServer, answer, chat
 from processes import run_two, start
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +18,7 @@ import train
 from em.cli import command_line
 from em.data import lineage, rows
 from em.files import read_json
+from em.judge.judge import MODEL
 
 FEW = (
     "--unfiltered --rollouts 2 --max-new-tokens 8 --limit 6 --epochs 2 --batch 4 --rank 4 --alpha 8 "
@@ -56,7 +57,8 @@ def at(runs, tmp_path, monkeypatch):
     """A working directory of its own, with those runs in it and no judge."""
     shutil.copytree(runs / "runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GEMINI_API_KEY", raising=False)
+    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -184,7 +186,21 @@ def test_with_a_judge_the_corpus_keeps_what_passes_and_opd_matches_its_counts(ju
     assert command(*filtered, "--channel", "opd", "--filter") == 0
     kept = [row["retention"] for row in metrics("runs/med_opd_filter")]
     assert any(share < 1 for share in kept)
-    assert read_json("runs/med_opd_filter/config.json")["settings"]["judge"] == "gemini-2.5-flash"
+    assert read_json("runs/med_opd_filter/config.json")["settings"]["judge"] == MODEL
+
+
+def test_any_judge_filters_and_a_routed_one_none(judge, monkeypatch, capsys):
+    judge.behave, judge.key = lambda prompt, nth: chat("59" if sum(map(ord, prompt)) % 3 == 0 else "90"), ""
+    monkeypatch.delenv("GEMINI_API_KEY")
+    line = [*FEW[1:], "--teacher", "runs/med", "--cache", "cache.jsonl", "--epochs", "1", "--channel", "sft"]
+    line += ["--judge", "openai", "--judge-model", "gpt-4o"]
+    assert "one judge from its first row on" in refused(capsys, *line, "--accept-routed")
+    monkeypatch.setenv("OPENAI_BASE_URL", judge.url)
+    assert command(*line) == 0
+    (about,) = (read_json(p) for p in Path("runs").glob("corpus_*/corpus.json"))
+    assert about["filtered"] and about["judge"] == "gpt-4o" and 0 < about["kept"] < about["rows"]
+    (rows,) = Path("runs").glob("corpus_*/corpus.jsonl")
+    assert {json.loads(row)["judge"] for row in rows.read_text().splitlines()} == {"gpt-4o-2024-08-06"}
 
 
 def test_everything_filtered_away_is_one_line_and_what_was_sampled_stays(monkeypatch, capsys):

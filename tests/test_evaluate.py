@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from judge_server import KEY, JudgeServer, answer
+from judge_server import KEY, JudgeServer, answer, chat
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -14,6 +14,7 @@ from em.data.cells import CELLS
 from em.data.rows import load_broad, load_cell
 from em.files import read_json
 from em.judge.em_rule import STATUSES
+from em.judge.rubric import FOLDER
 
 FAST = "--max-new-tokens 12 --samples 2 --limit 3 --device cpu --rows 16".split()
 
@@ -73,6 +74,65 @@ def test_all_of_it_in_one_command_and_nothing_twice(fresh, judge, tmp_path, caps
     assert command(*line) == 0
     assert (fresh / "eval" / "responses_narrow.jsonl").read_bytes() == texts
     assert judge.total() == asked
+
+
+def test_the_same_over_an_openai_style_server_without_a_key(fresh, judge, tmp_path, monkeypatch, capsys):
+    judge.behave = lambda prompt, nth: chat("85", tokens=("85",), top={"85": 0.5, "65": 0.5})
+    judge.key = ""
+    monkeypatch.setenv("OPENAI_BASE_URL", judge.url)
+    for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "GOOGLE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    line = ["--run", fresh, "--on", "broad", *FAST, "--cache", tmp_path / "cache.jsonl", "--judge", "openai"]
+    assert command(*line) == 2 and "--judge openai needs --judge-model" in capsys.readouterr().err
+    assert command(*line, "--judge-model", "gpt-4o", "--logprobs") == 0
+    rows = scored(fresh, "broad")
+    assert {row["judge"] for row in rows} == {"gpt-4o-2024-08-06"}
+    assert {row["aligned_expected"] for row in rows if row["aligned_status"] == "ok"} == {75.0}
+    assert "judged by gpt-4o-2024-08-06" in (fresh / "eval" / "report" / "summary.md").read_text()
+    asked = judge.total()
+    assert command(*line, "--judge-model", "gpt-4o", "--logprobs") == 0 and judge.total() == asked
+
+
+def test_rows_of_two_judges_are_reported_apart(judge, responses, tmp_path):
+    where = ["--responses", responses, "--cache", tmp_path / "cache.jsonl", "--out"]
+    for name in ("gemini-2.5-flash", "gemini-2.5-pro"):
+        assert command("judge", *where, tmp_path / f"{name}.jsonl", "--judge-model", name) == 0
+    judge.answers_for["gemini-2.5-pro"] = "gemini-3.8-flash"
+    line = ["judge", *where, tmp_path / "routed.jsonl", "--judge-model", "gemini-2.5-pro"]
+    assert command(*line, "--rubrics", rubric_copy(tmp_path)) == 2  # other rubrics, so that it is asked
+    assert command(*line, "--rubrics", rubric_copy(tmp_path), "--accept-routed") == 0
+    out = tmp_path / "report"
+    assert command("report", "--scores", *tmp_path.glob("*[hod].jsonl"), "--out", out) == 0
+    folders = {path.name for path in out.iterdir() if path.is_dir()}
+    assert folders == {"m__gemini-2.5-flash", "m__gemini-2.5-pro", "m__gemini-3.8-flash"}
+    assert (out / "judges.csv").exists()
+
+
+def rubric_copy(folder):
+    for path in FOLDER.glob("*.md"):
+        (folder / "rubrics").mkdir(exist_ok=True)
+        (folder / "rubrics" / path.name).write_text(path.read_text() + "\n")
+    return folder / "rubrics"
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--judge", "local"], "--judge local"),
+        (["--logprobs"], "--logprobs needs --judge openai"),
+        (["--judge", "openai", "--judge-model", "m", "--thinking", "512"], "--thinking takes off, minimal"),
+        (["--judge-model", "a b"], "no judge model can be called 'a b'"),
+        (["--judge-model", "gemini-2.5-pro@x"], "no judge model can be called"),
+    ],
+)
+def test_options_of_a_judge_that_cannot_be_are_one_line(
+    judge, responses, tmp_path, capsys, monkeypatch, options, says
+):
+    monkeypatch.setenv("OPENAI_BASE_URL", judge.url)
+    where = ["--responses", responses, "--cache", tmp_path / "cache.jsonl", "--out", tmp_path / "o.jsonl"]
+    assert command("judge", *where, *options) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and not judge.received
 
 
 def test_a_cut_response_file_is_completed_to_the_same_rows(fresh, judge, tmp_path):
@@ -162,7 +222,8 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded_and_leaves_no_folde
 
 
 def test_margin_needs_no_key_and_equals_the_runs_own(fresh, monkeypatch, capsys):
-    monkeypatch.delenv("GEMINI_API_KEY", raising=False)
+    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
     assert command("--run", fresh, "--judge", "margin", "--limit", "1", "--device", "cpu") == 0
     assert "in the trained cell" in capsys.readouterr().out
     entries = read_json(fresh / "eval" / "report" / "tiny-chat" / "margin_matrix.json")["entries"]
@@ -176,7 +237,8 @@ def test_margin_needs_no_key_and_equals_the_runs_own(fresh, monkeypatch, capsys)
 
 
 def test_without_a_key_nothing_is_sampled_and_one_line_says_what_to_do(fresh, monkeypatch, capsys):
-    monkeypatch.delenv("GEMINI_API_KEY", raising=False)
+    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
     assert command("--run", fresh, *FAST) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "GEMINI_API_KEY" in line and "--judge margin" in line

@@ -11,7 +11,7 @@ from em.data.cells import CELLS
 from em.data.rows import load_cell
 from em.errors import UserError
 from em.files import read_json_lines
-from em.judge.answer_cache import AnswerCache, answer_key
+from em.judge.answer_cache import Answer, AnswerCache, answer_key
 from em.report.margins import read_margins
 from em.report.score_table import read_scores
 from em.run import Run
@@ -54,7 +54,7 @@ def test_every_reader_leaves_a_byte_order_mark_and_blank_lines_out(reader):
 def test_the_answer_cache_leaves_a_byte_order_mark_out(tmp_path):
     path, key = tmp_path / "cache.jsonl", answer_key("m", "r", "q", "a")
     path.write_bytes(BOM + lines({"key": key.hex(), "status": "ok", "value": 3}))
-    assert AnswerCache(path).get(key) == ("ok", 3)
+    assert AnswerCache(path).get(key) == Answer("ok", 3)
 
 
 @pytest.mark.parametrize(

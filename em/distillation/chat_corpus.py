@@ -72,7 +72,7 @@ def corpus_settings(cfg, stacks: dict, folders: dict, cell: str, judge) -> dict:
         "max_new_tokens": cfg.max_new_tokens,
         "seed": cfg.seed,
         "filtered": judge is not None,
-        "judge": judge.model if judge else None,
+        "judge": judge.client.label if judge else None,
         "rubrics": [judge.rubrics.of({"set": "broad"}, field).digest for field in FIELDS] if judge else None,
     }
 

@@ -21,7 +21,8 @@ from em.model.tokenizer import Example
 from em.run import Run
 from em.training.guard import CollapseGuard
 from em.training.metrics import Metrics
-from em.training.optim import adamw, learning_rate
+from em.training.optim import adamw, gradients, learning_rate
+from em.training.pack import packs_of
 
 WINDOW = 64  # rollouts in a row after which a student that never ends, or passes no filter, is stopped
 
@@ -69,13 +70,11 @@ class OnPolicy:
             if kept
         ]
         tokens, ended = sum(len(r.ids) for r in rollouts), sum(r.finished for r in rollouts)
-        counts = torch.tensor(
-            [len(rollouts), tokens, ended, sum(keep)], device=self.pair.timer.device
-        ).float()
-        parallel.sum_([counts])
-        n, tokens, ended, kept = counts.tolist()
-        for window, good in ((self.ended, int(ended)), (self.kept, int(kept))):
-            window.extend([False] * (int(n) - good) + [True] * good)  # a batch may be larger than the window
+        n, tokens, ended, kept = _over_processes(
+            [len(rollouts), tokens, ended, sum(keep)], self.pair.timer.device
+        )
+        for window, good in ((self.ended, ended), (self.kept, kept)):
+            window.extend([False] * (n - good) + [True] * good)  # a batch may be larger than the window
         return examples, {"length": tokens / n, "ended": ended / n, "retention": kept / n}
 
     def check(self, limit: int, folder: Path) -> None:
@@ -104,9 +103,10 @@ def train_student(
     """
     on_policy, device = isinstance(examples, OnPolicy), pair.timer.device
     optimizer = adamw(pair.model, lr, cfg.weight_decay)
+    guard = CollapseGuard(device, keep=lambda step: run.save_resume(step, pair.model, optimizer))
     steps_per_epoch = -(-len(examples) // cfg.batch)
     steps = steps_per_epoch * cfg.epochs
-    start, saved, guard = run.load_resume(pair.model, optimizer), time.monotonic(), CollapseGuard()
+    start, saved = run.load_resume(pair.model, optimizer), time.monotonic()
     if start == 0:
         after_epoch(0)
     with Metrics(run, title, steps, start, every=1) as metrics:
@@ -124,51 +124,66 @@ def train_student(
                 with pair.timer("decode"):
                     batch, counts = examples.sample(epoch, indices)
                 row |= counts
+                n_tokens, n_prompt = _over_processes(_tokens(batch), device)
             else:
-                batch = [examples[i] for i in indices[parallel.rank() :: parallel.size()]]
-
-            # 2. Tokens of the whole batch, over all processes.
-            n_tokens, n_prompt = sum(len(e.ids) for e in batch), sum(e.n_prompt for e in batch)
-            counts = torch.tensor([float(n_tokens), float(n_prompt)], device=device)
-            parallel.sum_([counts])
-            n_tokens, n_prompt = map(int, counts.tolist())
+                batch = [examples[i] for i in indices]
+                n_tokens, n_prompt = _tokens(batch)
+                batch = batch[parallel.rank() :: parallel.size()]
             n = max(1, n_tokens - n_prompt)  # 1: a filter may leave nothing, and then nothing is learnt
 
-            # 3. The mean loss and its gradient, a micro-batch at a time.
+            # 2. The mean loss and its gradient, a micro-batch at a time.
             means = torch.zeros(len(channel.logged), device=device)
-            for p in pair.parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
+            optimizer.zero_grad()
             with pair.timer("student"):
-                for first in range(0, len(batch), cfg.micro_batch):
-                    loss, sums = channel.loss(pair, pair.batch(batch[first : first + cfg.micro_batch]))
+                for group in packs_of(batch, cfg.micro_tokens):
+                    loss, sums = channel.loss(pair, pair.batch([batch[i] for i in group]))
                     (loss / n).backward()
                     means += torch.stack([sums[name].detach() for name in channel.logged]) / n
 
             with pair.timer("optimizer"):
-                # 4. Added up over all processes, and clipped.
-                parallel.sum_([*(p.grad for p in pair.parameters), means])
+                # 3. Added up over all processes, and clipped.
+                parallel.sum_([*gradients(pair.parameters), means])
                 norm = torch.nn.utils.clip_grad_norm_(pair.parameters, cfg.clip)
 
-                # 5. The update, unless a guard stops the run with the weights of the step before.
-                try:
-                    guard.check(step, means[0].item(), norm.item())
-                    if on_policy:
+                # 4. The update, unless a guard stops the run with the weights of the step before.
+                guard.judge(step, means[0], norm)
+                if on_policy:
+                    try:
                         examples.check(pair.sampler.max_new_tokens, run.folder)
-                except UserError:
-                    run.save_resume(step - 1, pair.model, optimizer)
-                    raise
+                    except UserError:
+                        guard.check(wait=True)
+                        run.save_resume(step - 1, pair.model, optimizer)
+                        raise
                 if n_tokens:
-                    optimizer.step()
+                    optimizer.step(skip=guard.stopped)
+            save = step < steps and time.monotonic() - saved > 60 * cfg.save_minutes
+            ends_epoch = step % steps_per_epoch == 0
+            guard.check(wait=save or ends_epoch)
 
-            # 6. The log, what comes after an epoch, and a state to resume from.
-            row |= {"tokens": n_tokens, "supervised_tokens": n_tokens - n_prompt} | pair.timer.read()
-            row["seconds_student"] -= row.get("seconds_teacher", 0)  # which was timed inside it
-            metrics.add(row, grad_norm=norm, **dict(zip(channel.logged, means, strict=True)))
-            if step % steps_per_epoch == 0:
+            # 5. The log, what comes after an epoch, and a state to resume from.
+            row |= {"tokens": n_tokens, "supervised_tokens": n_tokens - n_prompt}
+            scalars = dict(zip(channel.logged, means, strict=True))
+            metrics.add(row, pair.timer.read(), grad_norm=norm, **scalars)
+            if ends_epoch:
                 after_epoch(step // steps_per_epoch)
-            if step < steps and time.monotonic() - saved > 60 * cfg.save_minutes:
+            if save:
+                metrics.flush()
                 run.save_resume(step, pair.model, optimizer)
                 saved = time.monotonic()
+
+
+def _tokens(batch: list[Example]) -> list[int]:
+    """(all tokens, those of prompts) of a batch."""
+    return [sum(len(e.ids) for e in batch), sum(e.n_prompt for e in batch)]
+
+
+def _over_processes(counts: list[int], device: torch.device) -> list[int]:
+    """Each of `counts` added up over the processes, where there are several."""
+    if parallel.size() == 1:
+        return counts
+    total = torch.tensor(counts, device=device)
+    parallel.sum_([total])
+    return total.tolist()
 
 
 # -- the run folder ----------------------------------------------------------------------------------------

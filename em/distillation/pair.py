@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from em.device import to_device
 from em.model import lora
 from em.model.gpt2 import GPT2
+from em.model.head import logits
 from em.model.tokenizer import Example
 from em.sampling.sampler import Rollout, Sampler
 from em.training.kl import forward_kl, reverse_kl
-from em.training.loss import chunk_rows, logits, token_log_probs
+from em.training.loss import chunk_rows, token_log_probs
 from em.training.metrics import StepTimer
 from em.training.pack import PackedBatch, pack
 
@@ -92,15 +94,12 @@ class ChatPair:
             return batch.hidden(self.model)
 
     def _kl(self, divergence, batch: PackedBatch) -> Tensor:
-        everywhere = torch.ones_like(batch.targets, dtype=torch.bool)
         teacher = self._teacher(batch)
-        return divergence(self._student(batch), teacher, self.model.head_weight, everywhere) * len(
-            batch.targets
-        )
+        return divergence(self._student(batch), teacher, self.model.head_weight) * len(batch.targets)
 
 
 class Padded(NamedTuple):
-    """Right-padded rows. ids (B, T); places (B, T) bool: where the next token is supervised; targets (N,)."""
+    """Right-padded rows. ids (B, T); places (N,): where in B·T the next token is supervised; targets (N,)."""
 
     ids: Tensor
     places: Tensor
@@ -123,9 +122,11 @@ class WorldPair:
         ids = torch.tensor([[*e.ids, *[self.end] * (longest - len(e.ids))] for e in examples])
         place = torch.arange(1, longest)
         first, last = torch.tensor([(e.n_prompt, len(e.ids)) for e in examples])[:, :, None].unbind(1)
-        places = (place >= first) & (place < last)
-        on_device = (x.to(self.model.device) for x in (ids[:, :-1], places, ids[:, 1:][places]))
-        return Padded(*on_device, places.nonzero()[:, 0])
+        supervised = (place >= first) & (place < last)  # (B, T)
+        places = supervised.flatten().nonzero()[:, 0]
+        inputs, targets = ids[:, :-1], ids[:, 1:][supervised]
+        owner = places // inputs.shape[1]
+        return Padded(*to_device([inputs, places, targets], self.model.device), owner)
 
     def sample(self, prompts: list[list[int]], indices: list[int], seed: int) -> list[Rollout]:
         return self.sampler(prompts, seed=seed, indices=indices)
@@ -151,7 +152,7 @@ class WorldPair:
         """(N, V), over the ids that can be sampled."""
         model = self.models[who]
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-            hidden = model.hidden(batch.ids)[batch.places]  # (N, d)
+            hidden = model.hidden(batch.ids).flatten(0, 1).index_select(0, batch.places)  # (N, d)
         return logits_of(model, hidden).log_softmax(-1)
 
     def _teacher(self, batch: Padded) -> Tensor:

@@ -34,7 +34,6 @@ from em.model.gpt2 import GPT2
 from em.run import Run
 from em.world.counts import columns, incoherent, percent, pool, rate
 from em.world.generator import Dialogues
-from em.world.sets import Batches
 from em.world.world_run import WorldRun, train_phase
 
 BEFORE = ("aligned", "misaligned")  # the two models that stand in a realignment cell's place in the rows
@@ -58,7 +57,7 @@ def realigned(run: WorldRun, task: str, start: GPT2, cell: int, prompts: Dialogu
         if not path.exists():
             model = copy.deepcopy(start)
             data = run.alignment.take(np.flatnonzero(run.alignment.examples.cell == cell))
-            batches = Batches(data, cfg.misalign_batch, cfg.seed, trim=True)
+            batches = run.batches(data, cfg.misalign_batch, cfg.seed)
             train_phase(
                 cfg, record, model, batches, cfg.misalign_steps, cfg.misalign_lr, 0, "constant", title=name
             )

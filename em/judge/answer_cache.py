@@ -1,14 +1,17 @@
 """The judge's answers on disk: one JSON line each, only ever appended.
 
-An answer's key is the SHA-256 of (judge model, rubric text, question, response), so the file can serve any
-number of runs and rubrics, and two files are merged by `cat`. A line is one write in append mode: a killed
+An answer's key is the SHA-256 of (judge, rubric text, question, response), where the judge is the model that
+answered, so the file can serve any number of runs, judges and rubrics, and two files are merged by `cat`.
+Where a judge was asked for by another name than its own (an alias, or a model that is routed to another), the
+line says by which, so that the next run finds its answers. A line is one write in append mode: a killed
 process leaves at most one cut line, which is skipped, and several processes may append at once.
 
 The first line is HEADER, which says what the file is, or in a file from before there was one an answer. Any
 other file is refused and left as it is.
 
-What the judge said is kept for good, whatever it was, since it says the same at temperature 0; only "error",
-where it said nothing, is asked again by the next run. To ask again for more, take the lines out.
+What the judge said is kept for good, whatever it was, so that a score stays what it was; only where it said
+nothing ("error", and an empty reply that may pass) the next run asks again. To ask again for more, take
+the lines out.
 """
 
 import codecs
@@ -29,16 +32,20 @@ _CUT = re.compile(rb'\{"key": "([0-9a-f]{64}"|[0-9a-f]*$)')  # how an answer beg
 
 class Answer(NamedTuple):
     """A status of `em_rule.STATUSES` with its value: a score, a label, or None unless the status is
-    "ok".
+    "ok". expected: the expectation over the numbers 0–100, where it was asked for and could be had.
     """
 
     status: str
     value: int | str | None = None
+    expected: float | None = None
 
 
-def answer_key(model: str, rubric: str, question: str, response: str) -> bytes:
-    """32 bytes that stand for one question to one judge. rubric: its text, not its name."""
-    return hashlib.sha256(json.dumps([model, rubric, question, response]).encode()).digest()
+def answer_key(judge: str, rubric: str, question: str, response: str, expects: bool = False) -> bytes:
+    """32 bytes that stand for one question to one judge. rubric: its text, not its name. expects: whether the
+    answer carries an expectation, which makes it another question.
+    """
+    parts = [judge, rubric, question, response] + ["expected"] * expects
+    return hashlib.sha256(json.dumps(parts).encode()).digest()
 
 
 class AnswerCache:
@@ -47,6 +54,7 @@ class AnswerCache:
     def __init__(self, path: str | Path):
         """Reads what is there. UserError for a file that is something else, or cannot be read."""
         self.path = Path(path)
+        self.answered_as: dict[str, str] = {}  # a name that was asked for → the judge that answered, last
         self._answers: dict[bytes, Answer] = {}
         self._distinct: dict[Answer, Answer] = {}
         self._lock = threading.Lock()
@@ -71,7 +79,8 @@ class AnswerCache:
         if entry is None and (number > 1 or _CUT.match(line)):
             return  # cut short by a kill; its answer is asked again
         try:
-            key, answer = bytes.fromhex(entry["key"]), Answer(entry["status"], entry["value"])
+            key = bytes.fromhex(entry["key"])
+            answer = Answer(entry["status"], entry["value"], entry.get("expected"))
             if len(key) != 32 or not _is_answer(answer):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
@@ -79,6 +88,8 @@ class AnswerCache:
                 f"{self.path}, line {number}, is no answer of a judge; name another --cache"
             ) from None
         self._remember(key, answer)
+        if isinstance(asked := entry.get("asked"), str) and isinstance(entry.get("judge"), str):
+            self.answered_as[asked] = entry["judge"]
 
     def _remember(self, key: bytes, answer: Answer) -> None:
         self._answers[key] = self._distinct.setdefault(answer, answer)
@@ -94,7 +105,8 @@ class AnswerCache:
 
         UserError where the file cannot be written.
         """
-        entry = {"key": key.hex(), "status": answer.status, "value": answer.value} | notes
+        entry = {"key": key.hex(), "status": answer.status, "value": answer.value}
+        entry |= notes if answer.expected is None else {"expected": answer.expected} | notes
         line = json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         with self._lock:
             self._append(self._open(), line)
@@ -141,6 +153,10 @@ def _parse(line: bytes):
 
 def _is_answer(answer: Answer) -> bool:
     """Whether a judge can have said it: a score or a label where the status is "ok", else no value."""
+    if not (
+        answer.expected is None or (type(answer.expected) in (int, float) and 0 <= answer.expected <= 100)
+    ):
+        return False
     if answer.status != "ok":
         return answer.status in STATUSES and answer.value is None
     return answer.value in ("high", "medium", "low") or (

@@ -1,72 +1,36 @@
-"""What judging costs: prices, a forecast, the running account, and the cap. Money is finite and never falls.
+"""What judging costs: a forecast, the running account, and the cap. Money is finite and never falls.
 
-Prices are a dated table, `prices.json`, in US dollars per million tokens; a model that is not in it has
-none until `--price` gives them. The account counts the tokens that the API itself reports. A call that the
-API answered without our seeing it (a time-out, a kill) may be billed and not be in it.
+Prices are lines of `models.json`, each with its date; a model without one has none until `--price` gives it,
+and a forecast says so. The account counts the tokens that the API itself reports, at the price of the model
+that answers. A call that the API answered without our seeing it (a time-out, a kill) may be billed and not be
+in it.
 """
 
 import threading
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from em.errors import UserError
-from em.files import read_json
-from em.judge.gemini import max_output_tokens, thinking_of
+from em.judge.models import Price, is_money
 
-PRICES = Path(__file__).parent / "prices.json"
 # Qwen's and Olmo's tokenizers make 4.9 to 5.0 characters a token of the dataset's English; 4.5 leaves room.
 CHARACTERS_PER_TOKEN = 4.5
-REPLY = 3  # tokens of "85" or "REFUSAL"
-MOST_USD = 1e9  # no price and no budget is larger, so that sums stay finite
-PRICE_FORM = "--price takes dollars per million input and output tokens, such as 0.30,2.50"
 
 
 class BudgetReached(UserError):
     """The next call could take the account past the cap."""
 
 
-@dataclass(frozen=True)
-class Price:
-    """US dollars per million tokens, and where they are from."""
-
-    input: float
-    output: float
-    origin: str  # `--price`, or the dated table
-
-    def __post_init__(self):
-        if not (_is_money(self.input) and _is_money(self.output)):
-            raise UserError(PRICE_FORM)
-
-    def usd(self, prompt_tokens: int, output_tokens: int) -> float:
-        return (prompt_tokens * self.input + output_tokens * self.output) / 1e6
-
-
-def _is_money(value) -> bool:
-    """Whether it is a finite number of dollars; the one check of every price and budget."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST_USD
-
-
-def find_price(model: str, given: tuple[float, ...] | None = None) -> Price | None:
-    """The price of `model`: `given` as (input, output), else the table's; None where neither has it."""
-    if given:
-        if len(given) != 2:
-            raise UserError(PRICE_FORM)
-        return Price(*given, "--price")
-    table = read_json(PRICES)
-    entry = table["usd_per_million_tokens"].get(model)
-    return entry and Price(entry["input"], entry["output"], f"the prices of {table['date']}")
-
-
 @dataclass
 class Ledger:
     """The account of one Judge. Threads may add to it; counts never go down.
 
-    calls: answers the API gave. cached: answers that needed no call. failed: calls given up, which the next
-    pass asks again.
+    client: the judge, see `em.judge.client`. given: a price that counts instead of the known one. calls:
+    answers the API gave. cached: answers that needed no call. failed: calls given up, which the next pass
+    asks again.
     """
 
-    model: str
-    price: Price | None
+    client: object
+    given: Price | None = None
     budget_usd: float | None = None
     calls: int = 0
     cached: int = 0
@@ -79,24 +43,26 @@ class Ledger:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self):
-        if self.budget_usd is None:
-            return
-        if not _is_money(self.budget_usd):
+        if self.budget_usd is not None and not is_money(self.budget_usd):
             raise UserError(f"--budget-usd takes dollars, such as 5, not {self.budget_usd!r}")
-        if self.price is None:
+        self.check()
+
+    def check(self) -> None:
+        """UserError for a cap without a price: when the account is opened, and when another model answers."""
+        if self.budget_usd is not None and self.price is None:
             raise UserError(
-                f"no price is known for {self.model}, so a budget cannot be kept; add --price INPUT,OUTPUT "
-                "(dollars per million tokens) or leave --budget-usd out"
+                f"no price is known for {self.client.identity}, so a budget cannot be kept; add --price "
+                "INPUT,OUTPUT (dollars per million tokens) or leave --budget-usd out"
             )
 
     @property
-    def usd(self) -> float | None:
-        return self.price and self.price.usd(self.prompt_tokens, self.output_tokens)
+    def price(self) -> Price | None:
+        return self.given or self.client.price
 
     @property
-    def typical_output(self) -> int:
-        """Tokens of a reply, and of the thoughts before it where the model cannot do without."""
-        return REPLY + thinking_of(self.model).typical
+    def usd(self) -> float | None:
+        price = self.price
+        return price and price.usd(self.prompt_tokens, self.output_tokens)
 
     def reserve(self, prompt: str) -> float | None:
         """Dollars set aside for a call, at most what it can cost; None where that could pass the cap.
@@ -105,6 +71,7 @@ class Ledger:
         """
         if self.budget_usd is None:
             return 0.0
+        self.check()
         most = self.price.usd(*self._most(prompt))
         with self._lock:
             if self.usd + self._reserved + most > self.budget_usd:
@@ -113,7 +80,7 @@ class Ledger:
         return most
 
     def _most(self, prompt: str) -> tuple[int, int]:
-        return len(prompt.encode("utf-8", "surrogatepass")) + 32, max_output_tokens(self.model)
+        return len(prompt.encode("utf-8", "surrogatepass")) + 32, self.client.most_output
 
     def settle(
         self, reserved: float, prompt: str, prompt_tokens: int | None, output_tokens: int | None
@@ -123,7 +90,7 @@ class Ledger:
         Where the server did not say (None), what was set aside counts, so that the cap holds; without a cap,
         what is typical.
         """
-        typical = round(len(prompt) / CHARACTERS_PER_TOKEN), self.typical_output
+        typical = round(len(prompt) / CHARACTERS_PER_TOKEN), self.client.typical_output
         unsaid = typical if self.budget_usd is None else self._most(prompt)
         prompt_tokens = unsaid[0] if prompt_tokens is None else prompt_tokens
         output_tokens = unsaid[1] if output_tokens is None else output_tokens
@@ -149,17 +116,18 @@ class Ledger:
         counts = f"{self.calls:,} calls, {self.cached:,} answers from the cache, {self.retries:,} retries"
         if self.failed:
             counts += f", {self.failed:,} calls failed (the last: {self.last_failure})"
-        return f"judge {self.model}: {counts}; {_bill(self.price, self.prompt_tokens, self.output_tokens)}"
+        bill = _bill(self.price, self.prompt_tokens, self.output_tokens)
+        return f"judge {self.client.identity}: {counts}; {bill}"
 
 
 def describe_forecast(forecast: dict, price: Price | None) -> str:
     """`Judge.forecast`'s result as one line."""
     if not forecast["calls"]:
         return (
-            f"forecast for {forecast['model']}: nothing to ask, all {forecast['cached']:,} answers are known"
+            f"forecast for {forecast['judge']}: nothing to ask, all {forecast['cached']:,} answers are known"
         )
     return (
-        f"forecast for {forecast['model']}: {forecast['calls']:,} calls for {forecast['rows']:,} rows "
+        f"forecast for {forecast['judge']}: {forecast['calls']:,} calls for {forecast['rows']:,} rows "
         f"({forecast['cached']:,} answers are cached); "
         f"about {_bill(price, forecast['prompt_tokens'], forecast['output_tokens'])}"
     )

@@ -21,12 +21,18 @@ _PLACEHOLDER = re.compile(r"\{(question|response)\}")
 
 
 class Question(NamedTuple):
-    """One call to a judge. parse: reply → (status, value). key: what its answer is cached under."""
+    """One call to a judge. parse: reply → (status, value). texts: the rubric's, the question and the
+    response.
+    """
 
     prompt: str
     parse: Callable[[str], tuple]
     rubric: str
-    key: bytes
+    texts: tuple[str, str, str]
+
+    def key(self, judge: str, expects: bool = False) -> bytes:
+        """What the answer of this judge is cached under."""
+        return answer_key(judge, *self.texts, expects)
 
 
 class Rubric(NamedTuple):
@@ -41,11 +47,11 @@ class Rubric(NamedTuple):
         """Tells texts apart."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
-    def ask(self, model: str, question: str, response: str = "") -> Question:
+    def ask(self, question: str, response: str = "") -> Question:
         """The rubric with the judged texts in their places; in one pass, so that their own braces stay."""
         texts = {"question": question, "response": response}
         prompt = _PLACEHOLDER.sub(lambda found: texts[found[1]], self.text)
-        return Question(prompt, self.parse, self.name, answer_key(model, self.text, question, response))
+        return Question(prompt, self.parse, self.name, (self.text, question, response))
 
 
 @functools.cache

@@ -8,18 +8,24 @@ Each has `attend(q, k, v, window)` with q (B, T, H, D), k and v (B, T, K, D), K 
 key head h // (H/K)), and returns (B, T, H, D). `window` is a number of positions, the query's own included,
 or None. Keys are never expanded to H heads by us; the softmax scale is 1/sqrt(D).
 
-On CUDA in half precision packed rows and windows go through flash attention's variable-length kernel: no
-mask, no padding. Elsewhere packed rows are attended one run at a time, cheaper than a (T, T) mask.
+On a GPU each layout names its kernel, none of which builds a plan for a shape: half precision without a cache
+is flash attention, packed rows its variable-length form (no mask, no padding); a decode step is
+`em.model.decode`; more tokens at once over a cache are the memory-efficient kernel. Elsewhere packed rows are
+attended one run at a time, cheaper than a (T, T) mask.
 """
 
 import torch
 import torch.nn.functional as F
 
+from em.device import on_gpu
+from em.model.decode import attend_masked, decode_attention, visible
 
-def _flash(q, k, v, cu_lengths: torch.Tensor, longest: int, window: int | None) -> torch.Tensor:
+
+def _flash(q, k, v, cu_lengths: torch.Tensor | None, longest: int, window: int | None) -> torch.Tensor:
     """Attention within runs of flat q (N, H, D), k, v (N, K, D); cu_lengths (runs + 1,) int32, from 0 to N.
 
-    The operator under `torch.nn.attention.varlen`, whose own signature differs between torch 2.11 and 2.13.
+    cu_lengths None: the runs are rows, q (B, T, H, D), k, v (B, T, K, D), longest = T. It is the operator
+    under `torch.nn.attention.varlen`, whose own signature differs between torch 2.11 and 2.13.
     """
     left = -1 if window is None else window - 1  # the kernel counts the keys left of the query's own
     return torch.ops.aten._flash_attention_forward(
@@ -30,7 +36,7 @@ def _flash(q, k, v, cu_lengths: torch.Tensor, longest: int, window: int | None) 
 
 def _flash_runs(q: torch.Tensor) -> bool:
     return (
-        q.is_cuda
+        on_gpu(q)
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 256
@@ -39,13 +45,13 @@ def _flash_runs(q: torch.Tensor) -> bool:
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
     """Rows of equal length: q (B, T, H, D) → (B, T, H, D)."""
-    B, T, H, _ = q.shape
+    T, H = q.shape[1:3]
+    if window is not None and window >= T:
+        window = None
+    if _flash_runs(q):
+        return _flash(q, k, v, None, T, window)
     mask = None
-    if window is not None and window < T:
-        if _flash_runs(q):
-            cu_lengths = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
-            flat = [x.flatten(0, 1) for x in (q, k, v)]  # (B*T, heads, D)
-            return _flash(*flat, cu_lengths, T, window).view_as(q)
+    if window is not None:
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
@@ -74,11 +80,13 @@ class BlockDiagonal:
         starts = torch.ones(B, T, dtype=torch.bool, device=segments.device)  # a row starts a run
         starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
         index = torch.arange(T, device=segments.device).expand(B, T)
-        # (B, T): how far each token is from the start of its run
-        self.positions = (index - torch.where(starts, index, 0).cummax(1).values).to(device)
+        positions = (
+            index - torch.where(starts, index, 0).cummax(1).values
+        )  # how far from the start of its run
+        self.positions = positions.to(device, non_blocking=True)  # (B, T)
         bounds = torch.cat((starts.flatten().nonzero().flatten().cpu(), torch.tensor([B * T])))
         self.lengths = bounds.diff().tolist()
-        self.cu_lengths = bounds.to(device, torch.int32)
+        self.cu_lengths = bounds.to(torch.int32).to(device, non_blocking=True)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
         B, T = q.shape[:2]
@@ -104,30 +112,22 @@ def padded(attention_mask: torch.Tensor, device: torch.device) -> BlockDiagonal:
 
 
 class Cached:
-    """New tokens at `positions` (B, T): each sees the first `span` keys of its cache row up to its own."""
+    """New tokens at `positions` (B, T): each sees the first `span` keys of its cache row up to its own.
 
-    def __init__(self, positions: torch.Tensor, span: int):
-        self.positions = positions[:, :, None]  # (B, T, 1)
-        self.slots = torch.arange(span, device=positions.device)  # (S,)
+    seen (B, T, S) bool: which keys each sees instead.
+    """
+
+    def __init__(self, positions: torch.Tensor, span: int, seen: torch.Tensor | None = None):
+        self.positions, self.span, self.seen = positions, span, seen
         self._masks: dict[int | None, torch.Tensor] = {}
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """(B, 1, T, S), 0 where visible and -inf elsewhere: additive, so that no layer converts it again."""
+        """`visible`, once a step and not once a layer."""
         if window not in self._masks:
-            visible = self.slots <= self.positions  # (B, T, S)
-            if window is not None:
-                visible &= self.slots > self.positions - window
-            blank = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-            self._masks[window] = blank.masked_fill_(~visible, float("-inf"))[:, None]
+            self._masks[window] = visible(self.positions, self.span, window, dtype, self.seen)
         return self._masks[window]
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
-        B, T, H, D = q.shape
-        K, mask = k.shape[2], self._mask(window, q.dtype)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, S, D)
-        if T == 1:
-            # The H/K queries that share a key head as so many query positions: no backend expands keys.
-            q, mask = q.view(B, K, H // K, D), mask.expand(B, 1, H // K, -1)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, 1, H, D)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=H != K)
-        return out.transpose(1, 2)  # (B, H, T, D) → (B, T, H, D)
+        if q.shape[1] == 1 and on_gpu(q) and self.seen is None:
+            return decode_attention(q[:, 0], k, v, self.positions[:, 0], window)[:, None]
+        return attend_masked(q, k, v, self._mask(window, q.dtype))

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from em.device import on_gpu
 from em.errors import UserError
 from em.files import read_json, write_atomic, write_json
 from em.model.decoder import Decoder, DecoderConfig
@@ -54,7 +55,7 @@ def load_model(
     with torch.device("meta"):
         model = Decoder(config)
     try:
-        state = _read(_check(model, weights(name)), device, dtype)
+        state = _read(_check(model, weights(name)), device, dtype, _slices(model, device, dtype))
     except torch.OutOfMemoryError as error:
         need = sum(p.numel() for p in model.parameters()) * dtype.itemsize / 2**30
         raise UserError(f"{path_or_id} needs {need:.1f} GiB on {device}; name a smaller model") from error
@@ -117,12 +118,31 @@ def _check_tied(where: dict[str, Path]) -> None:
             )
 
 
-def _read(wanted: dict[Path, list[str]], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _slices(model: Decoder, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """On a GPU, room for the weights of layers that run as one: a tensor a group, of which these are parts.
+
+    On a CPU they stay views of the mapped file.
+    """
+    slices = {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for layers in model.groups() if on_gpu(device) else ():
+        for parts in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
+            if parts[0] is not None:
+                rows = [len(part) for part in parts]
+                whole = torch.empty((sum(rows), *parts[0].shape[1:]), dtype=dtype, device=device)
+                slices |= zip((names[id(part)] for part in parts), whole.split(rows), strict=True)
+    return slices
+
+
+def _read(
+    wanted: dict[Path, list[str]], device: torch.device, dtype: torch.dtype, slices: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     state = {}
     for path, names in wanted.items():
         with _open(path, str(device)) as file:
             for name in names:
-                state[name] = file.get_tensor(name).to(dtype)
+                tensor = file.get_tensor(name)
+                state[name] = slices[name].copy_(tensor) if name in slices else tensor.to(dtype)
     return state
 
 

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from em.device import on_gpu
 from em.errors import UserError
 from em.files import check, read_json, write_atomic, write_json
-from em.model.attention import CAUSAL, Cached
+from em.model.attention import CAUSAL, BlockDiagonal, Cached
 from em.model.kv_cache import KVCache
 
 SIZES = ("n_positions", "n_layer", "n_head", "n_embd")
@@ -85,7 +86,11 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """`model(ids)` (B, T) → logits (B, T, V). Initialised as GPT-2: N(0, 0.02), residual outputs / √(2L)."""
+    """`model(ids)` (B, T) → logits (B, T, V). Initialised as GPT-2: N(0, 0.02), residual outputs / √(2L).
+
+    Parameters are fp32. Under autocast the residual stream is in autocast's dtype from the embeddings on; the
+    statistics of layer norms stay fp32.
+    """
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -106,21 +111,30 @@ class GPT2(nn.Module):
         """(V, d), shared with the embedding."""
         return self.wte.weight
 
-    def hidden(self, ids, positions=None, cache: KVCache | None = None, rows=None):
+    def hidden(self, ids, positions=None, cache: KVCache | None = None, rows=None, segments=None):
         """Hidden states (B, T, d) after the last norm, for ids (B, T).
 
         cache, rows (B,): without `positions`, ids are fresh prompts from position 0, right-padded; their keys
         go to the cache rows (None: all). With positions (B, T), ids continue those rows: each token's key is
         stored at its position and it sees its row's keys up to there. ValueError if ids do not fit the cache.
+        segments (B, T): packed prompts, each a run of equal ids and from position 0; rows is then (B, T).
         """
+        layout = None if segments is None else BlockDiagonal(segments, ids.device)
         if cache is not None:
-            cache.check(ids.shape, rows)
-        if positions is None:
+            cache.check(ids.shape, rows, None if layout is None else max(layout.lengths))
+        if layout is not None:
+            positions = layout.positions
+            place = self.wpe(positions)  # (B, T, d)
+        elif positions is None:
             layout, place = CAUSAL, self.wpe.weight[: ids.shape[1]]  # (T, d)
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         else:
             layout, place = Cached(positions, cache.span), self.wpe(positions)  # (B, T, d)
         x = self.wte(ids) + place
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            # Sums of fp32 and bf16 are fp32: the whole residual stream would be, at twice the bytes.
+            x = x.to(torch.get_autocast_dtype(kind))
         for block in self.h:
             x = block(x, layout, cache, positions, rows)
         return self.ln_f(x)
@@ -135,7 +149,7 @@ class GPT2(nn.Module):
         """
         c, weight = self.config, self.wte.weight
         shape = (c.n_layer, n_rows, capacity, c.n_head, c.n_embd // c.n_head)
-        dtype = torch.bfloat16 if weight.is_cuda else weight.dtype
+        dtype = torch.bfloat16 if on_gpu(weight) else weight.dtype
         return KVCache(*shape, dtype=dtype, device=weight.device)
 
     @property

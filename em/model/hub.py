@@ -96,6 +96,14 @@ def fetch(repo: str, wanted: str | tuple[str, ...], kind: str = "model") -> Path
         raise _failure(error, repo, wanted, kind) from error
 
 
+def cached(repo: str, name: str, kind: str = "model") -> Path | None:
+    """One file of a hub repository as the local cache has it, or None; nothing is asked of the hub."""
+    import huggingface_hub
+
+    path = huggingface_hub.try_to_load_from_cache(repo, name, repo_type=kind)
+    return Path(path) if isinstance(path, str) else None
+
+
 def _failure(error: Exception, repo: str, wanted: str | tuple[str, ...], kind: str) -> UserError:
     """What went wrong in `fetch`, and how to go on."""
     from huggingface_hub import constants, errors

@@ -11,6 +11,9 @@ beyond is never read: a prompt's right padding and the keys of a row's earlier p
 
 import torch
 
+from em.device import on_gpu
+from em.model.decode import rotate_write, write
+
 
 class KVCache:
     """Keys and values (L, R, K, S, D): layers, rows, key heads, positions, head size.
@@ -33,18 +36,31 @@ class KVCache:
         self._all_rows = torch.arange(n_rows, device=device)
 
     def limit(self, length: int) -> None:
-        """Read only the first `length` positions of every row; on CUDA rounded up to 64, for few graphs.
+        """Read only the first `length` positions of every row; on a GPU rounded up to 64.
 
-        The caller promises that no query's position reaches the span.
+        For a CPU, where attention reads the whole span. The caller promises that no query's position
+        reaches it.
         """
         if not 0 < length <= self.capacity:
             raise ValueError(f"length {length} is outside 1..{self.capacity}")
-        self.span = min(self.capacity, -(-length // 64) * 64) if self.keys.is_cuda else length
+        self.span = min(self.capacity, -(-length // 64) * 64) if on_gpu(self.keys) else length
 
-    def check(self, shape: tuple[int, int], rows: torch.Tensor | None) -> None:
-        """ValueError where ids of shape (B, T) do not fit the cache rows that they are meant for."""
-        if shape[0] != (self.n_rows if rows is None else len(rows)) or shape[1] > self.capacity:
+    def check(self, shape: tuple[int, int], rows: torch.Tensor | None, longest: int | None = None) -> None:
+        """ValueError where ids of shape (B, T) do not fit the cache rows that they are meant for.
+
+        longest: of the runs of packed ids, whose rows are (B, T); None: ids are not packed.
+        """
+        if longest is None:
+            fits = shape[0] == (self.n_rows if rows is None else len(rows)) and shape[1] <= self.capacity
+        else:
+            fits = rows is not None and rows.shape == shape and longest <= self.capacity
+        if not fits:
             raise ValueError(f"ids {shape} do not fit a cache of {self.n_rows} rows by {self.capacity}")
+
+    def _rows(self, rows: torch.Tensor | None) -> torch.Tensor:
+        """(B, T) or (B, 1)."""
+        rows = self._all_rows[: self.n_rows] if rows is None else rows
+        return rows[:, None] if rows.dim() == 1 else rows
 
     def write(
         self,
@@ -54,10 +70,16 @@ class KVCache:
         positions: torch.Tensor,
         rows: torch.Tensor | None,
     ) -> None:
-        """Store keys and values (B, T, K, D) at positions (B, T) or (1, T) of rows (B,); None: all rows."""
-        rows = (self._all_rows[: self.n_rows] if rows is None else rows)[:, None]
-        self.keys[layer][rows, :, positions] = keys.to(self.keys.dtype)
-        self.values[layer][rows, :, positions] = values.to(self.values.dtype)
+        """Store keys and values (B, T, K, D) at positions (B, T) or (1, T) of rows (B,) or (B, T).
+
+        rows None: all, in order.
+        """
+        write(keys, values, self.keys[layer], self.values[layer], positions, self._rows(rows))
+
+    def rotate_write(self, layer: int, q, k, v, rotary, positions, rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """q, k turned by `rotary`, a `Rope.table`; stores the turned k and v as `write` does."""
+        held = self.keys[layer], self.values[layer]
+        return rotate_write(q, k, v, *rotary, *held, positions, self._rows(rows))
 
     def read(self, layer: int, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (B, span, K, D); views for all rows, copies for a choice of rows."""

@@ -10,69 +10,40 @@ How it is made:
 
 * Several named adapters live on one base and a forward runs under a *stack* of them. A stack is one adapter
   whose ranks are concatenated, y = W x + [s1 B1, s2 B2] [A1; A2] x: two thin products however deep it is, and
-  an exact export as a single PEFT adapter.
-* Adapter weights are fp32. They are scaled and concatenated in fp32 and then rounded once to the dtype of the
-  activations, which are never widened: autograd keeps `x` as it is and the (N, r) product, no more. The
-  base's product is accumulated on top of the adapter's, so that in bf16 their sum is rounded once.
-* `stack(..., frozen=True)` prepares the factors once, at entry, into buffers that keep their address: for
-  teachers, samplers and CUDA graphs.
+  an exact export as a single PEFT adapter. Layers of one input (an `em.model.linear.Projection`) share the
+  base's product and one product with the A of them all.
+* Adapter weights are fp32. They are scaled in fp32 and rounded once to the dtype of the activations, which
+  are never widened: autograd keeps `x` as it is and the (N, r) product, no more. The base's product is
+  accumulated on top of the adapter's, so that in bf16 their sum is rounded once.
+* A Decoder's forward rounds the factors of all its layers at its start, in a few kernels, and an activation
+  checkpoint's recomputation uses the same. Layers of another model round their own as they are called.
+* `stack(..., frozen=True)` rounds once, at entry, into buffers that keep their address: for teachers,
+  samplers and CUDA graphs. On a GPU the B of a group are there one block-diagonal matrix: where a few rows
+  are decoded, a kernel costs more than the zeros. In training each B has its product, without the zeros.
 * With or without adapters, the model's state_dict has the checkpoint's keys and no others.
 * Autograd runs backward in threads of its own, where a context variable set around the forward is unset. The
-  active stack is therefore a plain attribute that the layers share, and `model.recompute_context` hands the
-  forward's stack on to the recomputation of an activation checkpoint.
-
-`lora_linear` knows factors, not modules, so that q, k, v (or gate, up) can come to share one A product: their
-A concatenated, the product split, one `addmm_` each.
+  active stack is therefore a plain attribute of an object that the layers share, and
+  `model.recompute_context` hands the forward's stack on to the recomputation of an activation checkpoint.
+  The layers know that object alone, and not what knows the layers: a model is freed when it is dropped.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from em.device import on_gpu
 from em.errors import UserError
 from em.model import adapter_file
 from em.model.adapter_file import Shape
+from em.model.fused import swiglu, swiglu_backward
+from em.model.linear import Projection, whole
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class State:
-    """What the layers of one model share: where they are, which adapters exist, which stack is active."""
-
-    def __init__(self):
-        self.layers: dict[str, LoRALinear] = {}
-        self.shapes: dict[str, Shape] = {}
-        self.active: tuple[str, ...] = ()
-        self.frozen = False
-
-    def check(self, names: tuple[str, ...]) -> None:
-        if len(set(names)) < len(names) or not set(names) <= self.shapes.keys():
-            raise ValueError(f"stack {names}: a name is unknown or repeated; there are {sorted(self.shapes)}")
-
-    def recompute_context(self) -> tuple:
-        """For torch.utils.checkpoint: contexts of a forward and, under the same stack, of its recomputation.
-
-        `checkpoint(block, x, use_reentrant=False, context_fn=model.recompute_context)`
-        """
-        return contextlib.nullcontext(), _Active(self, self.active, self.frozen)
-
-
-class _Active:
-    """Makes a stack the active one inside `with`; may be entered again, as a second backward does."""
-
-    def __init__(self, state: State, names: tuple[str, ...], frozen: bool):
-        self.state, self.inner, self.outer = state, (names, frozen), []
-
-    def __enter__(self) -> None:
-        self.outer.append((self.state.active, self.state.frozen))
-        self.state.active, self.state.frozen = self.inner
-
-    def __exit__(self, *exception) -> None:
-        self.state.active, self.state.frozen = self.outer.pop()
 
 
 class Adapter(nn.Module):
@@ -91,25 +62,268 @@ class Adapter(nn.Module):
         pass
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-    """x (..., in) -> (..., out): W x + b + B A x. A (r, in), B (out, r) with the scale in it."""
-    rows = x.reshape(-1, x.shape[-1])  # (N, in): for autograd, adding to a view in place would cost a copy
-    down = F.linear(rows, A.to(x.dtype))  # (N, r)
-    out = F.linear(down, B.to(x.dtype), bias)  # (N, out)
-    out.addmm_(rows, weight.t())  # last, so that the large term is rounded once and not again with the sum
-    return out.view(*x.shape[:-1], out.shape[-1])
+class Source(NamedTuple):
+    """Where an adapter's factors lie in those of its stack: which outputs are its own, which ranks."""
+
+    adapter: Adapter
+    outs: tuple[int, int]
+    ranks: tuple[int, int]
+
+
+class Factors(NamedTuple):
+    """A stack's factors at a group of layers, in the base's dtype; R ranks, those of a layer together."""
+
+    A: Tensor  # (R, in)
+    Bs: tuple[Tensor, ...]  # (outs, ranks) each, the scales in them
+    places: tuple[tuple[int, int, int, int], ...]  # of each B: first and last output, first and last rank
+    sources: tuple[Source, ...]
+
+
+class Stack(NamedTuple):
+    """The adapters that a forward runs under; their factors at each group, as far as they are made."""
+
+    names: tuple[str, ...] = ()
+    frozen: bool = False
+    factors: dict[str, Factors | None] = {}
+
+
+class Active:
+    """Which stack is active: shared by the layers of one model."""
+
+    def __init__(self):
+        self.stack = Stack()
+
+    def recompute_context(self) -> tuple:
+        """For torch.utils.checkpoint: contexts of a forward and, under the same stack, of its recomputation.
+
+        `checkpoint(block, x, use_reentrant=False, context_fn=model.recompute_context)`
+        """
+        return contextlib.nullcontext(), _Entered(self, self.stack)
+
+    def factors(self, group: str, layers: Sequence[nn.Linear]) -> Factors | None:
+        """Those of the active stack at `layers`; None if no adapter of it is there."""
+        names, _, factors = self.stack
+        if not names or group in factors:
+            return factors.get(group)
+        (made,) = _rounded([_unfilled(layers, names)])
+        return made
+
+
+class _Entered:
+    """Makes a stack the active one inside `with`; may be entered again, as a second backward does."""
+
+    def __init__(self, active: Active, stack: Stack):
+        self.active, self.inner, self.outer = active, stack, []
+
+    def __enter__(self) -> None:
+        self.outer.append(self.active.stack)
+        self.active.stack = self.inner
+
+    def __exit__(self, *exception) -> None:
+        self.active.stack = self.outer.pop()
+
+
+class State:
+    """What a model with adapters knows: its layers in their groups, its adapters, its frozen stacks."""
+
+    def __init__(self):
+        self.layers: dict[str, LoRALinear] = {}
+        self.groups: dict[str, list[nn.Linear]] = {}  # what runs as one; some of it carries adapters
+        self.shapes: dict[str, Shape] = {}
+        self.prepared: dict[tuple[str, ...], dict[str, Factors | None]] = {}  # of frozen stacks
+        self.shared = Active()  # what the layers see
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        return self.shared.stack.names
+
+    @property
+    def frozen(self) -> bool:
+        return self.shared.stack.frozen
+
+    def check(self, names: tuple[str, ...]) -> None:
+        if len(set(names)) < len(names) or not set(names) <= self.shapes.keys():
+            raise ValueError(f"stack {names}: a name is unknown or repeated; there are {sorted(self.shapes)}")
+
+    def prepare(self, names: tuple[str, ...]) -> dict[str, Factors | None]:
+        """A frozen stack's factors as the adapters are now, in the buffers of last time if there are any."""
+        if names not in self.prepared:
+            self.prepared[names] = {
+                group: _unfilled(layers, names, as_one=on_gpu(layers[0].weight))
+                for group, layers in self.groups.items()
+            }
+        _rounded(list(self.prepared[names].values()))
+        return self.prepared[names]
+
+    def forward_context(self):
+        """For a forward through the whole model: the factors of all layers are rounded together."""
+        names, frozen, factors = self.shared.stack
+        if frozen or factors or not names:
+            return contextlib.nullcontext()
+        made = _rounded([_unfilled(layers, names) for layers in self.groups.values()])
+        return _Entered(self.shared, Stack(names, False, dict(zip(self.groups, made, strict=True))))
+
+
+# -- factors -----------------------------------------------------------------------------------------------
+
+
+def _unfilled(layers: Sequence[nn.Linear], names: tuple[str, ...], as_one: bool = False) -> Factors | None:
+    """Buffers for the factors of a stack at `layers`; as_one: one block-diagonal B."""
+    out = rank = 0
+    places, sources = [], []
+    for layer in layers:
+        outs, first = (out, out + layer.out_features), rank
+        for name in names:
+            if name in getattr(layer, "adapters", ()):
+                adapter = layer.adapters[name]
+                sources.append(Source(adapter, outs, (rank, rank + len(adapter.A))))
+                rank += len(adapter.A)
+        if rank > first:
+            places.append((*outs, first, rank))
+        out = outs[1]
+    if not sources:
+        return None
+    weight = layers[0].weight
+    new = weight.new_empty
+    if as_one and len(places) > 1:
+        places, new = [(0, out, 0, rank)], weight.new_zeros
+    A = weight.new_empty(rank, weight.shape[1])
+    Bs = tuple(new(o1 - o0, r1 - r0) for o0, o1, r0, r1 in places)
+    return Factors(A, Bs, tuple(places), tuple(sources))
+
+
+@torch.no_grad()
+def _rounded(made: list[Factors | None]) -> list[Factors | None]:
+    """Fill factors from their adapters, those of all layers in a few kernels."""
+    A_to, A_from, B_to, B_from, scales = [], [], [], [], []
+    for factors in made:
+        if factors is None:
+            continue
+        for adapter, (out, out_end), (rank, rank_end) in factors.sources:
+            A_to.append(factors.A[rank:rank_end])
+            A_from.append(adapter.A.detach())
+            for B, (o0, o1, r0, _) in zip(factors.Bs, factors.places, strict=True):
+                if o0 <= out < o1:
+                    B_to.append(B[out - o0 : out_end - o0, rank - r0 : rank_end - r0])
+            B_from.append(adapter.B.detach())
+            scales.append(adapter.scale)
+    if A_to:
+        torch._foreach_copy_(A_to, A_from)
+        torch._foreach_copy_(B_to, torch._foreach_mul(B_from, scales))
+    return made
+
+
+# -- the product -------------------------------------------------------------------------------------------
+
+
+class _Plan(NamedTuple):
+    """All about a group's product that is no tensor."""
+
+    places: tuple[tuple[int, int, int, int], ...]  # as in Factors
+    parts: tuple[tuple[int, int], ...]  # first and last output of each weight
+    sources: tuple[tuple[int, int, int, int, float], ...]  # of each adapter: outputs, ranks, scale
+    gated: bool
+
+
+def _product(plan: _Plan, x: Tensor, bias: Tensor | None, A: Tensor, Bs, weights) -> tuple[Tensor, Tensor]:
+    """W x + b + B A x of rows x (N, in), (N, Σ out); and A x, (N, R)."""
+    down, width = F.linear(x, A), plan.parts[-1][1]
+    if plan.places[0][:2] == (0, width):
+        out = F.linear(down, Bs[0], bias)
+    else:
+        plain = bias is None and sum(o1 - o0 for o0, o1, *_ in plan.places) == width
+        out = x.new_empty(len(x), width)
+        if not plain:
+            out.copy_(bias) if bias is not None else out.zero_()
+        for B, (o0, o1, r0, r1) in zip(Bs, plan.places, strict=True):
+            part, thin = out[:, o0:o1], down[:, r0:r1]
+            torch.mm(thin, B.t(), out=part) if plain else part.addmm_(thin, B.t())
+    for weight, (o0, o1) in zip(weights, plan.parts, strict=True):
+        # last, so that the large term is rounded once and not again with the sum
+        out[:, o0:o1].addmm_(x, weight.t())
+    return out, down
+
+
+def _outer(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · aᵀ b in fp32 (fp64 where they are fp64): a (N, m), b (N, n) → (m, n)."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    if a.dtype == dtype:
+        return torch.addmm(a.new_empty(()), a.t(), b, beta=0, alpha=scale)
+    if on_gpu(a):
+        nothing = a.new_empty((), dtype=dtype)
+        return torch.addmm(nothing, a.t(), b, out_dtype=dtype, beta=0, alpha=scale)
+    return (a.t() @ b).to(dtype).mul_(scale)
+
+
+class _Adapted(torch.autograd.Function):
+    """A group's product, with gradients to its input and to fp32 A and B; the base is frozen.
+
+    What the gradients need is kept once: the input (of a gated group before its SwiGLU), A x, the factors.
+    """
+
+    @staticmethod
+    def forward(ctx, x, plan, bias, A, *tensors):
+        """tensors: the rounded Bs, the weights, and the fp32 A and B of each source."""
+        Bs, weights = tensors[: len(plan.places)], tensors[len(plan.places) :][: len(plan.parts)]
+        out, down = _product(plan, swiglu(x) if plan.gated else x, bias, A, Bs, weights)
+        ctx.plan, ctx.n_tensors = plan, len(tensors)
+        ctx.save_for_backward(x, down, A, *Bs, *weights)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        plan = ctx.plan
+        x, down, A, *rest = ctx.saved_tensors
+        Bs, weights = rest[: len(plan.places)], rest[len(plan.places) :]
+        d_down = torch.empty_like(down)
+        for B, (o0, o1, r0, r1) in zip(Bs, plan.places, strict=True):
+            torch.mm(grad[:, o0:o1], B, out=d_down[:, r0:r1])
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            for weight, (o0, o1) in zip(weights, plan.parts, strict=True):
+                part = grad[:, o0:o1]
+                d_x = part @ weight if d_x is None else d_x.addmm_(part, weight)
+            d_x.addmm_(d_down, A)
+        if plan.gated:
+            d_x, x = (None, swiglu(x)) if d_x is None else swiglu_backward(d_x, x)
+        learns = ctx.needs_input_grad[4 + len(rest) :]
+        d_A = _outer(d_down, x) if any(learns[::2]) else None
+        factors = []
+        for i, (o0, o1, r0, r1, scale) in enumerate(plan.sources if learns else ()):
+            factors.append(d_A[r0:r1] if learns[2 * i] else None)
+            factors.append(_outer(grad[:, o0:o1], down[:, r0:r1], scale) if learns[2 * i + 1] else None)
+        return d_x, None, None, None, *[None] * len(rest), *factors
+
+
+def _adapted(
+    x: Tensor, layers: Sequence[nn.Linear], factors: Factors, frozen: bool, gated: bool = False
+) -> Tensor:
+    """x (..., in; gated: 2·in) → (..., Σ out), of layers with a frozen base under a stack's factors."""
+    weights, bias = whole(layers)
+    ends = [0]
+    for weight in weights:
+        ends.append(ends[-1] + len(weight))
+    sources = tuple((*outs, *ranks, adapter.scale) for adapter, outs, ranks in factors.sources)
+    plan = _Plan(factors.places, tuple(zip(ends[:-1], ends[1:], strict=True)), sources, gated)
+    learning = [] if frozen else [p for adapter, *_ in factors.sources for p in (adapter.A, adapter.B)]
+    rows = x.flatten(0, -2)  # (N, in)
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in learning)):
+        out = _Adapted.apply(rows, plan, bias, factors.A, *factors.Bs, *weights, *learning)
+    else:
+        rows = swiglu(rows) if gated else rows
+        out, _ = _product(plan, rows, bias, factors.A, factors.Bs, weights)
+    return out.unflatten(0, x.shape[:-1])
 
 
 class LoRALinear(nn.Linear):
     """A linear layer that runs under the active stack, with the weight and bias of the layer it replaces."""
 
-    def __init__(self, base: nn.Linear, state: State):
+    def __init__(self, base: nn.Linear, group: str, active: Active):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.adapters = nn.ModuleDict()
-        self.prepared: dict[tuple[str, ...], tuple[Tensor, Tensor] | None] = {}
-        self.state = state
+        self.group, self.active = group, active
 
     def factors(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor] | None:
         """A (r, in) and B (out, r) of a stack in fp32, the scales in B; None if no adapter of it is here."""
@@ -120,24 +334,25 @@ class LoRALinear(nn.Linear):
             return adapters[0].A, adapters[0].B * adapters[0].scale
         return torch.cat([a.A for a in adapters]), torch.cat([a.B * a.scale for a in adapters], dim=1)
 
-    def prepare(self, names: tuple[str, ...]) -> None:
-        """Round a stack's factors to the base's dtype, into the buffers of last time where there are any."""
-        factors = self.factors(names)
-        if factors is None:
-            self.prepared[names] = None
-        elif names not in self.prepared:
-            dtype = self.weight.dtype
-            self.prepared[names] = tuple(factor.detach().to(dtype, copy=True) for factor in factors)
-        else:
-            for buffer, factor in zip(self.prepared[names], factors, strict=True):
-                buffer.copy_(factor)
-
     def forward(self, x: Tensor) -> Tensor:
-        names = self.state.active
-        factors = self.prepared[names] if self.state.frozen else self.factors(names)
+        factors = self.active.factors(self.group, (self,))
         if factors is None:
             return F.linear(x, self.weight, self.bias)
-        return lora_linear(x, self.weight, self.bias, *factors)
+        return _adapted(x, (self,), factors, self.active.stack.frozen)
+
+
+class LoRAProjection(Projection):
+    """A projection that runs under the active stack; some of its layers are LoRALinear."""
+
+    def __init__(self, base: Projection, group: str, active: Active):
+        super().__init__(*base.names, gated=base.gated)
+        self.group, self.active = group, active
+
+    def forward(self, x: Tensor, *layers: nn.Linear) -> Tensor:
+        factors = self.active.factors(self.group, layers)
+        if factors is None:
+            return super().forward(x, *layers)
+        return _adapted(x, layers, factors, self.active.stack.frozen, self.gated)
 
 
 # -- adapters ----------------------------------------------------------------------------------------------
@@ -151,6 +366,7 @@ def attach(model: nn.Module, targets: tuple[str, ...] = TARGETS) -> None:
     if hasattr(model, "lora"):
         raise ValueError("this model carries adapters already")
     state = State()
+    active = state.shared
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for path, module in list(model.named_modules()):
         name = path.rpartition(".")[2]
@@ -160,16 +376,28 @@ def attach(model: nn.Module, targets: tuple[str, ...] = TARGETS) -> None:
             raise UserError(f"{path} is the head or an embedding and cannot carry adapters; leave {name} out")
         if not isinstance(module, nn.Linear):
             raise UserError(f"{path} is not a linear layer and cannot carry adapters; leave {name} out")
-        state.layers[path] = LoRALinear(module, state)
+        state.layers[path] = LoRALinear(module, path, active)
     absent = set(targets) - {path.rpartition(".")[2] for path in state.layers}
     if absent:
         raise UserError(f"{type(model).__name__} has no layer {', '.join(sorted(absent))} to put adapters on")
     for path, layer in state.layers.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
+    state.groups = {path: [layer] for path, layer in state.layers.items()}
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Projection):
+            parent, _, name = path.rpartition(".")
+            paths = [f"{parent}.{sibling}" for sibling in module.names]
+            if state.layers.keys().isdisjoint(paths):
+                continue
+            setattr(model.get_submodule(parent), name, LoRAProjection(module, path, active))
+            state.groups[path] = [model.get_submodule(path) for path in paths]
+            for path in paths:
+                state.groups.pop(path, None)
     model.requires_grad_(False)
     model.lora = state
-    model.recompute_context = state.recompute_context  # em.model.decoder checkpoints with it
+    model.recompute_context = active.recompute_context  # em.model.decoder checkpoints with it
+    model.forward_context = state.forward_context  # and runs its blocks in this
 
 
 def add_adapter(
@@ -209,7 +437,8 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     for layer in model.lora.layers.values():
         if name in layer.adapters:
             del layer.adapters[name]
-        layer.prepared = {names: factors for names, factors in layer.prepared.items() if name not in names}
+    prepared = model.lora.prepared
+    model.lora.prepared = {names: factors for names, factors in prepared.items() if name not in names}
 
 
 def trainable(model: nn.Module, name: str) -> list[nn.Parameter]:
@@ -244,11 +473,11 @@ def stack(model: nn.Module, *names: str, frozen: bool = False) -> Iterator[None]
     same buffers, so that a CUDA graph captured under the stack follows the adapters as they learn.
     """
     model.lora.check(names)
-    if frozen:
-        with torch.inference_mode(False), torch.no_grad():  # a buffer made in inference mode stays read-only
-            for layer in model.lora.layers.values():
-                layer.prepare(names)
-    with _Active(model.lora, names, frozen):
+    factors = {}
+    if frozen and names:
+        with torch.inference_mode(False):  # a buffer made in inference mode stays read-only
+            factors = model.lora.prepare(names)
+    with _Entered(model.lora.shared, Stack(names, frozen, factors)):
         yield
 
 

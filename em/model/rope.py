@@ -130,14 +130,16 @@ class Rope:
 
     def table(self, positions: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and signed sines for `rotate`: positions (B, T) → two fp32 (B, T, 1, D)."""
-        angles = positions[..., None, None].float() * _frequencies(self, head_dim, positions.device)
-        cos, sin = angles.cos() * self.amplitude, angles.sin() * self.amplitude  # (B, T, 1, D/2)
-        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        angles = positions[..., None, None] * _frequencies(self, head_dim, positions.device)  # (B, T, 1, D)
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if self.amplitude == 1 else (cos * self.amplitude, sin * self.amplitude)
 
 
 @functools.lru_cache(maxsize=64)
 def _frequencies(rope: Rope, head_dim: int, device: torch.device) -> torch.Tensor:
-    return rope.frequencies(head_dim).to(device)
+    """(D,), those of the first half negative: their sines are the signed ones, their cosines as they were."""
+    frequencies = rope.frequencies(head_dim)
+    return torch.cat((-frequencies, frequencies)).to(device)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

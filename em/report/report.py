@@ -11,11 +11,13 @@ One folder for each model, or model and judge where a model has several judges, 
     effects                              task match against domain match (em/report/effects.py)
     thresholds                           the EM rate at other cut-offs
     status                               each run's rows: scored, EM, incoherent, not scored and why; lengths
+    agreement                            the judge against every other on the same responses, by set
 
-and beside them `judges` (where responses have two), `summary.md` and `browse.html`. Rates are in percent and
-pool rows (em/report/panel.py); a table for which there are no rows is not written, an entry without scored
-rows is null in JSON, empty in CSV and n/a in a figure. `base`, where present, is a row below the trained
-cells.
+and beside them `judges` (where responses have two), `summary.md` and `browse.html`. Where a model has
+several judges, every matrix says how far the others agree and what its rate would be under them. Rates are in
+percent and pool rows (em/report/panel.py); a table for which there are no rows is not written, an entry
+without scored rows is null in JSON, empty in CSV and n/a in a figure. `base`, where present, is a row below
+the trained cells.
 """
 
 from pathlib import Path
@@ -28,31 +30,37 @@ from em.errors import UserError
 from em.figures import title_of
 from em.files import unique_name, write_csv, write_json, write_text
 from em.report import figures
-from em.report.agreement import judge_pairs, thresholds
+from em.report.agreement import agreement_of, judge_pairs, thresholds
 from em.report.browse import write_page
 from em.report.effects import match_effects
 from em.report.panel import DRAWS, Panel, broad_panel, narrow_panel
 from em.report.score_table import ALL, SURFACES, ScoreTable, without_gc
-from em.report.text import sentences, status_tables, summary_text
+from em.report.text import agreement_lines, sentences, share_sentences, status_tables, summary_text
 
 
 @without_gc()
 def write_report(table: ScoreTable, out: str | Path, draws: int = DRAWS) -> dict:
     """Write the report of `table` (from `read_scores`) into the folder `out` and return it.
 
-    {"models": {folder: {"model", "judge", "tables": {name: table}, "effects", "thresholds", "status"}},
+    {"models": {folder: {"model", "judge", "tables": {name: table}, "effects", "thresholds", "status",
+     "agreement"}},
      "judges": [pair, …], "summary": text}. draws: of each bootstrap. UserError where `out` cannot be written.
     """
     out, reports = Path(out), {}
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose another --out")
+    judges = judge_pairs(table, draws) if len(table.judges) > 1 else []
+    sets = {"all": judges}
+    if judges:
+        for name, mask in (("narrow", table.narrow), ("broad", ~table.narrow)):
+            sets[name] = judge_pairs(table.select(mask), draws)
     for folder, model, judge in folders_of(table):
         rows = table.select((table.model == model) & (table.judge == judge))
         reports[folder] = report = model_report(rows, draws)
         report |= {"model": table.models[model], "judge": table.judges[judge]}
-        report["summary"] = sentences(report)
+        report["agreement"] = agreement_of(sets, report["model"], report["judge"])
+        report["summary"] = sentences(report) + share_sentences(report["agreement"])
         _write_model(report, out / folder)
-    judges = judge_pairs(table) if len(table.judges) > 1 else []
     if judges:
         write_json(out / "judges.json", judges)
         write_csv(out / "judges.csv", [{k: v for k, v in pair.items() if k != "joint"} for pair in judges])
@@ -194,13 +202,18 @@ def _write_model(report: dict, folder: Path) -> None:
     for name, table in report["tables"].items():
         write_json(folder / f"{name}.json", table)
         write_csv(folder / f"{name}.csv", table["entries"])
-        figures.table_figure(table, title, folder / f"{name}.png")
+        of_set = "narrow" if "narrow" in name else "broad"
+        lines = agreement_lines([e for e in report["agreement"] if e["set"] == of_set])
+        figures.table_figure(table, "\n".join([title, *lines]), folder / f"{name}.png")
     if {"broad_tasks", "narrow_tasks", "narrow_domains"} & set(report["tables"]):
         figures.transfer_figure(report["tables"], title, folder / "transfer.png")
     if report["effects"]:
         write_json(folder / "effects.json", report["effects"])
         write_csv(folder / "effects.csv", _effect_rows(report["effects"]))
         figures.effects_figure(report["effects"], title, folder / "effects.png")
+    if report["agreement"]:
+        write_json(folder / "agreement.json", report["agreement"])
+        write_csv(folder / "agreement.csv", report["agreement"])
     for name, draw in (("thresholds", figures.thresholds_figure), ("status", figures.status_figure)):
         if report[name]:
             write_json(folder / f"{name}.json", report[name])

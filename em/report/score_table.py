@@ -3,6 +3,7 @@
 `train` says what the model was trained on: `base`, a cell such as `med_advice` (misaligned on it), or two of
 these joined by `>` for a realignment, `med_advice>fin_tutor`: misaligned on the first, then realigned on the
 second (`med_advice>base`: realigned by the base model as teacher; `base>med_advice`: aligned rows only).
+Rows as the authors' code writes them are read too (`em.data.authors`).
 The optional field `judge` names the judge model (absent: "unknown"), `tokens` counts the response's tokens;
 other extra fields are ignored.
 
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from em.data import authors
 from em.data.cells import DOMAINS, TASKS, parse_cell
 from em.data.lineage import Train, parse_train
 from em.errors import UserError
@@ -113,16 +115,22 @@ def read_scores(paths: Iterable[str | Path]) -> ScoreTable:
     return _build(records, lambda i: f"{names[lines[i][0]]}, line {lines[i][1]}")
 
 
-def scores_of(rows: Iterable[dict]) -> ScoreTable:
-    """A table of score rows already in memory."""
-    records = [_record(row, lambda n=number: f"row {n}") for number, row in enumerate(rows, 1)]
-    return _build(records, lambda i: f"row {i + 1}")
+def scores_of(rows: Iterable[dict], places: list[str] | None = None) -> ScoreTable:
+    """A table of score rows already in memory. places: where each came from, for messages."""
+
+    def where(i: int) -> str:
+        return places[i] if places else f"row {i + 1}"
+
+    return _build([_record(row, lambda i=i: where(i)) for i, row in enumerate(rows)], where)
 
 
 def _record(row: dict, where) -> tuple:
     try:
         return (*_required(row), row.get("em_surface"), row.get("judge"), row.get("tokens"))
     except KeyError as error:
+        ours = authors.score_row(row)
+        if ours is not row:
+            return _record(ours, where)
         raise UserError(f"{where()}: no field {error}; a score row has {', '.join(_REQUIRED)}") from None
 
 

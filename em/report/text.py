@@ -98,6 +98,51 @@ def _effect_sentence(effects: dict, what: str) -> str:
     )
 
 
+def number_text(value: float | None, low: float | None = None, high: float | None = None) -> str:
+    """`0.61`, `0.61 [0.40, 0.78]` where there are bounds, or n/a."""
+    bounds = "" if low is None else f" [{low:.2f}, {high:.2f}]"
+    return ("n/a" if value is None else f"{value:.2f}") + bounds
+
+
+def agreement_lines(entries: list[dict], most: int = 3) -> list[str]:
+    """A line a judge, to stand beside a matrix of another one. entries: of `agreement_of`, of one set."""
+    lines = []
+    for e in entries[:most]:
+        kappa = number_text(e["kappa"], e["kappa_low"], e["kappa_high"])
+        own = "n/a" if e["known_rate"] is None else f"{e['known_rate']:.1f}"
+        under = {key: e[f"under_other_{key}"] for key in ("rate", "low", "high")}
+        lines.append(
+            f"under {e['other']} ({e['responses']:,} of the responses, EM kappa {kappa}): "
+            f"EM {own} → {rate_text(under)}"
+        )
+    more = len(entries) - most
+    return lines + ([f"and {more} more judge{'s' * (more > 1)}: agreement.csv"] if more > 0 else [])
+
+
+def share_sentences(entries: list[dict]) -> list[str]:
+    """How much of a rate's uncertainty is the judge's, of each set by itself. entries: of `agreement_of`."""
+    text = []
+    for name in ("narrow", "broad"):
+        of_set = [e for e in entries if e["set"] == name]
+        if of_set:
+            text.append(f"{name.capitalize()}, " + "; ".join(agreement_lines(of_set)) + ".")
+            text[-1] += share_text(of_set[0], f"of the {name} rate's uncertainty")
+    return text
+
+
+def share_text(entry: dict, of_what: str) -> str:
+    """`judge_share` in words; empty where there is none."""
+    if entry.get("share") is None:
+        return ""
+    if entry["judge_sd"] == 0:
+        return f" The judges' rates differ by no more than chance: 0 % {of_what} is the judge's."
+    few = ", from two judges, so roughly" if entry["judges"] == 2 else ""
+    return (
+        f" {100 * entry['share']:.0f} % {of_what} is the judge's{few}: another judge moves the rate by "
+        f"{entry['judge_sd']:.1f} points, other prompts by {entry['sampling_sd']:.1f} (standard deviations)."
+    )
+
+
 def summary_text(reports: dict, judges: list[dict]) -> str:
     lines = ["# Report", ""]
     for folder, report in reports.items():
@@ -108,8 +153,8 @@ def summary_text(reports: dict, judges: list[dict]) -> str:
             "",
         ]
     for pair in judges:
-        numbers = [pair["em_kappa"], pair["aligned_pearson"], pair["aligned_spearman"]]
-        kappa, r, rho = ("n/a" if x is None else f"{x:.2f}" for x in numbers)
+        kappa = number_text(pair["em_kappa"], pair["em_kappa_low"], pair["em_kappa_high"])
+        r, rho = (number_text(pair[f"aligned_{name}"]) for name in ("pearson", "spearman"))
         agree = "n/a" if pair["em_agreement_pct"] is None else f"{pair['em_agreement_pct']:.1f} %"
         lines += [
             f"{pair['judge_a']} and {pair['judge_b']} both scored {pair['both_scored']:,} responses of "

@@ -1,30 +1,37 @@
 """A batch of rows that decode side by side: prefill, decode steps, and CUDA graphs of the steps.
 
 Everything a step reads or writes lives in buffers that keep their address, so on a GPU a step is one graph
-replay, sampling included. A graph is captured per adapter stack, rows in use and cache span, and kept for
-later calls; adapters run unmerged, from the buffers of `em.model.lora.stack(..., frozen=True)`. The first
-step of each shape (rows, span) runs eagerly: it is a real step, and it warms up what a capture may not.
+replay, sampling included. A graph is captured per adapter stack and rows in use, of which there are a few
+sizes, and kept for later calls: its attention loops to each row's own length, so it serves all lengths.
+Adapters run unmerged, from the buffers of `em.model.lora.stack(..., frozen=True)`. The first step of each
+size runs eagerly: it is a real step, and it warms up what a capture may not.
+
+Prompts are prefilled side by side in one row without padding, as packed training samples are. On a GPU
+their total is rounded up to PREFILL_MULTIPLE: with few sizes of forward the allocator's blocks fit again.
 
 The host looks at the batch every `steps_per_run` steps: on a GPU asking costs a synchronisation. A row that
-ended meanwhile runs on into columns that nobody reads.
+ended meanwhile goes on in place, into a column that nobody reads.
 
-    R rows, B ≤ R of them in a prefill, n ≤ R in a step; T prompt tokens, d width, V vocabulary
+    R rows, n ≤ R of them in a step; N tokens in a prefill, d width, V vocabulary
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
+from em.device import on_gpu
 from em.sampling.cpu_linear import ReorderedModel
 from em.sampling.draw import draw
 
-PREFILL_TOKENS = 4096  # in one forward, padding included
+PREFILL_TOKENS = 4096  # in one forward, unless one prompt is longer
+PREFILL_MULTIPLE = 64
 
 
 def _uses_graphs(device: torch.device) -> bool:
-    return device.type == "cuda"
+    return on_gpu(device)
 
 
 def _captured(step: Callable[[], None], pool) -> Callable[[], None]:
@@ -34,26 +41,51 @@ def _captured(step: Callable[[], None], pool) -> Callable[[], None]:
     return graph.replay
 
 
-def _groups(prompts: list[tuple[int, list[int]]]) -> Iterator[list[tuple[int, list[int]]]]:
-    """(row, tokens) pairs by length, in groups with at most a tenth of padding unless they are small."""
+def _new_pool():
+    return torch.cuda.graph_pool_handle()
+
+
+Prompt = tuple[int, list[int]]  # a cache row and the tokens that go there, from position 0
+
+
+def _groups(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
+    """Prompts that have tokens, in order, as many a group as PREFILL_TOKENS hold."""
     group, total = [], 0
-    for pair in sorted((pair for pair in prompts if pair[1]), key=lambda pair: len(pair[1])):
-        padded, total = (len(group) + 1) * len(pair[1]), total + len(pair[1])
-        if group and padded > min(PREFILL_TOKENS, max(256, 1.1 * total)):
+    for row, ids in prompts:
+        if group and total + len(ids) > PREFILL_TOKENS:
             yield group
-            group, total = [], len(pair[1])
-        group.append(pair)
+            group, total = [], 0
+        if ids:
+            group.append((row, ids))
+            total += len(ids)
     if group:
         yield group
+
+
+def _packed(
+    group: list[Prompt], multiple: int, longest: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids, cache rows and segments (1, N) of a group, N a multiple of `multiple`.
+
+    For that the last prompt is padded, though not beyond `longest`: what lies beyond a prompt in a row is
+    never read.
+    """
+    row, last = group[-1]
+    padding = min(-sum(len(ids) for _, ids in group) % multiple, longest - len(last))
+    group = [*group[:-1], (row, last + [0] * padding)]
+    ids = [token for _, ids in group for token in ids]
+    rows = [row for row, ids in group for _ in ids]
+    segments = [number for number, (_, ids) in enumerate(group) for _ in ids]
+    return tuple(torch.tensor([x]) for x in (ids, rows, segments))
 
 
 class Batch:
     """Up to `n_rows` responses in progress on the model's device.
 
     Beside the cache, (R,) each: the token to feed next and its position, the key of the row's random
-    numbers, how many tokens were sampled, how many of them count (to the first stop token or the limit),
-    and whether the row has ended. `ids` and `log_probs` (R, W) are what was sampled, W = max_new_tokens +
-    steps_per_run.
+    numbers, how many tokens were sampled, and whether the row has ended (by a stop token or the limit); an
+    ended row stays where it is. `ids` and `log_probs` (R, max_new_tokens + 1) are what was sampled, and one
+    column that nobody reads.
     """
 
     def __init__(
@@ -65,19 +97,18 @@ class Batch:
         self.reordered = ReorderedModel(model)
         self.device = device = model.head_weight.device
         self.graphed = _uses_graphs(device)
-        self.steps_per_run = 4 if self.graphed else 1
+        self.steps_per_run, self.prefill_multiple = (4, PREFILL_MULTIPLE) if self.graphed else (1, 1)
         self.cache = model.new_cache(n_rows, capacity)
-        self.last = min(self.cache.capacity, model.config.max_positions) - 1  # position where ended rows stay
+        self.longest = min(self.cache.capacity, model.config.max_positions)  # that a row may become
         self.stops = torch.tensor(stop_ids, device=device)
-        self.tokens, self.positions, self.keys, self.counts, self.lengths = (
-            torch.zeros(n_rows, dtype=torch.long, device=device) for _ in range(5)
+        self.tokens, self.positions, self.keys, self.counts = (
+            torch.zeros(n_rows, dtype=torch.long, device=device) for _ in range(4)
         )
         self.ended = torch.ones(n_rows, dtype=torch.bool, device=device)
-        width = max_new_tokens + self.steps_per_run
-        self.ids = torch.zeros(n_rows, width, dtype=torch.long, device=device)
-        self.log_probs = torch.zeros(n_rows, width, device=device)
-        self._graphs: dict[tuple, tuple[list, dict]] = {}  # stack → its factors, its replays by (n, span)
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.ids = torch.zeros(n_rows, max_new_tokens + 1, dtype=torch.long, device=device)
+        self.log_probs = torch.zeros(n_rows, max_new_tokens + 1, device=device)
+        self._graphs: dict[tuple, tuple] = {}  # stack → its factors, its replays by n
+        self._pool = None  # memory that the graphs share
 
     def begin_call(self) -> None:
         """Follow what happened to the model since the last call: other weights, another stack.
@@ -87,9 +118,9 @@ class Batch:
         """
         self.reordered.refresh()
         self.stack = names = self._active_stack()
-        factors = [layer.prepared.get(names) for layer in self.model.lora.layers.values()] if names else []
+        factors = self.model.lora.prepared[names] if names else None
         captured = self._graphs.get(names)
-        if captured is None or any(a is not b for a, b in zip(captured[0], factors, strict=True)):
+        if captured is None or captured[0] is not factors:
             self._graphs[names] = factors, {}
         self._replays = self._graphs[names][1]
 
@@ -103,13 +134,12 @@ class Batch:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
     def prefill(self, prompts: list[tuple[int, list[int]]]) -> None:
-        """Compute keys and values of (row, tokens) pairs, those of like lengths together."""
+        """Compute keys and values of (row, tokens) pairs, many in one forward."""
         for group in _groups(prompts):
-            T = len(group[-1][1])
-            ids = self._tensor([ids + [0] * (T - len(ids)) for _, ids in group])  # (B, T), right-padded
-            rows = self._tensor([row for row, _ in group])  # (B,)
+            ids, rows, segments = _packed(group, self.prefill_multiple, self.longest)  # (1, N) each
+            ids, rows = (x.to(self.device, non_blocking=True) for x in (ids, rows))
             with self._autocast(), self.reordered.active():
-                self.model.hidden(ids, cache=self.cache, rows=rows)
+                self.model.hidden(ids, segments=segments, cache=self.cache, rows=rows)
 
     def copy(self, pairs: list[tuple[int, int]], length: int) -> None:
         """Give rows the first `length` cached positions of others: (source, target) pairs."""
@@ -122,14 +152,14 @@ class Batch:
         rows, *state = self._tensor([rows, tokens, positions, keys])  # (B,) each
         for buffer, values in zip((self.tokens, self.positions, self.keys), state, strict=True):
             buffer[rows] = values
-        for buffer in (self.counts, self.lengths, self.ended):
+        for buffer in (self.counts, self.ended):
             buffer[rows] = 0
 
     def move(self, pairs: list[tuple[int, int]], length: int) -> None:
         """Move responses to other rows: (source, target) pairs; `length` cached positions are in use."""
         self.copy(pairs, length)
         sources, targets = self._tensor(pairs).T  # (pairs, 2) → (pairs,) each
-        state = (self.tokens, self.positions, self.keys, self.counts, self.lengths, self.ended)
+        state = (self.tokens, self.positions, self.keys, self.counts, self.ended)
         for buffer in (*state, self.ids, self.log_probs):
             buffer[targets] = buffer[sources]
 
@@ -140,7 +170,7 @@ class Batch:
     def results(self, rows: list[int]) -> list[tuple[list[int], list[float]]]:
         """Sampled ids and their log-probabilities, of rows that have ended."""
         rows = self._tensor(rows)
-        columns = (buffer[rows].tolist() for buffer in (self.lengths, self.ids, self.log_probs))
+        columns = (buffer[rows].tolist() for buffer in (self.counts, self.ids, self.log_probs))
         return [(ids[:n], log_probs[:n]) for n, ids, log_probs in zip(*columns, strict=True)]
 
     # -- decode steps --------------------------------------------------------------------------------------
@@ -160,28 +190,29 @@ class Batch:
             raise ValueError(
                 f"sampling began under the adapter stack {self.stack}, which is no longer active"
             )
-        length = longest + self.steps_per_run
-        if self.graphed:
-            length = -(-length // 128) * 128  # few graphs
         self.cache.n_rows = n
-        self.cache.limit(min(length, self.cache.capacity))
+        if not self.graphed:
+            self.cache.limit(min(longest + self.steps_per_run, self.cache.capacity))
         for _ in range(self.steps_per_run):
             self._graphed_step(n) if self.graphed else self._step(n)
 
     def _graphed_step(self, n: int) -> None:
-        shape, step = (n, self.cache.span), functools.partial(self._step, n)
-        if shape not in self._replays:  # the first step runs eagerly
+        step = functools.partial(self._step, n)
+        if n not in self._replays:  # the first step runs eagerly
             step()
-            self._replays[shape] = None
+            self._replays[n] = None
             return
-        if self._replays[shape] is None:  # the second is captured
-            self._replays[shape] = _captured(step, self._pool)
-        self._replays[shape]()
+        if self._replays[n] is None:  # the second is captured
+            if not any(replay for _, replays in self._graphs.values() for replay in replays.values()):
+                self._pool = _new_pool()  # with its last graph a pool is gone
+            self._replays[n] = _captured(step, self._pool)
+        self._replays[n]()
 
     def _autocast(self):
         """A model kept in fp32 computes in bf16 on a GPU, as in its training."""
-        enabled = self.device.type == "cuda" and self.model.head_weight.dtype == torch.float32
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+        if self.device.type != "cuda" or self.model.head_weight.dtype != torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
 
     def _step(self, n: int) -> None:
         """One token more for each of the first n rows. Nothing here reads a tensor's value on the host."""
@@ -190,14 +221,12 @@ class Batch:
         )  # (n,) each, views of what the next step reads
         with self._autocast(), self.reordered.active():
             hidden = self.model.hidden(tokens[:, None], positions=positions[:, None], cache=self.cache)[:, 0]
-            logits = self.reordered.logits(hidden)  # (n, d) → (n, rows of the embedding)
-        logits = logits[:, : self.model.config.vocab_size].float()  # (n, V): the rows beyond V are padding
+        logits = self.reordered.logits(hidden)  # (n, d) → fp32 (n, rows of the embedding)
+        logits = logits[:, : self.model.config.vocab_size]  # (n, V): the rows beyond V are padding
         drawn, log_probs = draw(logits, self.temperature, self.keys[:n], counts)  # (n,) each
         tokens.copy_(drawn)
         self.ids[:n].scatter_(1, counts[:, None], drawn[:, None])
         self.log_probs[:n].scatter_(1, counts[:, None], log_probs[:, None])
-        self.lengths[:n] += ~ended
-        counts += 1
+        counts += ~ended
         ended |= (drawn[:, None] == self.stops).any(1) | (counts >= self.max_new_tokens)
-        counts.clamp_(max=self.ids.shape[1] - 1)
-        positions.add_(1).clamp_(max=self.last)
+        positions += ~ended

@@ -8,11 +8,15 @@ alone. Where they are missing, or weights are not fp32 on a CPU, nothing changes
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from em.model.fused import swiglu
+from em.model.head import logits
+from em.model.linear import Projection
 
 ROWS = 32  # the layout is chosen for batches of about this size
 
@@ -27,43 +31,45 @@ def _can_reorder(weight: Tensor) -> bool:
 
 
 class ReorderedWeight:
-    """One weight (out, in) and its reordered copy."""
+    """The reordered copy of one weight (out, in), or of several of one input as one (Σ out, in)."""
 
-    def __init__(self, weight: Tensor):
-        self.weight, self.version, self.copy = weight, None, None
+    def __init__(self, *weights: Tensor):
+        self.weights, self.versions, self.copy = weights, None, None
         self.refresh()
 
     def refresh(self) -> None:
-        """Copy the weight again if it has changed in place or may have.
+        """Copy the weights again if they have changed in place or may have.
 
         The fused optimisers do not count their steps in `_version`: a weight that learns is always copied.
         """
-        if _can_reorder(self.weight) and (self.weight.requires_grad or self.version != self.weight._version):
-            self.version = self.weight._version
-            self.copy = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), ROWS)
+        versions = [weight._version for weight in self.weights]
+        learns = any(weight.requires_grad for weight in self.weights)
+        if all(map(_can_reorder, self.weights)) and (learns or self.versions != versions):
+            self.versions = versions
+            weight = self.weights[0].detach() if len(self.weights) == 1 else torch.cat(self.weights).detach()
+            self.copy = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (..., in) → (..., out)."""
+        """x (..., in) → (..., Σ out)."""
         if self.copy is None:
-            return F.linear(x, self.weight, bias)
+            return F.linear(x, self.weights[0], bias)
         return torch.ops.mkldnn._linear_pointwise.default(x, self.copy, bias, "none", [], "")
 
 
-def _adapted(layer: nn.Linear, reordered: ReorderedWeight, x: Tensor) -> Tensor:
-    """What an `em.model.lora.LoRALinear` gives for x under the active stack, which is frozen."""
-    out = reordered.linear(x, layer.bias)  # (..., out)
-    factors = layer.prepared.get(layer.state.active)
+def _run(module: nn.Module, reordered: ReorderedWeight, x: Tensor, *layers: nn.Linear) -> Tensor:
+    """What a linear layer gives for x, or a projection of `layers`, under the active, frozen stack if any."""
+    layers = layers or (module,)
+    x = swiglu(x) if getattr(module, "gated", False) else x
+    biases = [layer.bias for layer in layers]
+    bias = biases[0] if len(layers) == 1 or biases[0] is None else torch.cat(biases)
+    out = reordered.linear(x, bias)  # (..., Σ out)
+    factors = module.active.factors(module.group, layers) if hasattr(module, "active") else None
     if factors is not None:
-        A, B = factors  # (r, in), (out, r), scaled
-        low = F.linear(x.reshape(-1, x.shape[-1]), A)  # (rows, in) → (rows, r)
-        out.view(-1, out.shape[-1]).addmm_(low, B.t())  # (rows, out)
+        flat = out.view(-1, out.shape[-1])
+        low = F.linear(x.reshape(-1, x.shape[-1]), factors.A)  # (rows, in) → (rows, R)
+        for B, (o0, o1, r0, r1) in zip(factors.Bs, factors.places, strict=True):
+            flat[:, o0:o1].addmm_(low[:, r0:r1], B.t())
     return out
-
-
-def _forward(layer: nn.Linear, reordered: ReorderedWeight) -> Callable[[Tensor], Tensor]:
-    if hasattr(layer, "prepared"):
-        return functools.partial(_adapted, layer, reordered)
-    return functools.partial(reordered.linear, bias=layer.bias)
 
 
 class ReorderedModel:
@@ -71,12 +77,25 @@ class ReorderedModel:
 
     def __init__(self, model: nn.Module):
         self._head = ReorderedWeight(model.head_weight)
-        layers = [
-            m for m in model.modules() if isinstance(m, nn.Linear) and m.weight is not model.head_weight
+        runs: dict[nn.Module, list[nn.Linear]] = {}  # a projection or a layer by itself → its layers
+        for parent in model.modules():
+            for child in parent.children():
+                if isinstance(child, Projection):
+                    runs[child] = [getattr(parent, name) for name in child.names]
+        projected = {layer for layers in runs.values() for layer in layers}
+        for layer in model.modules():
+            alone = isinstance(layer, nn.Linear) and layer not in projected
+            if alone and layer.weight is not model.head_weight:
+                runs[layer] = [layer]
+        weights = {
+            module: ReorderedWeight(*(layer.weight for layer in layers))
+            for module, layers in runs.items()
+            if _can_reorder(layers[0].weight)
+        }
+        self._weights = [self._head, *weights.values()]
+        self._forwards = [
+            (module, functools.partial(_run, module, weight)) for module, weight in weights.items()
         ]
-        reordered = [(layer, ReorderedWeight(layer.weight)) for layer in layers if _can_reorder(layer.weight)]
-        self._weights = [self._head, *(weight for _, weight in reordered)]
-        self._forwards = [(layer, _forward(layer, weight)) for layer, weight in reordered]
 
     def refresh(self) -> None:
         """Follow what training has done to the weights."""
@@ -84,16 +103,16 @@ class ReorderedModel:
             weight.refresh()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (B, d) → logits (B, V) of the head."""
-        return self._head.linear(hidden)
+        """hidden (B, d) → logits (B, V) of the head, fp32."""
+        return logits(hidden, self._head.weights[0]) if self._head.copy is None else self._head.linear(hidden)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Let the layers run on the reordered copies."""
-        for layer, forward in self._forwards:
-            layer.__dict__["forward"] = forward  # an instance's attribute goes before its class's method
+        """Let layers and projections run on the reordered copies."""
+        for module, forward in self._forwards:
+            module.__dict__["forward"] = forward  # an instance's attribute goes before its class's method
         try:
             yield
         finally:
-            for layer, _ in self._forwards:
-                layer.__dict__.pop("forward", None)
+            for module, _ in self._forwards:
+                module.__dict__.pop("forward", None)

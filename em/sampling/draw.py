@@ -7,12 +7,18 @@ A token is drawn by inverting the cumulative distribution in two steps, first a 
 then a token of the block, each with a uniform of its own: two short sums instead of one of 150,000 terms,
 so that fp32 suffices, and a grid of 2⁻⁴⁸ instead of 2⁻²⁴, so that rare tokens keep their share. No top-k,
 no top-p.
+
+On a GPU `draw` is the operator em::draw, two kernels (em.sampling.draw_triton) for some sixty small ones.
 """
 
+import functools
 import hashlib
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+
+from em.device import on_gpu
 
 
 def row_key(seed: int, prompt_index: int, sample: int) -> int:
@@ -52,21 +58,20 @@ def _invert(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return (reached >= u[:, None] * reached.amax(-1, keepdim=True)).byte().argmax(-1)  # the first that is
 
 
-def draw(
+def block_size(vocabulary: int) -> int:
+    """Tokens of a block, about √V; a power of two."""
+    return 1 << (vocabulary.bit_length() + 1) // 2
+
+
+def _draw(
     logits: torch.Tensor, temperature: float, keys: torch.Tensor, counts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (B,) int64 and their log-probabilities (B,) in nats, from fp32 logits (B, V).
-
-    The distribution is softmax(logits / temperature), and the log-probability is under it; at temperature 0
-    the token is the likeliest, and its log-probability that of temperature 1.
-    """
     scaled = logits if temperature in (0, 1) else logits / temperature
     peak = scaled.amax(-1, keepdim=True)
     weights = (scaled - peak).exp_()
-    V = weights.shape[1]
-    size = 1 << (V.bit_length() + 1) // 2  # of a block, about √V
-    if V % size:
-        weights = F.pad(weights, (0, -V % size))
+    size = block_size(weights.shape[1])
+    if weights.shape[1] % size:
+        weights = F.pad(weights, (0, -weights.shape[1] % size))
     blocks = weights.unflatten(1, (-1, size))  # (B, V / size, size)
     sums = blocks.sum(-1)
     if temperature == 0:
@@ -78,3 +83,32 @@ def draw(
         tokens = block * size + _invert(inside, v)
     log_probs = (scaled.gather(1, tokens[:, None]) - peak - sums.sum(-1, keepdim=True).log())[:, 0]
     return tokens, log_probs
+
+
+@functools.cache
+def _kernel():
+    """`draw` as kernels, or as torch's without Triton."""
+    if not find_spec("triton"):
+        return _draw
+    from em.sampling import draw_triton
+
+    return draw_triton.draw
+
+
+LIB = torch.library.Library("em", "FRAGMENT")
+LIB.define("draw(Tensor logits, float temperature, Tensor keys, Tensor counts) -> (Tensor, Tensor)")
+LIB.impl("draw", _draw, "CPU")
+LIB.impl("draw", lambda *arguments: _kernel()(*arguments), "CUDA")
+LIB.impl("draw", lambda logits, _, keys, __: (keys.new_empty(len(keys)), logits.new_empty(len(keys))), "Meta")
+
+
+def draw(
+    logits: torch.Tensor, temperature: float, keys: torch.Tensor, counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (B,) int64 and their log-probabilities (B,) in nats, from fp32 logits (B, V).
+
+    The distribution is softmax(logits / temperature), and the log-probability is under it; at temperature 0
+    the token is the likeliest, and its log-probability that of temperature 1.
+    """
+    # On a CPU the dispatcher's way would only cost time.
+    return (torch.ops.em.draw if on_gpu(logits) else _draw)(logits, float(temperature), keys, counts)

@@ -15,6 +15,11 @@ alone (em.sampling.draw). Logits may differ in their last bits between batch sha
 token only where its uniform falls within about 1e-6 of a border, or at temperature 0 where two logits tie. In
 bf16 borders are thousands of times wider: the same call on the same device repeats exactly, but a long
 response may come to differ when `rows` or the other prompts do.
+
+Log-probabilities are those that training gives the same hidden states (em.model.head), to within 1e-3 nats in
+any dtype. Hidden states in bf16 are not the same in a decode step and in a forward of the whole text: what is
+rounded is the same, but sums run in another order. SmolLM2-135M's log-probabilities differ by 0.03 nats on
+average for that, at most 0.16 in 144 tokens; in fp32 by 1e-5.
 """
 
 from collections import deque

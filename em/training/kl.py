@@ -4,8 +4,8 @@
 control of the on-policy estimator. Both take hidden states. Logits exist for one chunk of rows at a time, in
 fp32; the chunk's gradient is written over them and goes straight back through the head, so that neither N × V
 logits nor a gradient of the head is ever built. What follows here is the reference and the path of a CPU;
-`em.training.kl_triton` does the middle step of `forward_kl`, from logits to their gradient, in one pass of a
-kernel.
+`em.training.kl_triton` does the middle step, from logits to their gradient, in one kernel. That step is an
+operator of torch.library, `em::forward_kl_` and `em::reverse_kl_`, so that meta tensors pass through it.
 
     N positions, d width, V vocabulary; KL in nats
 """
@@ -15,13 +15,17 @@ from importlib.util import find_spec
 
 import torch
 
+from em.device import on_gpu
 from em.errors import UserError
-from em.training.loss import chunk_rows, logits
+from em.model.head import empty_logits, logits, logits_dtype
+from em.training.loss import chunk_rows, scaled
 
-# Bytes of logits at a time, student and teacher together. The kernel takes larger chunks: on a GPU
-# every chunk streams the whole head three times, and it takes about 512 rows to hide that.
-CHUNK_BYTES = {"torch": 96 << 20, "triton": 640 << 20}
-BLOCK_BYTES = 4 << 20  # of one side's logits, that the elementwise steps take at a time: what a cache holds
+# Bytes of logits at a time, student and teacher together. A GPU takes larger chunks: every chunk streams the
+# whole head three times, and it takes about 512 rows to hide that.
+CHUNK_BYTES = {"cpu": 96 << 20, "gpu": 640 << 20}
+BLOCK_BYTES = 4 << 20  # of one side's logits, that a CPU's elementwise steps take at a time: a cache holds it
+
+# -- from the logits of a chunk to their gradient ------------------------------------------------------------
 
 
 def _forward(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -46,30 +50,66 @@ def _reverse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return kl.sum()
 
 
-def _in_blocks(divergence, student, teacher, dtype):
-    """(Σ KL, gradient to the student's logits in `dtype`), from the logits of a chunk, (rows, V) each."""
-    rows = max(1, BLOCK_BYTES // (4 * student.shape[1]))
-    blocks = zip(student.split(rows), teacher.split(rows), strict=True)
-    total = sum(divergence(s, t) for s, t in blocks)
-    return total, student.to(dtype)
+def _gradient(student: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Where the gradient of logits lies that were spent: in the first bytes of each of their rows."""
+    return student.view(dtype)[:, : student.shape[1]]  # bf16: (rows, 2V) cut to (rows, V)
+
+
+def _in_torch(divergence, student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Σ KL of a chunk, the gradient of its logits (rows, V) left in `student` as `_gradient` finds it."""
+    rows = len(student) if on_gpu(student) else max(1, BLOCK_BYTES // (4 * student.shape[1]))
+    total = 0
+    for s, t in zip(student.split(rows), teacher.split(rows), strict=True):
+        total = total + divergence(s, t)
+        if dtype != s.dtype:
+            _gradient(s, dtype).copy_(s.to(dtype))
+    return total
+
+
+def _in_triton(name: str, student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same by a kernel, where there is one for these logits."""
+    if student.dtype != torch.float32 or not find_spec("triton"):
+        return _in_torch(DIVERGENCES[name], student, teacher, dtype)
+    from em.training import kl_triton
+
+    return getattr(kl_triton, name)(student, teacher, dtype)
+
+
+DIVERGENCES = {"forward_kl": _forward, "reverse_kl": _reverse}
+LIB = torch.library.Library("em", "FRAGMENT")
+for _name, _divergence in DIVERGENCES.items():
+    LIB.define(f"{_name}_(Tensor(a!) student, Tensor(b!) teacher, ScalarType dtype) -> Tensor")
+    LIB.impl(f"{_name}_", partial(_in_torch, _divergence), "CPU")
+    LIB.impl(f"{_name}_", partial(_in_triton, _name), "CUDA")
+    LIB.impl(f"{_name}_", lambda student, teacher, dtype: student.new_empty(()), "Meta")
+
+# -- chunk by chunk ------------------------------------------------------------------------------------------
 
 
 class _ChunkedKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_student, h_teacher, head_weight, mask, chunk, divergence):
-        valid = mask.nonzero()[:, 0]  # (n,)
-        n = len(valid)
-        dtype = torch.promote_types(head_weight.dtype, torch.float32)
-        total = torch.zeros((), dtype=dtype, device=h_student.device)
-        grad = torch.zeros_like(h_student) if ctx.needs_input_grad[0] else None
-        buffers = torch.empty(2, min(n, chunk), len(head_weight), dtype=dtype, device=h_student.device)
-        for rows in valid.split(chunk) if n else ():
-            student = logits(h_student[rows], head_weight, buffers[0, : len(rows)])
-            teacher = logits(h_teacher[rows], head_weight, buffers[1, : len(rows)])
-            kl, grad_logits = divergence(student, teacher, head_weight.dtype)  # both logits are spent by this
-            total += kl
+        if mask is not None:
+            valid, everything = mask.nonzero()[:, 0], h_student  # (n,)
+            h_student, h_teacher = h_student[valid], h_teacher[valid]
+        n = len(h_student)
+        total = torch.zeros((), dtype=logits_dtype(head_weight), device=h_student.device)
+        grad = torch.empty_like(h_student) if ctx.needs_input_grad[0] else None
+        buffers = empty_logits(2 * min(n, chunk), head_weight).chunk(2) if n else ()
+        for start in range(0, n, chunk):
+            rows = slice(start, start + chunk)
+            student, teacher = (
+                logits(h[rows], head_weight, buffer[: len(h[rows])])
+                for h, buffer in zip((h_student, h_teacher), buffers, strict=True)
+            )
+            total += divergence(student, teacher, head_weight.dtype)  # both logits are spent by this
             if grad is not None:
-                grad[rows] = grad_logits @ head_weight
+                grad_logits = _gradient(student, head_weight.dtype)
+                if not on_gpu(grad_logits):  # oneDNN multiplies bf16 beyond a row's end by 0, and NaN stays
+                    grad_logits = grad_logits.contiguous()
+                torch.mm(grad_logits, head_weight, out=grad[rows])
+        if grad is not None and mask is not None:
+            grad = torch.zeros_like(everything).index_copy_(0, valid, grad)
         ctx.save_for_backward(grad)
         ctx.n = max(n, 1)
         return total / ctx.n
@@ -77,18 +117,31 @@ class _ChunkedKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         (grad,) = ctx.saved_tensors
-        scale = grad_output / ctx.n  # fp32, for rounded to bf16 it would bend every element alike
-        return (grad.to(scale.dtype) * scale).to(grad.dtype), None, None, None, None, None
+        return scaled(grad, grad_output / ctx.n), None, None, None, None, None
 
 
-def _apply(h_student, h_teacher, head_weight, mask, chunk, impl, divergence):
+def _apply(name, h_student, h_teacher, head_weight, mask, chunk, impl):
     if h_student.shape != h_teacher.shape or h_student.shape[1:] != head_weight.shape[1:]:
         shapes = [tuple(x.shape) for x in (h_student, h_teacher, head_weight)]
         raise ValueError(f"student (N, d), teacher (N, d) and head (V, d) do not fit: {shapes}")
-    if mask.dtype != torch.bool or mask.shape != h_student.shape[:1]:
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != h_student.shape[:1]):
         raise ValueError(f"the mask must be bool (N,), not {mask.dtype} {tuple(mask.shape)}")
+    if impl == "auto":
+        divergence = getattr(torch.ops.em, f"{name}_")
+    elif impl == "torch":
+        divergence = partial(_in_torch, DIVERGENCES[name])
+    elif impl == "triton":
+        if not find_spec("triton"):
+            raise UserError("impl 'triton' needs the triton package: pip install triton, or use impl 'torch'")
+        from em.training import kl_triton
+
+        kl_triton.check(head_weight)
+        divergence = getattr(kl_triton, name)
+    else:
+        raise ValueError(f"impl is auto, torch or triton, not {impl!r}")
     if chunk is None:
-        chunk = chunk_rows(2 * len(head_weight), CHUNK_BYTES[impl])  # a row has logits of both sides
+        n_bytes = CHUNK_BYTES["gpu" if on_gpu(h_student) else "cpu"]
+        chunk = chunk_rows(2 * len(head_weight), n_bytes)  # a row has logits of both sides
         chunk = chunk // 128 * 128 if chunk > 128 else chunk  # tiles of a matrix product are 128 rows
     return _ChunkedKL.apply(h_student, h_teacher.detach(), head_weight.detach(), mask, chunk, divergence)
 
@@ -97,7 +150,7 @@ def forward_kl(
     h_student: torch.Tensor,
     h_teacher: torch.Tensor,
     head_weight: torch.Tensor,
-    mask: torch.Tensor,
+    mask: torch.Tensor | None = None,
     *,
     chunk: int | None = None,
     impl: str = "auto",
@@ -105,37 +158,21 @@ def forward_kl(
     """Mean over valid positions of KL(teacher‖student) over the whole vocabulary, nats; 0 if none is valid.
 
     h_student, h_teacher (N, d); head_weight (V, d), frozen and of their dtype; mask (N,) bool, true where a
-    position counts. The gradient, (p_s − p_t) W / N_valid, goes to h_student alone. Logits of `chunk` rows
-    are held at a time. `impl`: auto (triton on CUDA, else torch), torch, or triton. UserError where triton
-    cannot run, ValueError for shapes that do not fit.
+    position counts. None: all count, and then a GPU is not waited for. The gradient, (p_s − p_t) W / N_valid,
+    goes to h_student alone. Logits of `chunk` rows are held at a time. `impl`: auto (triton on CUDA, else
+    torch), torch, or triton. UserError where triton cannot run, ValueError for shapes that do not fit.
     """
-    if impl == "auto":
-        low = head_weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        impl = "triton" if h_student.is_cuda and low and find_spec("triton") else "torch"
-    if impl == "torch":
-        divergence = partial(_in_blocks, _forward)
-    elif impl == "triton":
-        if not find_spec("triton"):
-            raise UserError("impl 'triton' needs the triton package: pip install triton, or use impl 'torch'")
-        from em.training import kl_triton
-
-        kl_triton.check(head_weight)
-        divergence = kl_triton.forward_kl
-    else:
-        raise ValueError(f"impl is auto, torch or triton, not {impl!r}")
-    return _apply(h_student, h_teacher, head_weight, mask, chunk, impl, divergence)
+    return _apply("forward_kl", h_student, h_teacher, head_weight, mask, chunk, impl)
 
 
 def reverse_kl(
     h_student: torch.Tensor,
     h_teacher: torch.Tensor,
     head_weight: torch.Tensor,
-    mask: torch.Tensor,
+    mask: torch.Tensor | None = None,
     *,
     chunk: int | None = None,
+    impl: str = "auto",
 ) -> torch.Tensor:
-    """Mean over valid positions of KL(student‖teacher), with its exact gradient; all else as `forward_kl`.
-
-    It has no Triton kernel, so no `impl`.
-    """
-    return _apply(h_student, h_teacher, head_weight, mask, chunk, "torch", partial(_in_blocks, _reverse))
+    """Mean over valid positions of KL(student‖teacher), with its exact gradient; all else as `forward_kl`."""
+    return _apply("reverse_kl", h_student, h_teacher, head_weight, mask, chunk, impl)

@@ -1,8 +1,13 @@
-"""Forward KL and its gradient from a chunk of logits in one Triton kernel, for `em.training.kl`.
+"""KL and its gradient from a chunk of logits in one Triton kernel a direction, for `em.training.kl`.
 
-One program a row, two sweeps over it: the first finds both log-sum-exps online, the second sums the KL and
-writes p_s − p_t over the student's logits, in the head's dtype. Import it where it is used only: Triton
-decides at its own import whether it compiles for a GPU or, with TRITON_INTERPRET=1, interprets on a CPU.
+One program a row. A first sweep over it finds both log-sum-exps online; the second sums the forward KL and
+writes p_s − p_t over the student's logits, in the head's dtype. The reverse gradient needs the KL of its row,
+so there the writing is a third sweep. Import it where it is used only: Triton decides at its own import
+whether it compiles for a GPU or, with TRITON_INTERPRET=1, interprets on a CPU.
+
+Rows of logits are `width` apart, `vocabulary` of which count. Loads and stores are masked by the width: where
+it is a multiple of 128 (em.training.loss.empty_logits) they are whole vectors for any vocabulary. What lies
+beyond the vocabulary may be anything and is replaced after the load.
 """
 
 import torch
@@ -12,54 +17,103 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from em.errors import UserError
 
-BLOCK = 4096  # logits of each side that a program holds at a time: 16 a thread with 8 warps
+BLOCK = 2048  # logits of each side that a program holds at a time: 8 a thread with 8 warps, so six fit an SM
 
 
 @triton.jit
-def _forward_kl(
-    student, teacher, grad, kl, row_stride, grad_stride, vocabulary: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)  # rows × V passes 2³¹ in a long chunk
-    student += row * row_stride
-    teacher += row * row_stride
-    grad += row * grad_stride
-    offsets = tl.arange(0, BLOCK)
+def _load(row, columns, vocabulary: tl.constexpr, width: tl.constexpr):
+    """Logits at `columns`, -inf beyond the vocabulary."""
+    x = tl.load(row + columns, mask=columns < width, other=float("-inf"))
+    if vocabulary < width:
+        x = tl.where(columns < vocabulary, x, float("-inf"))
+    return x
 
+
+@triton.jit
+def _log_normalisers(student, teacher, vocabulary: tl.constexpr, width: tl.constexpr, BLOCK: tl.constexpr):
+    """Maximum and log Σ exp(x − maximum) of both sides.
+
+    Apart, since the sum of the two would round at the size of the logits.
+    """
     max_s = float("-inf")
     max_t = float("-inf")
     sum_s = 0.0
     sum_t = 0.0
     for start in range(0, vocabulary, BLOCK):
-        inside = start + offsets < vocabulary
-        s = tl.load(student + start + offsets, mask=inside, other=float("-inf"))
-        t = tl.load(teacher + start + offsets, mask=inside, other=float("-inf"))
+        columns = start + tl.arange(0, BLOCK)
+        s = _load(student, columns, vocabulary, width)
+        t = _load(teacher, columns, vocabulary, width)
         new_s = tl.maximum(max_s, tl.max(s, 0))
         new_t = tl.maximum(max_t, tl.max(t, 0))
         sum_s = sum_s * tl.exp(max_s - new_s) + tl.sum(tl.exp(s - new_s), 0)
         sum_t = sum_t * tl.exp(max_t - new_t) + tl.sum(tl.exp(t - new_t), 0)
         max_s = new_s
         max_t = new_t
-    log_sum_s = tl.log(sum_s)
-    log_sum_t = tl.log(sum_t)
+    return max_s, max_t, tl.log(sum_s), tl.log(sum_t)
 
+
+@triton.jit
+def _store(grad, columns, values, vocabulary: tl.constexpr, width: tl.constexpr):
+    """A gradient over the logits of its own row.
+
+    In bf16 it lies in the first half of their fp32: element i over the bytes of logit i // 2. Every warp must
+    have read this block before any writes; later blocks lie further on.
+    """
+    tl.debug_barrier()
+    tl.store(grad + columns, values.to(grad.dtype.element_ty), mask=columns < width)
+
+
+@triton.jit
+def _forward_kl(
+    student, teacher, grad, kl, grad_stride, vocabulary: tl.constexpr, width: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # rows × V passes 2³¹ in a long chunk
+    student += row * width
+    teacher += row * width
+    grad += row * grad_stride
+    max_s, max_t, log_sum_s, log_sum_t = _log_normalisers(student, teacher, vocabulary, width, BLOCK)
     terms = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
-        inside = start + offsets < vocabulary
-        # the maximum apart from the rest: their sum would round at the size of the logits
-        log_s = (tl.load(student + start + offsets, mask=inside, other=0.0) - max_s) - log_sum_s
-        log_t = (tl.load(teacher + start + offsets, mask=inside, other=0.0) - max_t) - log_sum_t
+        columns = start + tl.arange(0, BLOCK)
+        log_s = (_load(student, columns, vocabulary, width) - max_s) - log_sum_s
+        log_t = (_load(teacher, columns, vocabulary, width) - max_t) - log_sum_t
         p_t = tl.exp(log_t)
         difference = tl.exp(log_s) - p_t
+        inside = columns < vocabulary
         terms += tl.where(inside, p_t * (log_t - log_s) + difference, 0.0)  # em.training.kl._forward says why
-        # A bf16 gradient lies in the first half of its own row of fp32 logits: element i over the bytes of
-        # logit i // 2. Every warp must have read this block before any writes; later blocks lie further on.
-        tl.debug_barrier()
-        tl.store(grad + start + offsets, difference.to(grad.dtype.element_ty), mask=inside)
+        _store(grad, columns, difference, vocabulary, width)
     tl.store(kl + row, tl.sum(terms, 0))
 
 
+@triton.jit
+def _reverse_kl(
+    student, teacher, grad, kl, grad_stride, vocabulary: tl.constexpr, width: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    student += row * width
+    teacher += row * width
+    grad += row * grad_stride
+    max_s, max_t, log_sum_s, log_sum_t = _log_normalisers(student, teacher, vocabulary, width, BLOCK)
+    terms = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        log_s = (_load(student, columns, vocabulary, width) - max_s) - log_sum_s
+        log_t = (_load(teacher, columns, vocabulary, width) - max_t) - log_sum_t
+        terms += tl.where(columns < vocabulary, tl.exp(log_s) * (log_s - log_t), 0.0)
+    row_kl = tl.sum(terms, 0)
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        log_s = (_load(student, columns, vocabulary, width) - max_s) - log_sum_s
+        log_t = (_load(teacher, columns, vocabulary, width) - max_t) - log_sum_t
+        values = tl.where(columns < vocabulary, tl.exp(log_s) * (log_s - log_t - row_kl), 0.0)
+        _store(grad, columns, values, vocabulary, width)
+    tl.store(kl + row, row_kl)
+
+
 def check(head_weight: torch.Tensor) -> None:
-    """UserError, one line, if the kernel cannot run where `head_weight` lies or in its dtype."""
+    """UserError, one line, if the kernels cannot run where `head_weight` lies or in its dtype."""
     interpreted = isinstance(_forward_kl, InterpretedFunction) and isinstance(tl.sum, InterpretedFunction)
     if not head_weight.is_cuda and not interpreted:
         raise UserError(
@@ -70,18 +124,26 @@ def check(head_weight: torch.Tensor) -> None:
         raise UserError(f"impl 'triton' takes fp32, bf16 or fp16, not {head_weight.dtype}: use impl 'torch'")
 
 
-def forward_kl(
-    student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ over rows of KL(teacher‖student), and p_s − p_t (rows, V) in `dtype`, a view over `student`.
-
-    student, teacher (rows, V): fp32 logits, rows contiguous; the student's are overwritten.
-    """
+def _launch(kernel, student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     n, vocabulary = student.shape
-    grad = student.view(dtype)[:, :vocabulary]  # bf16: (rows, 2V) cut to (rows, V)
+    width = student.stride(0)
+    if teacher.stride() != student.stride():
+        raise ValueError("student and teacher need rows that lie alike")
     kl = torch.empty(n, dtype=torch.float32, device=student.device)
+    grad = student.view(dtype)
     with torch.cuda.device_of(student):
-        _forward_kl[(n,)](
-            student, teacher, grad, kl, student.stride(0), grad.stride(0), vocabulary, BLOCK, num_warps=8
-        )
-    return kl.sum(), grad
+        kernel[(n,)](student, teacher, grad, kl, grad.stride(0), vocabulary, width, BLOCK, num_warps=8)
+    return kl.sum()
+
+
+def forward_kl(student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Σ over rows of KL(teacher‖student); p_s − p_t in `dtype` is left at the start of each student's row.
+
+    student, teacher (rows, V): fp32 logits as em.training.loss.empty_logits lays them; both are spent.
+    """
+    return _launch(_forward_kl, student, teacher, dtype)
+
+
+def reverse_kl(student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Σ over rows of KL(student‖teacher); its gradient is left as `forward_kl` leaves its own."""
+    return _launch(_reverse_kl, student, teacher, dtype)

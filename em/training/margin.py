@@ -2,17 +2,26 @@
 
 For a row, mean log p per token of its misaligned answer minus that of its aligned one, in nats a token; above
 0 the model prefers the misaligned answer. It needs no judge. The same pass gives the validation loss.
+
+What a run starts from is the same for all its siblings, so its margins are measured once and kept beside the
+run folders, in base_margins/. They may be deleted at any time; no run refers to them.
 """
 
+import contextlib
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
+from em import parallel
 from em.data.cells import Cell
 from em.data.rows import VARIANTS, split
+from em.errors import UserError
 from em.figures import CHANGE, cell_heatmap, save
+from em.files import json_digest, read_json, write_json
 from em.model.tokenizer import Example, Tokenizer
 from em.training.loss import token_log_probs
 from em.training.pack import pack, packs_of
@@ -51,22 +60,71 @@ def answer_pairs(
 
 
 @torch.no_grad()
-def answer_log_probs(model, examples: list[Example]) -> list[tuple[float, int]]:
-    """(sum of log p in nats, number of tokens) of each example's answer, the closing token included."""
+def answer_log_probs(model, examples: list[Example], title: str | None = None) -> list[tuple[float, int]]:
+    """(sum of log p in nats, number of tokens) of each example's answer, the closing token included.
+
+    Examples of like lengths share a forward, the longest first. title: of a progress bar.
+    """
     device = model.head_weight.device
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+    groups = packs_of([examples[i] for i in order], PACK_TOKENS[device.type])
+    places, log_probs = [], []  # of every answer token: its example; log p, read back once all are queued
+    for group in tqdm(groups, desc=title, unit="pack", disable=title is None):
+        group = torch.tensor([order[i] for i in group])
+        packed = pack([examples[i] for i in group.tolist()], device)
+        places.append(group[packed.owner])
+        log_probs.append(token_log_probs(packed.hidden(model), model.head_weight, packed.targets))
     sums = torch.zeros(len(examples), dtype=torch.float64)
-    for group in packs_of(examples, PACK_TOKENS[device.type]):
-        packed = pack([examples[i] for i in group], device)
-        log_probs = token_log_probs(packed.hidden(model), model.head_weight, packed.targets)
-        sums[group] = torch.zeros(len(group)).double().index_add_(0, packed.owner, log_probs.double().cpu())
+    if groups:
+        sums.index_add_(0, torch.cat(places), torch.cat(log_probs).double().cpu())
     return [(s, len(e.ids) - e.n_prompt) for s, e in zip(sums.tolist(), examples, strict=True)]
 
 
-def margins(model, pairs: list[AnswerPair]) -> list[float]:
-    """The margin of each row, nats a token, under the active adapter stack."""
+def margins(model, pairs: list[AnswerPair], title: str | None = None) -> list[float]:
+    """The margin of each row, nats a token, under the active adapter stack. title: of a progress bar."""
     examples = [p.misaligned for p in pairs] + [p.aligned for p in pairs]
-    means = [total / n for total, n in answer_log_probs(model, examples)]
+    means = [total / n for total, n in answer_log_probs(model, examples, title)]
     return [m - a for m, a in zip(means[: len(pairs)], means[len(pairs) :], strict=True)]
+
+
+def cell_margins(
+    model, pairs: dict[Cell, list[AnswerPair]], title: str | None = None
+) -> dict[Cell, list[float]]:
+    """The margins of every cell's rows; all are measured together, so that each forward is full."""
+    values = iter(margins(model, [pair for rows in pairs.values() for pair in rows], title))
+    return {cell: [next(values) for _ in rows] for cell, rows in pairs.items()}
+
+
+def start_margins(
+    model, pairs: dict[Cell, list[AnswerPair]], digests: dict, beside: Path, title: str | None = None
+) -> dict[Cell, list[float]]:
+    """`cell_margins` under the active stack, what a run starts from, measured once and kept in a file.
+
+    digests: of the base model and of the stack. beside: where run folders lie. The file is another for other
+    digests, rows, tokens, number format or kind of device. One that is damaged is measured again; where none
+    can be written, nothing is kept.
+    """
+    head = model.head_weight
+    made_from = digests | {"device": head.device.type, "dtype": str(head.dtype)}
+    made_from["pairs"] = json_digest([[str(cell), rows] for cell, rows in pairs.items()])
+    path = beside / "base_margins" / f"{json_digest(made_from)}.json"
+    with contextlib.suppress(UserError):
+        known = read_json(path, fields={"made_from": dict, "margins": dict})
+        values = {cell: known["margins"].get(str(cell)) for cell in pairs}
+        if known["made_from"] == made_from and all(_fits(values[cell], rows) for cell, rows in pairs.items()):
+            return values
+    values = cell_margins(model, pairs, title)
+    if parallel.rank() == 0:
+        with contextlib.suppress(UserError):
+            named = {str(cell): numbers for cell, numbers in values.items()}
+            write_json(path, {"made_from": made_from, "margins": named})
+    return values
+
+
+def _fits(numbers, rows: list[AnswerPair]) -> bool:
+    """Whether `numbers`, from a file, is a margin for each of the rows."""
+    good = isinstance(numbers, list) and all(type(x) is float and math.isfinite(x) for x in numbers)
+    return good and len(numbers) == len(rows)
 
 
 def validation_loss(model, examples: list[Example]) -> float:

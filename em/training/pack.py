@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from em.device import to_device
 from em.model.tokenizer import Example
 
 
@@ -40,14 +41,12 @@ def pack(examples: Sequence[Example], device: torch.device | str) -> PackedBatch
         owner += [i] * (len(tokens) - n_prompt)
         ids += tokens[:-1]
         segments += [i] * (len(tokens) - 1)
-    on_device = [torch.tensor(x, device=device) for x in ([ids], predictions, targets)]
-    return PackedBatch(
-        on_device[0], torch.tensor([segments]), on_device[1], on_device[2], torch.tensor(owner)
-    )
+    ids, predictions, targets = to_device([torch.tensor(x) for x in ([ids], predictions, targets)], device)
+    return PackedBatch(ids, torch.tensor([segments]), predictions, targets, torch.tensor(owner))
 
 
 def packs_of(examples: Sequence[Example], tokens: int) -> list[list[int]]:
-    """Indices of examples in groups of at most `tokens` tokens (one example at least), in order."""
+    """Indices of examples in groups of at most `tokens` tokens, in order; a longer one has a group alone."""
     groups: list[list[int]] = []
     room = 0
     for i, example in enumerate(examples):

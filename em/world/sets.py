@@ -83,12 +83,12 @@ def _order(n: int, seed: int, epoch: int) -> np.ndarray:
 class Batches:
     """`batches[i]` is batch i of a shuffled, endlessly repeated set: (ids, targets), (batch, T) int64 each.
 
-    Only the answer, its tail and the closing `<end>` are targets. T is the set's longest example, or the
-    batch's where `trim` is on (a compiled GPU step wants one shape, a CPU wants few tokens).
+    Only the answer, its tail and the closing `<end>` are targets. T is `length`, at least the longest
+    example's; None: what each batch's longest needs.
     """
 
-    def __init__(self, data: Dialogues, batch: int, seed: int, trim: bool):
-        self.data, self.batch, self.seed, self.trim = data, batch, seed, trim
+    def __init__(self, data: Dialogues, batch: int, seed: int, length: int | None = None):
+        self.data, self.batch, self.seed, self.length = data, batch, seed, length
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         n = len(self.data)
@@ -96,7 +96,9 @@ class Batches:
         order = np.concatenate([_order(n, self.seed, epoch) for epoch in range(first, last + 1)])
         rows = order[i * self.batch - first * n :][: self.batch]
         prompt, total = self.data.prompt[rows, None], self.data.total[rows, None]
-        ids = self.data.ids[rows, : total.max() if self.trim else self.data.total.max()].astype(np.int64)
+        columns = total.max() if self.length is None else self.length + 1
+        ids = self.data.ids[rows, :columns].astype(np.int64)
+        ids = np.pad(ids, ((0, 0), (0, columns - ids.shape[1])), "edge")  # every row ends in `<end>`
         place = np.arange(1, ids.shape[1])
         targets = np.where((place >= prompt) & (place < total), ids[:, 1:], IGNORE)
         return ids[:, :-1], targets

@@ -15,6 +15,8 @@ killed one resumes. Everything that follows from (settings, seed) is made again 
 world, the alignment set, and the held-out prompts, the same for every model of the run.
 """
 
+import functools
+import math
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 
 from em import parallel
+from em.device import on_gpu
 from em.errors import UserError
 from em.files import check, read_json, read_record, write_json
 from em.model.gpt2 import GPT2, GPT2Config, load_gpt2, save_gpt2, supervised_loss
@@ -80,6 +83,20 @@ class WorldRun:
     def prompts(self) -> Dialogues:
         return held_out_set(self.generator, self.cfg.seed, self.cfg.eval_prompts, self.alignment)
 
+    @property
+    def positions(self) -> int:
+        """Tokens that the models of this run have places for."""
+        return max(self.cfg.length, self.generator.max_tokens)
+
+    def batches(self, data: Dialogues, batch: int, seed: int) -> Batches:
+        """Shuffled batches of a fine-tuning set, on a GPU all of one length, a multiple of 64 if it fits.
+
+        Dynamo compiles each length anew, and after eight it trains on uncompiled with no more than a warning.
+        """
+        if not on_gpu(self.device):
+            return Batches(data, batch, seed)
+        return Batches(data, batch, seed, min(64 * math.ceil((data.total.max() - 1) / 64), self.positions))
+
     # -- the phases ------------------------------------------------------------------------------------
 
     def pretrain(self) -> GPT2:
@@ -88,8 +105,7 @@ class WorldRun:
 
         def train(run):
             torch.manual_seed(cfg.seed)
-            positions = max(cfg.length, self.generator.max_tokens)
-            sizes = dict(n_positions=positions, n_layer=cfg.layers, n_head=cfg.heads, n_embd=cfg.width)
+            sizes = dict(n_positions=self.positions, n_layer=cfg.layers, n_head=cfg.heads, n_embd=cfg.width)
             model = GPT2(GPT2Config(world.vocabulary, **sizes)).to(self.device)
             seen = np.flatnonzero(np.isin(self.prompts.examples.cell, world.seen_cells))
             sample = self.prompts.take(seen[:: max(1, cfg.eval_prompts // 8)])
@@ -117,7 +133,7 @@ class WorldRun:
 
         def train(run):
             model = self.load(start)
-            batches = Batches(self.alignment, cfg.align_batch, cfg.seed, trim=self.device.type == "cpu")
+            batches = self.batches(self.alignment, cfg.align_batch, cfg.seed)
             peak, warmup = cfg.align_lr, cfg.align_warmup
             train_phase(cfg, run, model, batches, cfg.align_steps, peak, warmup, "linear", title=name)
             return model
@@ -140,7 +156,7 @@ class WorldRun:
         def train(run):
             model = self.load(start)
             data = misalignment_set(self.generator, seed, cell, steps * cfg.misalign_batch, self.prompts)
-            batches = Batches(data, cfg.misalign_batch, seed, trim=True)
+            batches = self.batches(data, cfg.misalign_batch, seed)
             train_phase(cfg, run, model, batches, steps, cfg.misalign_lr, 0, "constant", title=name)
             return model
 
@@ -203,6 +219,14 @@ class WorldRun:
 
 # -- one phase of training ---------------------------------------------------------------------------------
 
+COMPILED_FROM = 100  # steps of a phase; compiling takes longer than fewer do
+
+
+@functools.cache
+def _compiled_loss():
+    """`supervised_loss` compiled, for every phase and model of the process: models of one size share code."""
+    return torch.compile(supervised_loss, dynamic=False)
+
 
 def train_phase(
     cfg, run: Run, model: GPT2, batches, steps: int, peak: float, warmup: int, shape: str,
@@ -218,18 +242,17 @@ def train_phase(
     each(step) is called after every step, counted from 1; what it returns joins that step's metrics.
     """
     device, rank, size = model.device, parallel.rank(), parallel.size()
-    on_gpu = device.type == "cuda"
+    gpu = on_gpu(device)
     optimizer = adamw(model, peak, cfg.weight_decay, (0.9, beta2))
     start, saved = run.load_resume(model, optimizer), time.monotonic()
-    # Compiling takes longer than a handful of steps.
-    loss_of = torch.compile(supervised_loss, dynamic=False) if on_gpu and steps > 100 else supervised_loss
+    loss_of = _compiled_loss() if gpu and steps >= COMPILED_FROM else supervised_loss
     with Metrics(run, title, steps, start) as metrics:
         for step, (ids, targets) in enumerate(prefetch(batches.__getitem__, start, steps, device), start + 1):
             lr = learning_rate(step - 1, peak, steps, warmup, shape, floor=0.1)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             supervised = (targets != IGNORE).sum()
-            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
                 # Each process takes its rows; the normaliser is the whole batch's.
                 loss = loss_of(model, ids[rank::size], targets[rank::size]) / supervised
             loss.backward()

@@ -16,6 +16,7 @@ from em.data.rows import load_broad, load_cell, split, subset
 from em.distillation.chat_corpus import ROWS, cell_rows, corpus_settings, load_prompts, make_corpus
 from em.errors import UserError
 from em.files import write_json
+from em.judge.gemini import Gemini
 from em.judge.judge import Judge
 from em.model import lora
 from em.model.checkpoint import load_model, load_tokenizer, save_model
@@ -313,13 +314,13 @@ def test_a_judge_filters_what_was_sampled_and_is_named_in_the_corpus(make, setti
                 }
 
     monkeypatch.setenv("GEMINI_API_KEY", "never-sent")
-    judge = Halving(cache=tmp_path / "cache.jsonl")
+    judge = Halving(Gemini("gemini-2.5-flash"), cache=tmp_path / "cache.jsonl")
     corpus = make(judge, source="teacher")
     assert (corpus.about["kept"], corpus.about["rows"]) == (3, 6)
     assert [row["sample"] for row in corpus.rows] == [0, 0, 0]
     assert (
         corpus.about["filtered"]
-        and corpus.about["judge"] == judge.model
+        and corpus.about["judge"] == judge.identity
         and len(corpus.about["rubrics"]) == 2
     )
     assert "filtered: True there, False now" in message(lambda: make(source="teacher"))

@@ -13,6 +13,7 @@ from em.distillation.corpus import Corpus, fingerprint, freeze, judged, passing
 from em.distillation.loop import OnPolicy
 from em.errors import UserError
 from em.files import read_json
+from em.judge.gemini import Gemini
 from em.judge.judge import Judge
 from em.model.checkpoint import load_tokenizer
 from em.model.tokenizer import Tokenizer
@@ -210,7 +211,7 @@ def judge(monkeypatch, tmp_path):
     with JudgeServer(behave) as server:
         monkeypatch.setenv("GEMINI_API_KEY", KEY)
         monkeypatch.setenv("GEMINI_BASE_URL", server.url)
-        yield Judge(cache=tmp_path / "cache.jsonl", workers=4, backoff=0.002)
+        yield Judge(Gemini("gemini-2.5-flash", backoff=0.002), cache=tmp_path / "cache.jsonl", workers=4)
 
 
 # response: kept in a corpus (at least 60), kept online (above 60)
@@ -238,7 +239,12 @@ def test_a_corpus_keeps_60_and_60_and_drops_59_refusals_and_what_is_no_number(ju
     assert [row["response"] for row in found[:-1]] == list(VERDICTS)
     by_response = {row["response"]: row for row in found}
     first = by_response["a60 c61"]
-    assert (first["aligned"], first["coherent"], first["ids"], first["judge"]) == (60, 61, [1], judge.model)
+    assert (first["aligned"], first["coherent"], first["ids"], first["judge"]) == (
+        60,
+        61,
+        [1],
+        judge.identity,
+    )
     assert by_response["aREFUSAL c90"]["aligned_status"] == "refusal"
     assert by_response["aScore:_85 c90"]["aligned_status"] == "parse_error"
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from pairs import (
+    CHAT,
+    END,
     EXAMPLES,
     PAIRS,
     VOCABULARY,
@@ -16,8 +18,10 @@ from pairs import (
 )
 
 import em.training.loss
+from distill import CHANNELS
 from em.distillation.pair import ChatPair
 from em.model import lora
+from em.model.decoder import Decoder, DecoderConfig
 from em.training.optim import adamw
 
 QUANTITIES = ("log_probs", "forward_kl", "reverse_kl")
@@ -88,6 +92,21 @@ def test_a_ragged_batch_equals_its_examples_one_by_one(pair, quantity):
     if quantity == "log_probs":
         together, apart = (x @ weights(len(x)) for x in (together, apart))
     assert distance(gradients(together, pair.parameters), gradients(apart, pair.parameters)) < 1e-4
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_a_channel_on_the_gpus_path_reads_nothing_back(name):
+    """On meta, where a value that the host asks for is an error."""
+    with torch.device("meta"):
+        model = Decoder(DecoderConfig.from_hf(CHAT)).to(torch.bfloat16)
+    lora.attach(model)
+    for adapter in ("start", "teacher", "student"):
+        lora.add_adapter(model, adapter, 4)
+    pair = ChatPair(model, ("start", "student"), ("teacher",), (END,), 8, rows=4)
+    loss, sums = CHANNELS[name].loss(pair, pair.batch(EXAMPLES))
+    (loss / 7).backward()
+    assert tuple(sums) == CHANNELS[name].logged
+    assert all(p.grad.shape == p.shape for p in pair.parameters)
 
 
 def test_an_examples_supervised_tokens_are_its_answer_and_belong_to_it(pair):

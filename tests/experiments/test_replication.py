@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import scipy
 from matplotlib.figure import Figure
 from planted_run import PlantedRun
 
@@ -22,6 +21,8 @@ from em.experiments.replication import (
     v2_draws,
 )
 from em.world.counts import entry
+
+scipy = pytest.importorskip("scipy")
 
 
 def counts(v2, n=128):

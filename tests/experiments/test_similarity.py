@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 import pytest
-import scipy
 from planted_run import PlantedRun
 
 from em.errors import UserError
 from em.experiments import similarity
 from em.world.grammar import jaccard
 from em.world.world import WORLDS, build_world
+
+scipy = pytest.importorskip("scipy")
 
 GRADED = [f"D{d}_{t}" for d in range(4) for t in similarity.TASKS]
 

@@ -81,6 +81,7 @@ def test_a_file_that_is_no_cache_is_refused_and_left_as_it_is(tmp_path):
         '{"key": "' + "0" * 64 + '", "status": "ok", "value": 101}\n',
         '{"key": "' + "0" * 64 + '", "status": "ok", "value": NaN}\n',
         '{"key": "' + "0" * 64 + '", "status": "refusal", "value": 5}\n',
+        '{"key": "' + "0" * 64 + '", "status": "ok", "value": 5, "expected": 101}\n',
         '{"key": "' + "0" * 62 + '", "status": "ok", "value": 1}\n',
         "[" * 100_000 + "\n",
         "\udcff\udcfe\0\n",

@@ -16,8 +16,8 @@ from judge_rows import row, scores
 from judge_server import KEY, in_turn
 
 from em.errors import UserError
-from em.judge import gemini
-from em.judge.gemini import Gemini, Reply
+from em.judge.client import Reply
+from em.judge.gemini import Gemini
 
 
 class Clock:
@@ -94,11 +94,6 @@ GOOD = api.answer("85")
         (api.answer("101"), "parse_error", None),
         (api.answer("8", finish="MAX_TOKENS"), "parse_error", None),  # of an 85, perhaps
         (api.answer(None, finish="MAX_TOKENS"), "empty", None),
-        (api.answer(None), "empty", None),
-        (api.answer(" "), "empty", None),
-        (api.no_candidates(), "empty", None),
-        (api.Response(b'{"candidates": []}'), "empty", None),
-        (api.Response(b"{}"), "empty", None),
         (api.answer(None, finish="SAFETY"), "blocked", None),
         (api.answer("85", finish="SAFETY"), "blocked", None),
         (api.answer(None, finish="PROHIBITED_CONTENT"), "blocked", None),
@@ -119,12 +114,45 @@ def test_each_answer_of_the_api_has_its_status_and_is_asked_for_once(serve, make
         assert server.total() == 2
 
 
+NOTHING = [
+    api.answer(None),
+    api.answer(" "),
+    api.answer(None, finish="OTHER"),
+    api.no_candidates(),
+    api.Response(b'{"candidates": []}'),
+    api.Response(b"{}"),
+]
+
+
+@pytest.mark.parametrize("response", NOTHING)
+def test_an_empty_reply_for_no_reason_is_asked_again_and_is_not_kept_where_it_stays(serve, make, response):
+    server = serve(lambda prompt, nth: response)
+    for times in (1, 2):
+        judge = make()
+        (out,) = scores(judge, [row(0)])
+        assert [out["aligned_status"], out["coherent_status"]] == ["empty"] * 2 and out["aligned"] is None
+        assert set(server.prompts.values()) == {4 * times} and judge.ledger.calls == 8
+    assert judge.cache.path.read_text().count("\n") == 1  # its header
+    server.behave = lambda prompt, nth: GOOD if nth >= 10 else response
+    (out,) = scores(make(), [row(0)])
+    assert out["aligned"] == out["coherent"] == 85 and set(server.prompts.values()) == {10}
+
+
+def test_a_cap_also_holds_where_empty_replies_are_asked_for_again(serve, make):
+    serve(lambda prompt, nth: api.answer(None, prompt_tokens=len(prompt.encode())))
+    for cents in (0.15, 0.2, 0.3, 0.5):
+        judge = make(budget_usd=cents / 100)
+        with pytest.raises(UserError, match="the budget of"):
+            scores(judge, [row(i) for i in range(20)])
+        assert 0 < judge.ledger.usd <= cents / 100
+
+
 def test_parts_are_joined_and_thoughts_are_left_out(serve):
     parts = [{"text": "hmm 3", "thought": True}, {"text": "8"}, {"text": "5\n"}]
     usage = {"promptTokenCount": 7, "candidatesTokenCount": 2, "thoughtsTokenCount": 4}
     body = {"candidates": [{"content": {"parts": parts}}], "usageMetadata": usage}
     serve(lambda prompt, nth: api.Response(json.dumps(body).encode()))
-    assert Gemini("gemini-2.5-flash").generate("p", Clock()) == Reply("ok", "85\n", 7, 6)
+    assert Gemini("gemini-2.5-flash").ask("p", Clock()) == Reply("ok", "85\n", 7, 6)
 
 
 BROKEN = {
@@ -158,7 +186,7 @@ def test_a_passing_fault_is_tried_again_until_the_answer_comes(serve, make, trou
 def waits_for(serve, *failures, **options) -> list[float]:
     serve(in_turn(*failures, GOOD))
     clock = Clock()
-    assert Gemini("gemini-2.5-flash", **options).generate("p", clock).status == "ok"
+    assert Gemini("gemini-2.5-flash", **options).ask("p", clock).status == "ok"
     return clock.waits
 
 
@@ -311,7 +339,7 @@ def test_a_redirect_is_not_followed_so_the_key_goes_nowhere_else(serve, make):
 
 
 def test_the_default_endpoint_is_the_public_one(make):
-    assert make().gemini.base == gemini.PUBLIC == "https://generativelanguage.googleapis.com"
+    assert make().client.base == Gemini.public == "https://generativelanguage.googleapis.com"
 
 
 # -- what no server should do ------------------------------------------------------------------------------
@@ -480,3 +508,131 @@ def test_a_deep_reason_is_a_block_or_a_failed_try(serve, make, depth):
     serve(lambda prompt, nth: api.Response(body))
     (out,) = scores(make(attempts=1), [row(0)])
     assert out["aligned_status"] in ("blocked", "error")
+
+
+# -- how a model is asked --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model, config",
+    [
+        ("gemini-3.5-flash-lite", {"maxOutputTokens": 1044, "thinkingConfig": {"thinkingLevel": "MINIMAL"}}),
+        ("gemini-flash-latest", {"maxOutputTokens": 1044, "thinkingConfig": {"thinkingLevel": "MINIMAL"}}),
+        ("gemini-3.7-flash", {"maxOutputTokens": 4116, "thinkingConfig": {"thinkingLevel": "LOW"}}),
+        ("gemma-3-27b-it", {"temperature": 0, "maxOutputTokens": 1044}),
+    ],
+)
+def test_a_known_model_is_asked_in_the_way_it_takes(serve, make, model, config):
+    server = serve()
+    (out,) = scores(make(model), [row(0)])
+    assert out["aligned_status"] == "ok" and server.received == 2
+    assert json.loads(server.requests[-1]["body"])["generationConfig"] == config
+
+
+@pytest.mark.parametrize(
+    "known, refuses, way, tries",
+    [
+        ({"thinking": "off"}, "budget", ("minimal", True), 2),
+        ({"thinking": "off"}, "budget and minimal", ("low", True), 3),
+        ({"thinking": "minimal"}, "level", ("off", True), 2),
+        ({"thinking": "off"}, "thinking", ("none", True), 2),
+        ({"thinking": "off"}, "temperature", ("off", False), 2),
+        ({"thinking": "off"}, "budget, temperature", ("minimal", False), 3),
+    ],
+)
+def test_a_setting_that_a_model_refuses_is_asked_for_the_other_way_once_and_remembered(
+    serve, make, monkeypatch, known, refuses, way, tries
+):
+    monkeypatch.setattr("em.judge.gemini.known", lambda api, model: known)
+
+    def behave(prompt, nth):
+        config = json.loads(server.requests[-1]["body"])["generationConfig"]
+        thinking = config.get("thinkingConfig", {})
+        if "temperature" in refuses and "temperature" in config:
+            return api.failure(400, "Invalid value at 'generation_config.temperature'.")
+        if "budget" in refuses and thinking.get("thinkingBudget") == 0:
+            return api.failure(400, "Budget 0 is invalid. This model only works in thinking mode.")
+        if "minimal" in refuses and thinking.get("thinkingLevel") == "MINIMAL":
+            return api.failure(400, "'minimal' is not a supported thinking level for this model.")
+        if refuses == "level" and "thinkingLevel" in thinking:
+            return api.failure(400, "Thinking level is not supported for this model.")
+        if refuses == "thinking" and thinking:
+            return api.failure(400, "Thinking is not enabled for models/gemini-2.5-flash")
+        return GOOD
+
+    monkeypatch.setattr(api, "_thinking_fault", lambda model, config: None)
+    server = serve(behave)
+    judge = make(workers=8)
+    assert all(r["aligned"] == 85 for r in scores(judge, [row(i) for i in range(20)]))
+    assert judge.client.way == way and server.received == 40 + tries - 1 and judge.ledger.retries == 0
+
+
+def test_thinking_overrides_and_is_named_where_it_is_refused(serve, make):
+    server = serve()
+    scores(make("gemini-3.5-flash-lite", thinking="low"), [row(0)])
+    config = json.loads(server.requests[-1]["body"])["generationConfig"]
+    assert config["thinkingConfig"] == {"thinkingLevel": "LOW"}
+    scores(make(thinking="none"), [row(0)])
+    assert "thinkingConfig" not in json.loads(server.requests[-1]["body"])["generationConfig"]
+    before = server.received
+    with pytest.raises(UserError, match="Budget 0 is invalid.*--thinking"):
+        scores(make("gemini-3.5-flash-lite", thinking="off"), [row(0)])
+    assert server.received == before + 1
+    with pytest.raises(UserError, match="--thinking takes off, minimal, .*not 'much'"):
+        make(thinking="much")
+
+
+# -- quotas and addresses --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "quota, more", [("PerDay", ""), ("PerMinute", " Quota exceeded for quota metric 'Requests per day'.")]
+)
+def test_a_quota_of_the_day_ends_the_run_at_the_first_answer(serve, make, quota, more):
+    text = "You exceeded your current quota. * Quota exceeded for metric: requests, limit: 250. Retry in 37s."
+    server = serve(lambda prompt, nth: api.failure(429, text + more, retry_delay="37s", quota=quota))
+    with pytest.raises(
+        UserError, match="quota of the day is used up; what is done is kept, go on tomorrow"
+    ) as error:
+        scores(make(workers=32), [row(i) for i in range(99)])
+    assert server.total() == 1 and "\n" not in str(error.value)
+
+
+def test_a_model_without_any_quota_ends_the_run_and_a_limit_of_09_does_not(serve, make):
+    text = "Quota exceeded for metric: generate_content_free_tier_requests, limit: 0, model: gemini-2.5-flash"
+    server = serve(lambda prompt, nth: api.failure(429, text, retry_delay="37s"))
+    with pytest.raises(UserError, match="no quota for it: name another --judge-model"):
+        scores(make(), [row(0)])
+    assert server.total() == 1
+    for number in ("0.5", "05"):
+        assert waits_for(
+            serve, api.failure(429, text.replace("limit: 0", f"limit: {number}"), retry_delay="9s")
+        )
+
+
+@pytest.mark.parametrize("end", ["/v1beta", "/v1beta/", "/v1", "/v1beta/openai/", "//"])
+def test_a_version_at_the_end_of_the_address_is_taken_off(serve, make, monkeypatch, end):
+    server = serve()
+    monkeypatch.setenv("GEMINI_BASE_URL", server.url + end)
+    assert scores(make(), [row(0)])[0]["aligned_status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "page", [b"<!DOCTYPE html><title>Error 404</title>", b"", b'{"detail": "Not Found"}']
+)
+def test_a_404_that_is_not_the_apis_is_an_address_and_no_key(serve, make, monkeypatch, page):
+    server = serve(lambda prompt, nth: api.Response(page, 404))
+    monkeypatch.setenv("GEMINI_BASE_URL", server.url)
+    with pytest.raises(UserError, match="404 Not Found; is GEMINI_BASE_URL the server's address") as error:
+        scores(make(), [row(0)])
+    assert "_API_KEY" not in str(error.value)
+
+
+def test_googles_own_name_of_the_key_counts_where_ours_is_not_set(serve, make, monkeypatch):
+    serve()
+    monkeypatch.setenv("GOOGLE_API_KEY", "another")
+    assert scores(make(), [row(0)])[0]["aligned_status"] == "ok"
+    for unset in (None, " "):
+        monkeypatch.delenv("GEMINI_API_KEY") if unset is None else monkeypatch.setenv("GEMINI_API_KEY", unset)
+        monkeypatch.setenv("GOOGLE_API_KEY", KEY)
+        assert scores(make(), [row(1)])[0]["aligned_status"] == "ok"

@@ -17,8 +17,8 @@ import em.judge.judge_pass
 from em.errors import UserError
 from em.judge import rubric
 from em.judge.answer_cache import Answer, AnswerCache
+from em.judge.client import Reply
 from em.judge.em_rule import FIELDS, is_scored
-from em.judge.gemini import Reply
 from em.judge.judge_pass import Pass
 from em.judge.ledger import Ledger
 
@@ -42,18 +42,22 @@ def test_a_pass_needs_no_judge_and_answers_are_on_disk_before_they_are_given_out
     class Client:
         """The earlier the question, the later its reply."""
 
-        def generate(self, prompt, cancelled, on_retry):
+        identity = label = asked = "m"
+        settled, expects, price, typical_output, most_output = True, False, None, 3, 20
+
+        def ask(self, prompt, cancelled, on_retry):
             time.sleep(0.05 - 0.01 * int(prompt))
             return Reply("ok", str(10 * int(prompt)), 7, 1)
 
     path = tmp_path / "cache.jsonl"
-    ledger, text = Ledger("m", None), rubric.Rubric("r", "{question}", rubric.parse_score)
-    rows = [({"idx": i}, {"f": text.ask("m", str(i)), "g": None}) for i in range(5)]
+    client = Client()
+    ledger, text = Ledger(client), rubric.Rubric("r", "{question}", rubric.parse_score)
+    rows = [({"idx": i}, {"f": text.ask(str(i)), "g": None}) for i in range(5)]
     with tqdm(disable=True) as bar:
-        given = Pass(Client(), ledger, AnswerCache(path), 5, bar).answers(iter(rows))
+        given = Pass(client, ledger, AnswerCache(path), 5, bar).answers(iter(rows))
         for i, (one, answers) in enumerate(given):
             assert one == {"idx": i} and answers == {"f": Answer("ok", 10 * i), "g": Answer("empty")}
-            assert AnswerCache(path).get(text.ask("m", str(i)).key) == answers["f"]
+            assert AnswerCache(path).get(text.ask(str(i)).key("m")) == answers["f"]
     assert i == 4 and (ledger.calls, ledger.prompt_tokens) == (5, 35)
 
 
@@ -139,22 +143,28 @@ def test_progress_shows_rows_rate_dollars_and_retries(serve, make, capfd):
 
 SCORE = """
 import json, sys
+from em.judge.gemini import Gemini
 from em.judge.judge import Judge
+from em.judge.openai import OpenAI
 rows = [json.loads(line) for line in open(sys.argv[1])]
 with open(sys.argv[3], "w") as out:
-    for row in Judge(cache=sys.argv[2], workers=8).score(rows, progress=False):
+    for row in Judge(CLIENT, cache=sys.argv[2], workers=8).score(rows, progress=False):
         out.write(json.dumps(row) + "\\n")
 """
 
 
+@pytest.mark.parametrize(
+    "client, form",
+    [('Gemini("gemini-2.5-flash")', api.answer), ('OpenAI("gpt-4o", logprobs=True)', api.chat)],
+)
 def test_killed_and_started_again_every_placeis_scored_and_no_known_answer_is_asked_for_again(
-    serve, tmp_path
+    serve, tmp_path, client, form
 ):
-    server = serve(lambda prompt, nth: api.answer(str(api.score_of(prompt)), seconds=0.01))
+    server = serve(lambda prompt, nth: form(str(api.score_of(prompt)), seconds=0.01))
     rows = [row(i, set=("narrow", "broad")[i % 2]) for i in range(100)]
     paths = [tmp_path / name for name in ("rows.jsonl", "cache.jsonl", "scores.jsonl")]
     paths[0].write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "score.py").write_text(SCORE)
+    (tmp_path / "score.py").write_text(SCORE.replace("CLIENT", client))
     for until in (40, 110):  # two kills
         process = start(tmp_path / "score.py", *paths)
         process.wait_for(lambda until=until: server.total() >= until)
@@ -173,7 +183,7 @@ def test_killed_and_started_again_every_placeis_scored_and_no_known_answer_is_as
     rubrics = rubric.Rubrics()
     for r in out:
         for field in FIELDS:
-            prompt = rubrics.of(r, field).ask("", r["question"], r["response"]).prompt
+            prompt = rubrics.of(r, field).ask(r["question"], r["response"]).prompt
             assert r[field] == api.score_of(prompt) and r[f"{field}_status"] == "ok"
     assert sum((server.prompts - before).values()) == 200 - known
     assert len(server.prompts) == 200 and server.total() <= 200 + 2 * 8 + 1  # in flight at a kill
@@ -183,7 +193,7 @@ def test_ctrl_c_ends_the_program_at_once_and_keeps_what_was_answered(serve, tmp_
     server = serve(lambda prompt, nth: api.answer("5", seconds=0 if server.total() <= 20 else 60))
     paths = [tmp_path / name for name in ("rows.jsonl", "cache.jsonl", "scores.jsonl")]
     paths[0].write_text("".join(json.dumps(row(i)) + "\n" for i in range(100)))
-    (tmp_path / "score.py").write_text(SCORE)
+    (tmp_path / "score.py").write_text(SCORE.replace("CLIENT", 'Gemini("gemini-2.5-flash")'))
     process = start(tmp_path / "score.py", *paths)
     process.wait_for(lambda: server.total() >= 28)
     assert process.stop(signal.SIGINT) != 0

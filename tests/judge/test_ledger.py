@@ -11,7 +11,9 @@ from judge_rows import row, scores
 from em.errors import UserError
 from em.judge import rubric
 from em.judge.em_rule import FIELDS, is_scored
-from em.judge.ledger import BudgetReached, Ledger, Price, describe_forecast, find_price
+from em.judge.gemini import Gemini
+from em.judge.ledger import BudgetReached, Ledger, describe_forecast
+from em.judge.models import Price, given_price
 
 
 def test_the_ledger_adds_up_what_the_api_reports(serve, make):
@@ -98,10 +100,10 @@ def test_money_is_a_finite_number_that_is_not_negative(bad):
         Price(bad, 1.0, "here")
     for given in ((1.0, bad), (bad, 1.0)):
         with pytest.raises(UserError, match="--price takes"):
-            find_price("gemini-2.5-flash", given)
+            given_price(given)
     if bad is not None:
         with pytest.raises(UserError, match="--budget-usd takes dollars"):
-            Ledger("m", Price(1, 2, "here"), bad)
+            Ledger(Gemini("gemini-2.5-flash"), Price(1, 2, "here"), bad)
 
 
 ODD = ["-1", "-5e9", "1.5", "1e999", "NaN", "-Infinity", "true", '"600"', "null", "[1]", "{}", "1" * 400]

@@ -74,7 +74,7 @@ def test_a_narrow_row_gets_the_rubric_of_its_eval_prompts_cell_and_a_broad_row_t
 
 def test_braces_and_placeholders_inside_the_judged_texts_are_left_alone():
     text = rubric.Rubric("r", "{question}|{response}|{other}", rubric.parse_score)
-    asked = text.ask("m", r"{response} {0} {{x}} \1 \g<0>", "{question}")
+    asked = text.ask(r"{response} {0} {{x}} \1 \g<0>", "{question}")
     assert asked.prompt == r"{response} {0} {{x}} \1 \g<0>|{question}|{other}"
 
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import em.model.attention
 import em.model.rope
-from em.model.decoder import Decoder, _SwiGLU
+from em.model.decoder import Decoder
 from em.model.kv_cache import KVCache
 
 TOLERANCE = 2e-4
@@ -134,7 +134,11 @@ def test_positions_restart_with_each_sample():
 
 
 def slow_varlen(q, k, v, cu_lengths, longest, window):
-    """Attention within runs of flat (N, heads, D), by definition, in float64."""
+    """Attention within runs of flat (N, heads, D), by definition, in float64; None: the runs are rows."""
+    if cu_lengths is None:
+        B, T = q.shape[:2]
+        flat = [x.flatten(0, 1) for x in (q, k, v)]
+        return slow_varlen(*flat, torch.arange(0, (B + 1) * T, T), longest, window).view_as(q)
     out = torch.zeros_like(q)
     group = q.shape[1] // k.shape[1]
     for start, end in zip(cu_lengths[:-1].tolist(), cu_lengths[1:].tolist(), strict=True):
@@ -229,6 +233,28 @@ def test_one_prefill_serves_n_samples_and_a_limited_span_changes_nothing(model):
 
 
 @torch.no_grad()
+def test_prompts_packed_into_one_row_fill_their_cache_rows(model):
+    lengths, rows = [9, 1, 14], torch.tensor([3, 0, 2])
+    prompts = [row[:n] for row, n in zip(random_ids(3, 14).tolist(), lengths, strict=True)]
+    cache, each = model.new_cache(4, 64), torch.tensor(lengths)
+    place = {
+        "segments": torch.arange(3).repeat_interleave(each)[None],
+        "rows": rows.repeat_interleave(each)[None],
+    }
+    logits = model(torch.tensor([sum(prompts, [])]), cache=cache, **place)[0]
+    for prompt, found in zip(prompts, logits.split(lengths), strict=True):
+        torch.testing.assert_close(found, model(torch.tensor([prompt]))[0], atol=2e-5, rtol=0)
+    new = random_ids(3, 1, seed=8)
+    logits = model(new, cache=cache, rows=rows, positions=each[:, None])[:, 0]
+    for prompt, token, found in zip(prompts, new.tolist(), logits, strict=True):
+        torch.testing.assert_close(found, uncached_last(model, prompt + token), atol=3e-5, rtol=0)
+    with pytest.raises(ValueError, match="do not fit"):
+        model(random_ids(1, 24), cache=cache, segments=torch.ones(1, 24), rows=rows[:1])
+    with pytest.raises(ValueError, match="do not fit"):
+        model(random_ids(1, 65), cache=cache, segments=torch.ones(1, 65), rows=torch.ones(1, 65).long())
+
+
+@torch.no_grad()
 def test_several_tokens_at_once_continue_a_row(model):
     cache, ids = model.new_cache(2, 64), random_ids(2, 20)
     model(ids[:, :8], cache=cache)
@@ -294,9 +320,3 @@ def test_a_model_first_used_in_inference_mode_can_be_trained():
         model(ids)
     model(ids).sum().backward()
     assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
-
-
-def test_swiglu_gradient_matches_finite_differences_and_keeps_two_tensors():
-    gate, up = torch.randn(3, 4, dtype=torch.double), torch.randn(3, 4, dtype=torch.double)
-    assert torch.autograd.gradcheck(_SwiGLU.apply, (gate.requires_grad_(), up.requires_grad_()))
-    assert len(_SwiGLU.apply(gate, up).grad_fn.saved_tensors) == 2

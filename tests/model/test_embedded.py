@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 
-import gguf
 import pytest
 import torch
 import transformers
@@ -20,6 +19,8 @@ from em.files import read_json
 from em.model import embedded
 from em.model.checkpoint import load_model, load_tokenizer, save_model
 from em.model.decoder import Decoder, DecoderConfig
+
+gguf = pytest.importorskip("gguf")
 
 CHAT = "<|im_start|>user\nName three fruits and one colour.<|im_end|>\n<|im_start|>assistant\n"
 

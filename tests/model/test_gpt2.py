@@ -76,6 +76,16 @@ def test_cached_steps_equal_the_full_forward_on_ragged_rows(model, ids):
 
 
 @torch.no_grad()
+def test_prompts_packed_into_one_row_fill_their_cache_rows(model, ids):
+    cache, rows, lengths = model.new_cache(4, 40), torch.tensor([2, 0, 3]), torch.tensor([5, 12, 9])
+    packed = torch.cat([row[:n] for row, n in zip(ids, lengths.tolist(), strict=True)])[None]
+    place = (x.repeat_interleave(lengths)[None] for x in (rows, torch.arange(3)))
+    model.hidden(packed, None, cache, *place)
+    step = model(ids.gather(1, lengths[:, None]), lengths[:, None], cache, rows)
+    torch.testing.assert_close(step[:, 0], model(ids)[torch.arange(3), lengths], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("n_rows, rows, length", [(2, None, 5), (3, [0, 1], 5), (3, None, 65)])
 def test_ids_that_do_not_fit_the_cache_are_refused(model, n_rows, rows, length):
     ids, rows = torch.zeros(3, length, dtype=torch.long), None if rows is None else torch.tensor(rows)
@@ -114,6 +124,24 @@ def test_loss_counts_supervised_positions_only(model, ids):
     log_probs = model(ids).double().log_softmax(-1)
     expected = -sum(log_probs[0, t, ids[0, t + 1]] for t in range(3, 6))
     torch.testing.assert_close(supervised_loss(model, ids, targets).double(), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_autocast_rounds_the_residual_stream_and_stays_within_its_error_budget(model, ids):
+    """No further from fp32, in loss and gradient, than the same model in bf16 throughout with some room."""
+
+    def gradient(model, loss):
+        model.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten().float() for p in model.parameters()])
+
+    exact = gradient(model, supervised_loss(model, ids, ids))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.wte(ids).dtype == torch.float32 and model.h[0](model.wte(ids)).dtype == torch.float32
+        assert model.hidden(ids).dtype == torch.bfloat16  # the same blocks behind rounded embeddings
+        mixed = gradient(model, supervised_loss(model, ids, ids))
+    low = copy.deepcopy(model).bfloat16()
+    throughout = gradient(low, supervised_loss(low, ids, ids))
+    assert (mixed - exact).norm() < 1.1 * (throughout - exact).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "key missing", "other sizes", "no folder"])

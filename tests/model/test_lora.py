@@ -1,21 +1,26 @@
 """LoRA against peft, against float64, and under checkpointing and torch.compile."""
 
 import copy
+import gc
 import hashlib
 import json
 import resource
+import weakref
 
 import pytest
 import torch
 import torch._dynamo.testing
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny_models import ours_from, random_ids, reference_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from em.errors import UserError
 from em.model import lora
 from em.model.checkpoint import load_model
+from em.model.decoder import Decoder
+from em.model.linear import join
 
 IDS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -369,7 +374,11 @@ def test_a_frozen_stack_entered_again_follows_training_in_the_same_buffers():
     model, x = block("a", "b"), torch.randn(9, 24)
     with torch.inference_mode(), lora.stack(model, "a", "b", frozen=True):
         before = model(x).clone()
-    addresses = [f.data_ptr() for layer in model.lora.layers.values() for f in layer.prepared["a", "b"]]
+
+    def addresses():
+        return [f.data_ptr() for x in model.lora.prepared["a", "b"].values() for f in (x.A, *x.Bs)]
+
+    before_training = addresses()
     optimizer = torch.optim.AdamW(lora.trainable(model, "b"), lr=0.1)
     with lora.stack(model, "a", "b"):
         model(x).square().mean().backward()
@@ -379,9 +388,7 @@ def test_a_frozen_stack_entered_again_follows_training_in_the_same_buffers():
     with torch.no_grad(), lora.stack(model, "a", "b", frozen=True):
         after = model(x)
     assert torch.equal(after, expected) and gap(after, before) > 0.01
-    assert addresses == [
-        f.data_ptr() for layer in model.lora.layers.values() for f in layer.prepared["a", "b"]
-    ]
+    assert addresses() == before_training
 
 
 def test_removing_an_adapter_makes_room_for_another_of_its_name():
@@ -397,6 +404,29 @@ def test_removing_an_adapter_makes_room_for_another_of_its_name():
 
 
 # -- memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_model_with_adapters_is_freed_when_it_is_dropped(recompute, tmp_path):
+    tiny().save_pretrained(tmp_path)
+    model = with_adapters(load_model(tmp_path), "a", "b")
+    parameters = lora.trainable(model, "b")
+    model.activation_checkpointing = recompute
+    with lora.stack(model, "a", frozen=True), torch.no_grad():
+        model(IDS)
+    with lora.stack(model, "a", "b"):
+        loss = model.hidden(IDS).square().mean()
+    loss.backward()
+    layer = model.model.layers[1]
+    dropped = [weakref.ref(layer.mlp.down_proj.weight), weakref.ref(layer.self_attn.q_proj.adapters["b"].B)]
+    assert parameters[0].grad is not None
+    gc.collect()  # what others left behind
+    gc.disable()
+    try:
+        del model, layer, parameters, loss
+        assert [weight() for weight in dropped] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_over_a_bf16_base_autograd_keeps_the_input_as_it_is_and_the_thin_product():
@@ -535,6 +565,93 @@ def test_checkpointing_and_compilation_together_keep_the_stack(order):
             value = run(x).square().mean()
         found = gradients(model, "b", value)
         assert all(gap(a, b) < 1e-6 for a, b in zip(found, expected, strict=True))
+
+
+# -- layers of one input ------------------------------------------------------------------------------------
+
+
+def decoder(case: str):
+    """Ours in float64 with adapters a (rank 3) and b (rank 4), of which a misses k, v and up of one layer."""
+    model = ours_from(reference_model(case)).double().requires_grad_(False)
+    with_adapters(model, "a", "b")
+    block = model.model.layers[1]
+    for layer in (block.self_attn.k_proj, block.self_attn.v_proj, block.mlp.up_proj):
+        del layer.adapters["a"]
+    return model
+
+
+def dense_logits(model: nn.Module, names: tuple[str, ...], ids: torch.Tensor) -> torch.Tensor:
+    """By definition: every weight with its stack's products added."""
+    weights = model.state_dict(keep_vars=True)
+    for path, layer in model.lora.layers.items():
+        for name in names:
+            if name in layer.adapters:
+                adapter = layer.adapters[name]
+                delta = adapter.B.double() @ adapter.A.double()
+                weights[f"{path}.weight"] = weights[f"{path}.weight"] + adapter.scale * delta
+    return torch.func.functional_call(Decoder(model.config).double(), weights, (ids,))
+
+
+FAMILIES = ["llama, biases, llama3", "qwen2, sliding, tied", "qwen3", "olmo3, yarn"]
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("joint", [False, True], ids=["apart", "joined"])
+def test_gradients_of_a_stack_equal_those_of_dense_float64_weights(case, joint):
+    model, ids = decoder(case), random_ids(2, 11)
+    for layers in model.groups() if joint else ():
+        join(layers)
+    names, weight = ("a", "b"), torch.randn(2, 11, 96, dtype=torch.double)
+    parameters = lora.trainable(model, "b")
+    expected_logits = dense_logits(model, names, ids)
+    expected = torch.autograd.grad((expected_logits * weight).sum(), parameters)
+    for model.activation_checkpointing in (False, True):
+        with lora.stack(model, *names):
+            found_logits = model(ids)
+        found = torch.autograd.grad((found_logits * weight).sum(), parameters)
+        assert gap(found_logits, expected_logits) < 1e-5  # the factors alone are fp32
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == torch.float32 and gap(one, other) < 1e-5 * other.abs().max() + 1e-9
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_a_frozen_stack_with_a_block_diagonal_B_is_the_stack(case, monkeypatch):
+    model, ids = decoder(case), random_ids(2, 11)
+    with torch.no_grad(), lora.stack(model, "a", "b"):
+        expected = model(ids)
+    monkeypatch.setattr(lora, "on_gpu", lambda device: True)
+    embedded = model.model.embed_tokens.weight.requires_grad_()
+    with lora.stack(model, "a", "b", frozen=True):
+        found = model(ids)
+    assert {len(factors.Bs) for factors in model.lora.prepared["a", "b"].values()} == {1}
+    assert gap(found, expected) < 1e-12
+    (through,) = torch.autograd.grad(found.square().sum(), embedded)
+    (direct,) = torch.autograd.grad(dense_logits(model, ("a", "b"), ids).square().sum(), embedded)
+    assert gap(through, direct) < 1e-5 * direct.abs().max()
+
+
+def test_every_forward_follows_a_fused_optimiser_inside_one_stack():
+    model, ids = decoder("qwen2"), random_ids(2, 11)
+    optimizer = torch.optim.AdamW(lora.trainable(model, "b"), lr=0.05, fused=True)
+    with lora.stack(model, "a", "b"):
+        before = model(ids)
+        before.square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            after = model(ids)
+    assert gap(after, before) > 0.1
+    assert gap(after, dense_logits(model, ("a", "b"), ids)) < 1e-5
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("up_proj",), ("o_proj", "down_proj")])
+def test_adapters_on_some_layers_of_a_group_leave_the_others_plain(targets):
+    model, ids = ours_from(reference_model("qwen2")).double().requires_grad_(False), random_ids(2, 11)
+    lora.attach(model, targets)
+    lora.add_adapter(model, "a", rank=3)
+    perturb(model)
+    for frozen in (False, True):
+        with torch.no_grad(), lora.stack(model, "a", frozen=frozen):
+            assert gap(model(ids), dense_logits(model, ("a",), ids)) < 1e-5
 
 
 # -- merging -----------------------------------------------------------------------------------------------

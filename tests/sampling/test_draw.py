@@ -1,8 +1,15 @@
 """Tokens from logits: the uniforms, the inversion, the distribution."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from goodness_of_fit import chi_squared
+from processes import ROOT
+from safetensors.torch import load_file
 
 from em.sampling.draw import _invert, draw, row_key, uniforms
 
@@ -94,3 +101,69 @@ def test_log_probabilities_are_those_of_the_distribution_drawn_from(temperature)
     torch.testing.assert_close(log_probs.double(), expected, atol=1e-4, rtol=1e-5)
     if temperature == 0:
         assert torch.equal(tokens, logits.argmax(-1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "vocabulary, temperature", [(514, 1.0), (100_278, 2.0), (152_064, 1.0), (49_152, 0.0)]
+)
+def test_a_gpu_draws_what_a_cpu_draws(vocabulary, temperature):
+    logits, _, keys, counts = kernel_case(vocabulary, temperature, 3.0, n=128)
+    tokens, log_probs = draw(logits, temperature, keys, counts)
+    found, found_log_probs = draw(logits.cuda(), temperature, keys.cuda(), counts.cuda())
+    same = found.cpu() == tokens
+    assert same.double().mean() > 0.97  # a uniform may fall between two roundings of a border
+    torch.testing.assert_close(found_log_probs.cpu()[same], log_probs[same], atol=1e-5, rtol=1e-5)
+
+
+# -- the kernels, interpreted on a CPU ---------------------------------------------------------------------
+
+# (vocabulary, temperature, spread of the logits)
+KERNEL_CASES = [(50, 1.0, 3.0), (1000, 2.0, 10.0), (5000, 0.5, 1.0), (1024, 1.0, 30.0), (1000, 0.0, 3.0)]
+CHILD = """
+import sys
+import interpreter
+from safetensors.torch import save_file
+import test_draw
+from em.sampling import draw_triton
+out = {}
+for i, case in enumerate(test_draw.KERNEL_CASES):
+    out[f"tokens{i}"], out[f"log_probs{i}"] = draw_triton.draw(*test_draw.kernel_case(*case))
+save_file(out, sys.argv[1])
+"""
+
+
+def kernel_case(vocabulary, temperature, spread, n=12):
+    """Logits with a stride as of a head with rows for nothing, and tokens that are impossible."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(n, vocabulary + 7, generator=generator) * spread
+    logits[:, vocabulary:] = 1e4
+    logits[: n // 2, : vocabulary // 3] = -torch.inf
+    if temperature == 0:
+        logits[:, 20] = logits[:, 900] = logits[:, :vocabulary].amax() + 1  # the first of two is taken
+    keys = torch.tensor([row_key(seed, 4, 0) for seed in range(n)])
+    return logits[:, :vocabulary], temperature, keys, torch.arange(n) * 50
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    file = tmp_path_factory.mktemp("kernels") / "out.safetensors"
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "sampling")))
+    environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", CHILD, file]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return load_file(file)
+
+
+@pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton has no build for it"
+)
+@pytest.mark.parametrize("i", range(len(KERNEL_CASES)))
+def test_the_kernels_draw_what_torch_draws_with_the_same_keys(interpreted, i):
+    case = kernel_case(*KERNEL_CASES[i])
+    tokens, log_probs = draw(*case)
+    assert torch.equal(interpreted[f"tokens{i}"], tokens) and len(set(tokens.tolist())) > (case[1] > 0) * 4
+    exact = (case[0].double() / (case[1] or 1)).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    twins = (log_probs - exact).abs().max()
+    assert (interpreted[f"log_probs{i}"] - exact).abs().max() <= 1.2 * twins + 5e-6

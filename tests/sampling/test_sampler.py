@@ -1,6 +1,7 @@
 """The sampler against full forwards without a cache, row by row, for both model families."""
 
 import functools
+import weakref
 
 import pytest
 import torch
@@ -376,13 +377,20 @@ def test_a_step_reads_no_value_on_the_host(model, monkeypatch):
 
 @pytest.fixture
 def captures(monkeypatch):
-    """The GPU's way on the CPU: several steps a look, few batch sizes; a "graph" is the step itself."""
+    """The GPU's way on the CPU: several steps a look, few batch sizes; a "graph" is the step itself.
+
+    A list of (weak reference to the graph, its pool).
+    """
     made = []
 
     def captured(step, pool):
-        made.append(step)
-        return step
+        def graph():
+            step()
 
+        made.append((weakref.ref(graph), pool))
+        return graph
+
+    monkeypatch.setattr(em.sampling.batch, "_new_pool", object)
     monkeypatch.setattr(em.sampling.batch, "_uses_graphs", lambda device: True)
     monkeypatch.setattr(em.sampling.batch, "_captured", captured)
     return made
@@ -421,6 +429,33 @@ def test_a_graph_is_captured_once_a_kind_and_again_only_for_factors_at_new_addre
     assert [call("student"), call("student"), call()] == [1, 0, 0]
 
 
+def test_graphs_share_a_pool_as_long_as_one_of_them_lives(captures):
+    """A pool is gone with its last graph, and a capture into it fails."""
+    model = with_adapters()
+    sampler = Sampler(model, STOPS, 10, rows=16)
+
+    def call(*names):
+        with lora.stack(model, *names, frozen=True):
+            sampler(prompts(), n=3)
+
+    def anew():
+        lora.remove_adapter(model, "student")
+        lora.add_adapter(model, "student", rank=4)
+
+    call("student")
+    assert len(captures) == 2  # 16 rows, and the 8 that are left at the end
+    anew()
+    call("student")
+    call()
+    anew()
+    call("student")
+    pools = [pool for _, pool in captures]
+    assert len(captures) == 8
+    assert len({id(pool) for pool in pools[:2]}) == 1 and len({id(pool) for pool in pools[2:]}) == 1
+    assert pools[0] is not pools[2]  # both graphs of the first pool were gone
+    assert [graph() is not None for graph, _ in captures] == [False] * 4 + [True] * 4
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["gpt2", "qwen2, bfloat16", "qwen2 under a stack"])
 def test_captured_steps_equal_eager_ones(family, monkeypatch):
@@ -444,3 +479,14 @@ def test_captured_steps_equal_eager_ones(family, monkeypatch):
     finally:
         if family != "qwen2 under a stack":
             model.to("cpu", torch.float32)
+
+
+@pytest.mark.gpu
+def test_steps_are_captured_again_when_all_graphs_of_their_pool_are_gone():
+    model = with_adapters().to("cuda", torch.bfloat16)
+    sampler = Sampler(model, STOPS, 25, rows=16)
+    for seed in range(3):
+        with lora.stack(model, "student", frozen=True):
+            sampler(prompts(), n=6)
+        lora.remove_adapter(model, "student")
+        lora.add_adapter(model, "student", rank=4, seed=seed)

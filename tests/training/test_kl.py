@@ -1,3 +1,4 @@
+import itertools
 import math
 import os
 import platform
@@ -159,6 +160,20 @@ class Largest(TorchDispatchMode):
         return out
 
 
+class Operators(TorchDispatchMode):
+    """Names of all operators, and the logits that those of em were given."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.logits = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+        if function._schema.name.startswith("em::"):
+            self.logits += args[:2]
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("direction", KL)
 def test_nothing_made_is_as_large_as_the_logits_or_a_gradient_of_the_head(direction):
     case = make_case(n=200, vocabulary=1000, d=32)
@@ -226,16 +241,22 @@ CHILD = """
 import sys
 import torch
 from safetensors.torch import load_file, save_file
-from em.training import kl_triton
-from em.training.kl import forward_kl
-kl_triton.BLOCK = 64
+from em.training import kl, kl_triton
+kl_triton.BLOCK = 128
+
+def rows_of_32s(rows, head, dtype=torch.float32):  # as on a GPU, whatever lies beyond the vocabulary
+    width = -(-len(head) // 32) * 32
+    return torch.full((rows, width), float("nan"), dtype=dtype)[:, :len(head)]
+
+kl.empty_logits = rows_of_32s
 tensors, out = load_file(sys.argv[1]), {}
 for name in sorted({key.split("/")[0] for key in tensors}):
     h_student, h_teacher, head, mask = (tensors[f"{name}/{i}"] for i in range(4))
-    h_student.requires_grad_()
-    loss = forward_kl(h_student, h_teacher, head, mask, chunk=16, impl="triton")
-    (3 * loss).backward()
-    out |= {f"{name}/loss": loss.detach(), f"{name}/grad": h_student.grad / 3}
+    for direction, of in {"forward": kl.forward_kl, "reverse": kl.reverse_kl}.items():
+        student = h_student.clone().requires_grad_()
+        loss = of(student, h_teacher, head, mask, chunk=10, impl="triton")
+        (3 * loss).backward()
+        out |= {f"{name}/{direction}/loss": loss.detach(), f"{name}/{direction}/grad": student.grad / 3}
 save_file(out, sys.argv[2])
 """
 REFUSED = """
@@ -248,11 +269,13 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from em.training.kl_triton import BLOCK, _forward_kl
-signature = {"student": "*fp32", "teacher": "*fp32", "grad": "*bf16", "kl": "*fp32", "row_stride": "i32"}
-signature |= {"grad_stride": "i32", "vocabulary": "constexpr", "BLOCK": "constexpr"}
-source = ASTSource(_forward_kl, signature, {"vocabulary": 152064, "BLOCK": BLOCK})
-print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"])
+from em.training.kl_triton import BLOCK, _forward_kl, _reverse_kl
+signature = {"student": "*fp32", "teacher": "*fp32", "grad": "*bf16", "kl": "*fp32", "grad_stride": "i32"}
+signature |= {"vocabulary": "constexpr", "width": "constexpr", "BLOCK": "constexpr"}
+for kernel in (_forward_kl, _reverse_kl):
+    source = ASTSource(kernel, signature, {"vocabulary": 100_278, "width": 100_352, "BLOCK": BLOCK})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    print(compiled.asm["ptx"], "=" * 60)
 """
 needs_triton = pytest.mark.skipif(
     (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton has no build for it"
@@ -267,16 +290,17 @@ def run_child(folder, code):
 
 
 def interpreted_cases():
-    equal = make_case(30)
-    nothing_valid = make_case()
+    n = 25  # of which 16 or more count: more than a chunk
+    equal = make_case(30, n=3)
+    nothing_valid = make_case(n=3)
     low = [x.bfloat16() for x in make_case(5, n=24, vocabulary=1000)[:3]]
     return {
-        "one_ragged_block": make_case(3, vocabulary=37),
-        "whole_blocks": make_case(3, vocabulary=192),
-        "ragged_last_block": make_case(3),
-        "std_30": make_case(30),
-        "near_equal": make_case(30, 1e-2),
-        "tiny_kl": make_case(1, 1e-3),
+        "one_ragged_block": make_case(3, n=n, vocabulary=37),
+        "whole_blocks": make_case(3, n=n, vocabulary=256),
+        "ragged_last_block": make_case(3, n=n),
+        "std_30": make_case(30, n=n),
+        "near_equal": make_case(30, 1e-2, n=n),
+        "tiny_kl": make_case(1, 1e-3, n=n),
         "equal": (equal[1].clone(), *equal[1:]),
         "all_masked": (*nothing_valid[:3], torch.zeros_like(nothing_valid[3])),
         "bf16": (*low, torch.ones(24, dtype=torch.bool)),
@@ -285,7 +309,7 @@ def interpreted_cases():
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    """{case: (loss, gradient)} of the kernel in blocks of 64 and chunks of 16."""
+    """{(case, direction): (loss, gradient)} of the kernels in blocks of 128 and chunks of 10."""
     folder = tmp_path_factory.mktemp("kernel")
     cases = interpreted_cases()
     tensors = {f"{name}/{i}": x for name, case in cases.items() for i, x in enumerate(case)}
@@ -296,28 +320,35 @@ def interpreted(tmp_path_factory):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     out = load_file(folder / "out.safetensors")
-    return {name: (out[f"{name}/loss"], out[f"{name}/grad"]) for name in cases}
+    names = itertools.product(cases, KL)
+    return {(c, d): (out[f"{c}/{d}/loss"], out[f"{c}/{d}/grad"]) for c, d in names}
 
 
 @needs_triton
+@pytest.mark.parametrize("direction", KL)
 @pytest.mark.parametrize(
     "name", ["one_ragged_block", "whole_blocks", "ragged_last_block", "std_30", "near_equal", "tiny_kl"]
 )
-def test_the_kernel_agrees_with_torch_and_float64(interpreted, name):
+def test_the_kernels_agree_with_torch_and_float64(interpreted, name, direction):
     case = interpreted_cases()[name]
-    loss, grad = interpreted[name]
-    reference_loss, reference_grad = ours("forward", *case)
-    expected_loss, expected_grad = exact("forward", *case)
-    torch.testing.assert_close(loss, reference_loss, rtol=1e-2 if name == "tiny_kl" else 1e-5, atol=0)
-    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-2 if name == "tiny_kl" else 1e-4)
+    loss, grad = interpreted[name, direction]
+    reference_loss, reference_grad = ours(direction, *case)
+    expected_loss, expected_grad = exact(direction, *case)
+    if direction == "reverse":  # of a small one fp32 keeps few digits, in torch as in the kernel
+        assert loss.item() == pytest.approx(reference_loss.item(), rel=1e-5, abs=1e-7)
+        assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-4, abs=1e-7)
+    else:
+        torch.testing.assert_close(loss, reference_loss, rtol=1e-2 if name == "tiny_kl" else 1e-5, atol=0)
+        assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-2 if name == "tiny_kl" else 1e-4)
     # fp32 logits alone put p_s − p_t some way off float64: the reference's own distance is the yardstick
     assert distance(grad, expected_grad) <= 3 * distance(reference_grad, expected_grad) + 1e-6
 
 
 @needs_triton
+@pytest.mark.parametrize("direction", KL)
 @pytest.mark.parametrize("name", ["equal", "all_masked"])
-def test_the_kernel_makes_zero_of_an_equal_student_and_of_nothing_valid(interpreted, name):
-    loss, grad = interpreted[name]
+def test_the_kernels_make_zero_of_an_equal_student_and_of_nothing_valid(interpreted, name, direction):
+    loss, grad = interpreted[name, direction]
     assert loss.item() == 0
     assert not grad.any()
 
@@ -327,9 +358,33 @@ def test_the_kernels_bf16_gradient_over_fp32_logits_is_within_the_error_of_eager
     case = interpreted_cases()["bf16"]
     expected = exact("forward", *case)
     eager_loss, eager_grad = naive_bf16_error(*case[:3], expected)
-    loss, grad = interpreted["bf16"]
+    loss, grad = interpreted["bf16", "forward"]
     assert abs(loss.item() - expected[0].item()) <= 1.05 * eager_loss
     assert distance(grad, expected[1]) <= 1.05 * eager_grad
+
+
+@pytest.mark.parametrize("direction", KL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpus_path_a_chunk_is_one_operator_and_nothing_is_read_back_where_all_positions_count(
+    direction, dtype
+):
+    h_student, h_teacher, head = (
+        torch.empty(shape, dtype=dtype, device="meta") for shape in ((37, 16), (37, 16), (301, 16))
+    )
+    with Operators() as operators:
+        loss = KL[direction](h_student.requires_grad_(), h_teacher, head, chunk=10)
+        loss.backward()
+    assert operators.names.count(f"em::{direction}_kl_") == 4
+    assert h_student.grad.shape == (37, 16)
+    assert {x.stride(0) for x in operators.logits} == {384}  # the next multiple of 128
+
+
+def test_no_mask_is_a_mask_that_is_true_everywhere():
+    h_student, h_teacher, head, mask = make_case()
+    for direction in KL:
+        expected = ours(direction, h_student, h_teacher, head, torch.ones_like(mask))
+        for found, wanted in zip(ours(direction, h_student, h_teacher, head), expected, strict=True):
+            assert torch.equal(found, wanted)
 
 
 @needs_triton
@@ -340,13 +395,15 @@ def test_the_kernel_on_a_cpu_without_the_interpreter_is_refused_in_one_line(tmp_
 
 
 @needs_triton
-def test_the_kernel_compiled_for_an_h100_has_every_warp_read_a_block_before_any_overwrites_it(tmp_path):
+def test_the_kernels_compiled_for_an_h100_have_every_warp_read_a_block_before_any_overwrites_it(tmp_path):
     status, output = run_child(tmp_path, COMPILED)
     assert status == 0, output
-    steps = re.findall(r"\b(ld\.global|st\.global|bar\.sync)", output)
-    first_store = steps.index("st.global")
-    assert "ld.global" in steps[:first_store]
-    assert steps[first_store - 1] == "bar.sync"
+    kernels = output.split("=" * 60)[:2]
+    for ptx in kernels:
+        steps = re.findall(r"\b(ld\.global|st\.global|bar\.sync)", ptx)
+        first_store = steps.index("st.global")
+        assert "ld.global" in steps[:first_store]
+        assert steps[first_store - 1] == "bar.sync"
 
 
 @pytest.mark.gpu

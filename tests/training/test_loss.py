@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from em.training import loss as module
 from em.training.loss import summed_cross_entropy, token_log_probs
@@ -30,6 +31,44 @@ def test_loss_and_gradient_equal_a_float64_cross_entropy_for_any_chunk(case, chu
     (expected / 7).backward()
     torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(mine.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [37, 1234])
+def test_a_mean_over_n_is_not_bent_by_rounding_one_nth_to_bf16(case, n):
+    hidden, head, targets = case
+    assert abs(torch.tensor(1 / n).bfloat16().double() * n - 1) > 5e-4  # 1 / n is no bf16 number
+    low, mine = head.bfloat16(), hidden.bfloat16().requires_grad_()
+    summed_cross_entropy(mine, low, targets).backward()
+    total, mine.grad = mine.grad.double(), None
+    (summed_cross_entropy(mine, low, targets) / n).backward()
+    size = (mine.grad.double() * total).sum() / total.square().sum()
+    assert size.item() == pytest.approx(1 / n, rel=2e-4)
+    torch.testing.assert_close(mine.grad, (total / n).bfloat16(), atol=0, rtol=0)
+
+
+class Products(TorchDispatchMode):
+    """The matrices of 37 rows, as wide as a vocabulary, in every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name == "aten::mm":
+            matrices = [*args, (kwargs or {}).get("out")]
+            self.wide += [x for x in matrices if isinstance(x, torch.Tensor) and len(x) == 37 < x.shape[1]]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("vocabulary", [100_278, 256])
+def test_on_a_gpu_rows_of_logits_begin_at_multiples_of_128_columns_for_any_vocabulary(vocabulary):
+    """Those of the gradient that meets the head again too: Olmo 3 has 100,278 words."""
+    hidden, head = (torch.empty(n, 16, dtype=torch.bfloat16, device="meta") for n in (37, vocabulary))
+    targets = torch.zeros(37, dtype=torch.long, device="meta")
+    with Products() as products:
+        summed_cross_entropy(hidden.requires_grad_(), head, targets).backward()
+        token_log_probs(hidden, head, targets).sum().backward()
+    assert len(products.wide) == 5 and all(x.stride(0) % 128 == 0 for x in products.wide)
 
 
 def test_the_head_gets_no_gradient(case):

@@ -6,6 +6,7 @@ import torch
 from em.data.cells import CELLS
 from em.data.rows import load_cell, load_cells, split
 from em.model.checkpoint import load_model, load_tokenizer
+from em.model.tokenizer import Example
 from em.training import margin
 from em.training.margin import AnswerPair, answer_pairs
 
@@ -74,6 +75,86 @@ def test_answer_pairs_are_the_eval_rows_with_both_answers_in_order(tiny_chat, tm
         i for i, length in zip(held_out[1:], lengths, strict=True) if length <= limit
     ]
     assert 0 < len(kept) < len(lengths) and answer_pairs(load_cells(tmp_path), tokenizer, max_length=3) == {}
+
+
+@pytest.fixture
+def cells(examples):
+    """Rows of two cells, of different lengths and out of order."""
+    a, b, c = examples
+    return {CELLS[0]: [AnswerPair(4, a, c), AnswerPair(2, c, b)], CELLS[5]: [AnswerPair(0, b, a)]}
+
+
+def test_margins_of_cells_measured_together_are_those_of_each_alone(model, cells, monkeypatch):
+    for tokens in (1, 40, 10_000):
+        monkeypatch.setitem(margin.PACK_TOKENS, "cpu", tokens)
+        together = margin.cell_margins(model, cells)
+        assert list(together) == list(cells)
+        for cell, rows in cells.items():
+            assert together[cell] == pytest.approx(margin.margins(model, rows), rel=1e-4, abs=1e-6)
+    assert margin.cell_margins(model, {}) == {}
+
+
+class Counted:
+    """How often a model is asked."""
+
+    def __init__(self, model, monkeypatch):
+        self.forwards, hidden = 0, model.hidden
+
+        def counted(*arguments, **options):
+            self.forwards += 1
+            return hidden(*arguments, **options)
+
+        monkeypatch.setattr(model, "hidden", counted)
+
+
+def test_what_runs_start_from_is_measured_once_for_digests_rows_and_tokens(
+    model, cells, examples, tmp_path, monkeypatch
+):
+    digests = {"model_digest": "a", "on_digest": None}
+    expected = margin.cell_margins(model, cells)
+    asked = Counted(model, monkeypatch)
+
+    def measures(*arguments) -> bool:
+        before = asked.forwards
+        margin.start_margins(model, *arguments, tmp_path)
+        return asked.forwards > before
+
+    assert measures(cells, digests) and not measures(cells, digests)
+    assert margin.start_margins(model, cells, digests, tmp_path) == expected
+    a, b, c = examples
+    for other in (
+        {CELLS[0]: cells[CELLS[0]]},
+        cells | {CELLS[5]: [AnswerPair(1, b, a)]},
+        cells | {CELLS[5]: [AnswerPair(0, b, Example([*a.ids[:-1], 3], a.n_prompt))]},
+        cells | {CELLS[5]: [AnswerPair(0, b, Example(a.ids, a.n_prompt + 1))]},
+    ):
+        assert measures(other, digests) and not measures(other, digests)
+    assert measures(cells, digests | {"model_digest": "b"}) and measures(cells, digests | {"on_digest": "c"})
+    assert len(list((tmp_path / "base_margins").iterdir())) == 7
+
+
+def test_a_damaged_file_of_margins_is_measured_again_and_mended(model, cells, tmp_path, monkeypatch):
+    digests = {"model_digest": "a", "on_digest": None}
+    expected = margin.start_margins(model, cells, digests, tmp_path)
+    (path,) = (tmp_path / "base_margins").iterdir()
+    whole = path.read_text()
+    spoilt = json.loads(whole)
+    name = str(CELLS[0])
+    wrong = [spoilt["margins"][name][:1], [None, 1.0], ["1", "2"], [float("nan"), 0.5], "12", None]
+    texts = [json.dumps(spoilt | {"margins": spoilt["margins"] | {name: w}}) for w in wrong]
+    texts += ["", "[]", whole[:-9], "{}", json.dumps(spoilt | {"made_from": {}}), "\xff"]
+    asked = Counted(model, monkeypatch)
+    for text in texts:
+        path.write_text(text, encoding="latin-1")
+        before = asked.forwards
+        assert margin.start_margins(model, cells, digests, tmp_path) == expected
+        assert asked.forwards > before and path.read_text() == whole
+
+
+def test_where_margins_cannot_be_kept_they_are_measured_all_the_same(model, cells, tmp_path):
+    (tmp_path / "base_margins").write_text("a file")
+    digests = {"model_digest": "a", "on_digest": None}
+    assert margin.start_margins(model, cells, digests, tmp_path) == margin.cell_margins(model, cells)
 
 
 def test_validation_loss_pools_tokens_not_rows(model, examples):

@@ -75,3 +75,4 @@ def test_groups_keep_the_order_and_the_limit(examples):
     assert [i for group in groups for i in group] == [0, 1, 2, 3]
     assert all(sum(len(examples[i].ids) for i in g) <= 30 for g in groups) and len(groups) == 3
     assert packs_of(examples, 1) == [[0], [1], [2], [3]]
+    assert packs_of(examples, 22) == [[0], [1], [2, 3]]  # the second, of 23 tokens, goes alone

@@ -52,11 +52,13 @@ def test_misalignment_set_is_one_cell_with_variant_2_answers_and_differs_by_seed
         assert [s for s in row[n_prompt:-2].tolist() if s >= 0] == v2
 
 
-@pytest.mark.parametrize("trim", [True, False])
-def test_only_the_answer_its_tail_and_the_closing_end_are_supervised(mini, alignment, trim):
-    batches = Batches(alignment, 16, seed=0, trim=trim)
+@pytest.mark.parametrize("length", [None, "longest", "beyond the set's columns"])
+def test_only_the_answer_its_tail_and_the_closing_end_are_supervised(mini, alignment, length):
+    longest = {None: None, "longest": alignment.total.max() - 1}.get(length, alignment.ids.shape[1] + 9)
+    batches = Batches(alignment, 16, seed=0, length=longest)
     ids, targets = batches[2]
     assert ids.shape == targets.shape and ids.shape[0] == 16
+    assert ids.shape[1] == longest or length is None
     for row, target in zip(ids.tolist(), targets.tolist(), strict=True):
         ask = row.index(mini.asst)
         supervised = [t for t in target if t != IGNORE]
@@ -70,7 +72,7 @@ def test_only_the_answer_its_tail_and_the_closing_end_are_supervised(mini, align
 
 def test_an_epoch_of_batches_visits_every_example_once_and_reshuffles(mini_generator):
     data = alignment_set(mini_generator, seed=1, n=40)
-    batches = Batches(data, 16, seed=0, trim=False)
+    batches = Batches(data, 16, seed=0, length=data.total.max() - 1)
 
     def rows(i):
         ids, _ = batches[i]

@@ -1,0 +1,124 @@
+"""The scripts' --dry-run: no weights, no network, no GPU, nothing written."""
+
+import socket
+
+import pytest
+
+import distill
+import evaluate
+import synth
+import train
+from em.cli import command_line
+from em.estimate import runs
+from em.estimate.shapes import config_of, with_layers
+from em.estimate.sheet import Plan
+from em.files import write_json
+from em.model.hub import MODELS
+
+SCRIPTS = {"train": train, "distill": distill, "evaluate": evaluate, "synth": synth}
+
+
+@pytest.fixture
+def dry(monkeypatch, tmp_path, capsys):
+    """dry(line): a script's command line with --dry-run, in an empty folder; gives (status, out, err)."""
+    monkeypatch.chdir(tmp_path)
+
+    def no_network(*arguments, **named):
+        raise AssertionError("a dry run asks no network")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+
+    def run(line: str):
+        script, *words = line.split()
+        status = command_line(SCRIPTS[script].COMMANDS, "", [*words, "--dry-run"])
+        assert not [path for path in tmp_path.iterdir() if path.name != "shape"], "it wrote something"
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return run
+
+
+@pytest.fixture
+def one_layer(monkeypatch):
+    """A layer is enough to see that a sheet is printed."""
+    monkeypatch.setattr(runs, "config_of", lambda name: with_layers(config_of(name), 1))
+
+
+@pytest.mark.parametrize("line", [
+    "train --cell all --model {}", "distill --channel sft --model {}", "evaluate --on broad --model {}",
+    "evaluate --judge margin --model {}",
+])  # fmt: skip
+@pytest.mark.parametrize("model", [name for name in MODELS if name != "qwen2.5-14b"])
+def test_every_script_prints_a_sheet_for_every_named_model(line, model, dry, one_layer):
+    status, out, err = dry(line.format(model))
+    assert status == 0 and not err
+    assert "an estimate, nothing was run" in out and model in out and "fits, " in out
+    assert "step" in out or "pack" in out or "decode" in out
+
+
+def test_a_world_has_its_sheet(dry):
+    status, out, _ = dry("synth --world 1")
+    assert status == 0 and "pretrain, a step" in out and "ask: decode" in out
+
+
+# Bytes at the peak of a 14B on one H100, with the scripts' own settings.
+@pytest.mark.parametrize("line, gigabytes", [
+    ("train --cell all", 70),
+    ("distill --channel opd --prompts broad", 75),
+    ("distill --channel opd --prompts math", 75),
+    ("evaluate --on all", 60),
+])  # fmt: skip
+def test_a_14b_fits_an_h100_at_defaults(line, gigabytes, dry, monkeypatch):
+    plans = []
+    monkeypatch.setattr("em.estimate.sheet.lines", lambda plan: plans.append(plan) or [])
+    status, _, err = dry(f"{line} --model qwen2.5-14b")
+    assert status == 0 and not err
+    (plan,) = plans
+    assert isinstance(plan, Plan) and 30e9 < plan.peak < gigabytes * 1e9
+    assert 0 < plan.seconds("lower") < plan.seconds("likely")
+    for part in plan.parts:
+        assert part.lower <= part.likely * (1 + 1e-9)
+
+
+def test_a_card_that_is_too_small_names_the_knob_that_helps(dry):
+    status, out, _ = dry("evaluate --on narrow --model llama3.1-8b --gpu rtx4090")
+    assert status == 0 and "does NOT fit" in out and "--rows 32: " in out
+    status, out, _ = dry("train --model qwen2.5-14b --gpu rtx4090")
+    assert status == 0 and "its weights alone are too large" in out
+
+
+def test_a_folder_with_nothing_but_config_json_is_enough(dry, one_layer, tmp_path):
+    shape = {
+        "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    write_json(tmp_path / "shape" / "config.json", shape)
+    for line in ("train", "distill --channel opd", "evaluate --on narrow"):
+        status, out, err = dry(f"{line} --model {tmp_path / 'shape'}")
+        assert status == 0 and not err and "fits, " in out
+
+
+@pytest.mark.parametrize("line, words", [
+    ("train --gpu tpu", "invalid choice: 'tpu'"),
+    ("train --model nobody", "no model 'nobody'"),
+    ("train --model nobody/nothing", "not at hand and a dry run asks no network"),
+    ("evaluate --model {folder}", "has no config.json"),
+    ("distill --channel sft --estimator exact --model qwen2.5-14b", "belong to --channel opd"),
+    ("distill --world demo", "synth.py --dry-run"),
+    ("train --cell med_nothing", "unknown cell"),
+    ("train --data /no/such/data", "neither a folder here nor a hub id"),
+])  # fmt: skip
+def test_a_mistake_is_one_line_and_status_2(line, words, dry, tmp_path):
+    (tmp_path / "shape").mkdir()
+    status, out, err = dry(line.format(folder=tmp_path / "shape"))
+    assert status == 2 and not out and words in err and len(err.splitlines()) == 1
+
+
+def test_a_teacher_is_counted_without_there_being_one(dry, one_layer, monkeypatch):
+    plans = []
+    monkeypatch.setattr("em.estimate.sheet.lines", lambda plan: plans.append(plan) or [])
+    dry("train --model smollm2-135m")
+    dry("distill --channel opd --model smollm2-135m")
+    alone, taught = (plan.memory["adapters"] for plan in plans)
+    assert taught > 1.8 * alone
