@@ -112,6 +112,7 @@ bench: setup
 	$(BIN)/python bench/kl.py
 	$(BIN)/python bench/opd.py
 	$(BIN)/python bench/report.py
+	$(BIN)/python bench/judge.py
 
 loc:
 	@$(PYTHON) bench/loc.py

@@ -28,7 +28,8 @@ def visible(
 ) -> Tensor:
     """A mask (B, 1, T, S) for queries at positions (B, T): 0 where a key is seen, else -inf.
 
-    seen (B, T, S) bool: in place of all keys up to the query's own. Additive, so that no layer converts it again.
+    seen (B, T, S) bool: in place of all keys up to the query's own. Additive, so that no layer converts it
+    again.
     """
     slots = torch.arange(span, device=positions.device)
     if seen is None:
