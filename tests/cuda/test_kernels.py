@@ -112,10 +112,11 @@ def head_norms(name: str) -> None:
 
 
 class Bound(NamedTuple):
-    """registers: of a thread. narrow: how many accesses of global memory may be of fewer than 64 bits."""
+    """registers: of a thread. narrow: how many accesses of global memory may be of fewer than `bits` bits."""
 
     registers: int = 80  # three programs of eight warps on a multiprocessor
-    narrow: int = 0
+    narrow: int = 1  # a number of the row
+    bits: int = 128
 
 
 class Case(NamedTuple):
@@ -125,14 +126,14 @@ class Case(NamedTuple):
 
 ATTEND = Bound(registers=128)  # its four warps leave more room than the keys and values that it holds
 # A warp has the halves of one head of one token: two elements of each a lane, or one.
-ONE_HEAD = Bound(registers=40, narrow=16)
+ONE_HEAD = Bound(40, 16, 64)
 # Numbers of a row, and the few hundred sums of its blocks, whose rows are of any length.
-SWEEP, PICK = Bound(narrow=2), Bound(narrow=9)
-NORM = Bound(registers=64, narrow=1)
+SWEEP, PICK = Bound(80, 2), Bound(80, 9, 64)
+NORM, HEAD_NORM = Bound(64), Bound(64, bits=64)
 
 VOCABULARIES = (152_064, 128_256, 100_278, 49_152)  # Qwen 2.5, Llama 3, Olmo 3, SmolLM2
 CASES = {
-    f"{direction} KL, V = {V}": Case(partial(kl, direction, V), {f"_{direction}_kl": Bound(narrow=1)})
+    f"{direction} KL, V = {V}": Case(partial(kl, direction, V), {f"_{direction}_kl": Bound()})
     for direction in ("forward", "reverse")
     for V in VOCABULARIES
 }
@@ -141,7 +142,7 @@ CASES |= {
     "draw, greedy": Case(partial(draw, 152_064, 0.0), {"_sweep": SWEEP, "_pick": PICK}),
     "attend, Qwen 2.5": Case(partial(attend, "qwen2.5-14b", 8), {"_attend": ATTEND}),
     "attend, Qwen 2.5, one row": Case(
-        partial(attend, "qwen2.5-14b", 1), {"_attend": Bound(128, 2), "_join": Bound(narrow=10)}
+        partial(attend, "qwen2.5-14b", 1), {"_attend": Bound(128, 2, 64), "_join": Bound(80, 10, 64)}
     ),
     "attend, Llama 3": Case(partial(attend, "llama3.1-8b", 40), {"_attend": ATTEND}),
     "attend, Olmo 3, a window": Case(partial(attend, "olmo3-7b", 8, 4096), {"_attend": ATTEND}),
@@ -153,7 +154,9 @@ CASES |= {
     ),
     "norms, Qwen 2.5": Case(partial(norms, 5120), {"_norm": NORM, "_norm_backward": NORM}),
     "norms, Llama 3": Case(partial(norms, 4096), {"_norm": NORM, "_norm_backward": NORM}),
-    "norms of heads, Qwen 3": Case(partial(head_norms, "qwen3-14b"), {"_norm": NORM, "_norm_backward": NORM}),
+    "norms of heads, Qwen 3": Case(
+        partial(head_norms, "qwen3-14b"), {"_norm": HEAD_NORM, "_norm_backward": HEAD_NORM}
+    ),
 }
 
 
@@ -218,7 +221,7 @@ def test_a_kernel_keeps_within_its_registers_and_moves_whole_vectors(name, compi
         usage = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
         assert usage["REG"] <= bound.registers
         assert usage["STACK"] == usage["LOCAL"] == 0  # what does not fit registers would lie there
-        assert sum(n < 64 for n in bits) <= bound.narrow and max(bits) >= 64
+        assert sum(n < bound.bits for n in bits) <= bound.narrow and max(bits) >= bound.bits
         assert binary.metadata.shared <= SHARED_BYTES
 
 
