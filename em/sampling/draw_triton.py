@@ -15,15 +15,22 @@ TILE = 4096  # logits that a program of the sweep holds
 
 
 @triton.jit
+def _load(row, token, scale, vocabulary, width):
+    """Scaled logits, -inf beyond the vocabulary. Masked by the width, for whole vectors: see `draw`."""
+    x = tl.load(row + token, mask=token < width, other=float("-inf"))
+    return tl.where(token < vocabulary, x, float("-inf")) * scale
+
+
+@triton.jit
 def _sweep(
-    logits, tops, sums, row_stride, n_blocks, scale, vocabulary,
+    logits, tops, sums, row_stride, n_blocks, scale, vocabulary, width,
     BLOCKS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """The maximum of each of BLOCKS blocks of a row and Σ exp(x − maximum), x = scale · logits."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     token = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]  # (BLOCKS, SIZE)
-    x = tl.load(logits + row * row_stride + token, mask=token < vocabulary, other=float("-inf")) * scale
+    x = _load(logits + row * row_stride, token, scale, vocabulary, width)
     top = tl.max(x, 1)
     # A block whose logits are all −inf has no weight, and −inf − −inf would be NaN.
     base = tl.where(top == float("-inf"), 0.0, top)
@@ -46,7 +53,7 @@ def _first(weights, index, u):
 
 @triton.jit
 def _pick(
-    logits, tops, sums, keys, counts, tokens, log_probs, row_stride, n_blocks, scale, vocabulary,
+    logits, tops, sums, keys, counts, tokens, log_probs, row_stride, n_blocks, scale, vocabulary, width,
     GREEDY: tl.constexpr, MANY: tl.constexpr, SIZE: tl.constexpr,  # MANY ≥ n_blocks
 ):  # fmt: skip
     """One row: a block by its share, then a token of it; SplitMix64 as in em.sampling.draw.uniforms."""
@@ -68,7 +75,7 @@ def _pick(
         chosen = _first(shares, block, _uniform(z, 40))
     index = tl.arange(0, SIZE)
     token = chosen * SIZE + index
-    x = tl.load(logits + row * row_stride + token, mask=token < vocabulary, other=float("-inf")) * scale
+    x = _load(logits + row * row_stride, token, scale, vocabulary, width)
     if GREEDY:
         place = tl.min(tl.where(x == tl.max(x, 0), index, 2147483647), 0)
     else:
@@ -84,16 +91,20 @@ def draw(logits: Tensor, temperature: float, keys: Tensor, counts: Tensor) -> tu
     size = block_size(V)
     n_blocks, scale = triton.cdiv(V, size), 1 / temperature if temperature else 1.0
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    # Rows of logits end in padding (em.model.head), so that vectors are whole for any vocabulary. Where the
+    # last row does not have it, nothing is read beyond the vocabulary.
+    stride, held = logits.stride(0), logits.untyped_storage().nbytes() // 4 - logits.storage_offset()
+    width = stride if stride >= V and B * stride <= held else V
     tops, sums = torch.empty(2, B, n_blocks, device=logits.device)
     tokens = torch.empty(B, dtype=torch.long, device=logits.device)
     log_probs = torch.empty(B, device=logits.device)
     blocks = max(1, TILE // size)
     with torch.cuda.device_of(logits):
         _sweep[(B, triton.cdiv(n_blocks, blocks))](
-            logits, tops, sums, logits.stride(0), n_blocks, scale, V, BLOCKS=blocks, SIZE=size
+            logits, tops, sums, stride, n_blocks, scale, V, width, BLOCKS=blocks, SIZE=size
         )
         _pick[(B,)](
-            logits, tops, sums, keys, counts, tokens, log_probs, logits.stride(0), n_blocks, scale, V,
+            logits, tops, sums, keys, counts, tokens, log_probs, stride, n_blocks, scale, V, width,
             GREEDY=temperature == 0, MANY=triton.next_power_of_2(n_blocks), SIZE=size,
         )  # fmt: skip
     return tokens, log_probs
