@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from goodness_of_fit import ks_of_uniform
 from judge_coverage import coverage, truth
-from scipy import stats
 from score_rows import row
 
 from em.report.confusion import (
@@ -19,6 +18,8 @@ from em.report.confusion import (
     verdicts,
 )
 from em.report.score_table import scores_of
+
+stats = pytest.importorskip("scipy.stats")
 
 
 def test_verdicts_follow_the_em_rule_and_its_denominator():

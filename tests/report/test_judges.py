@@ -7,7 +7,6 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import stats
 from score_rows import grid, row
 
 from em.errors import UserError
@@ -16,6 +15,8 @@ from em.report.confusion import rate_of_counts
 from em.report.judges import FILES, write_agreement
 from em.report.report import write_report
 from em.report.score_table import scores_of
+
+stats = pytest.importorskip("scipy.stats")
 
 
 def planted():
