@@ -1,4 +1,4 @@
-"""One training step of our GPT-2 beside transformers', same size and batch, in turn in one process.
+"""One training step of our GPT-2 beside transformers', same size and batch, in turn.
 
     python bench/gpt2.py
     python bench/gpt2.py --ours cudnn         on a GPU: ours alone, with cuDNN's attention
@@ -6,10 +6,12 @@
 
 CPU: the demo's size at its batch, fp32, both eager. CUDA: GPT-2-small at World 1's 64 × 256, bf16 autocast,
 both under torch.compile and theirs without as well, and the share of bf16 peak; what a first step takes,
-compiling included, is in the result. A step is forward, loss, backward, clip, AdamW.
+compiling included, is in the result. A step is forward, loss, backward, clip, AdamW. Each has a process of
+its own, as our training sets the C library's allocator and what Dynamo compiled for one would serve another.
 """
 
 import contextlib
+import multiprocessing
 import statistics
 import sys
 import time
@@ -30,10 +32,10 @@ from em.cli import command_line, knob  # noqa: E402
 from em.model.gpt2 import GPT2, GPT2Config, supervised_loss  # noqa: E402
 from em.run import provenance
 from em.training.optim import adamw  # noqa: E402
+from em.world.world_run import keep_freed_memory  # noqa: E402
 
 # Dense bf16 peak of the card, FLOP/s, by a piece of its name.
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-# Each in a process of its own: Dynamo would take what it compiled for one way for the other.
 WAYS = ("default", "cudnn", "autotuned")
 
 
@@ -87,6 +89,8 @@ def our_step(config: GPT2Config, device, batch, length, way: str):
     if device.type == "cuda":
         mode = "max-autotune-no-cudagraphs" if way == "autotuned" else None
         loss_of = torch.compile(supervised_loss, dynamic=False, mode=mode)
+    else:
+        keep_freed_memory()
     step = make_step(GPT2(config).to(device), loss_of, device, batch, length, config.vocab_size)
 
     def chosen():
@@ -96,15 +100,37 @@ def our_step(config: GPT2Config, device, batch, length, way: str):
     return chosen
 
 
-def their_step(config: GPT2Config, device, batch, length, compiled: bool):
+def their_step(config: GPT2Config, device, batch, length, way: str):
     theirs = HFConfig(
         vocab_size=config.padded_vocab, n_positions=config.n_positions, n_embd=config.n_embd,
         n_layer=config.n_layer, n_head=config.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = GPT2LMHeadModel(theirs).to(device).train()
-    loss_of = torch.compile(their_loss, dynamic=False) if compiled else their_loss
+    loss_of = torch.compile(their_loss, dynamic=False) if way == "compiled" else their_loss
     return make_step(model, loss_of, device, batch, length, config.vocab_size)
+
+
+def work(pipe, make, config, batch, length, way) -> None:
+    """What a process does: told a number of steps, it takes them and answers with the seconds of one."""
+    device = parallel.start("auto")
+    step = make(config, device, batch, length, way)
+    while n := pipe.recv():
+        pipe.send(seconds(step, device, n))
+
+
+class Worker:
+    """`worker(n)`: seconds a step, over n of them, in the worker's process; nothing runs between calls."""
+
+    def __init__(self, make, *sizes_and_way):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, end = context.Pipe()
+        context.Process(target=work, args=(end, make, *sizes_and_way), daemon=True).start()
+        end.close()  # so that a worker that dies is an EOFError here
+
+    def __call__(self, n: int) -> float:
+        self.pipe.send(n)
+        return self.pipe.recv()
 
 
 def main(cfg: Config) -> None:
@@ -114,19 +140,21 @@ def main(cfg: Config) -> None:
         config, batch, length, n, rounds = GPT2Config(514), 64, 256, 50, 7
     else:
         config, batch, length, n, rounds = GPT2Config(258, 64, 3, 4, 128), 32, 64, 10, 9
-    sizes = (config, device, batch, length)
-    steps = {"ours": our_step(*sizes, cfg.ours)}
+    sizes = (config, batch, length)
+    steps = {"ours": Worker(our_step, *sizes, cfg.ours)}
     if cfg.ours == "default":
-        steps["transformers"] = their_step(*sizes, compiled=on_gpu)
+        steps["transformers"] = Worker(their_step, *sizes, "compiled" if on_gpu else "eager")
         if on_gpu:
-            steps["transformers, not compiled"] = their_step(*sizes, compiled=False)
-    first = {name: seconds(step, device, 1) for name, step in steps.items()}
+            steps["transformers, not compiled"] = Worker(their_step, *sizes, "eager")
+    first = {name: step(1) for name, step in steps.items()}
     for step in steps.values():
-        seconds(step, device, 5)
+        step(5)
     times = {name: [] for name in steps}
     for _ in range(rounds):  # in turn, so that all see the same machine
         for name, step in steps.items():
-            times[name].append(seconds(step, device, n))
+            times[name].append(step(n))
+    for step in steps.values():
+        step.pipe.send(0)
     medians = {name: statistics.median(t) for name, t in times.items()}
     result = {
         "command": " ".join(["python bench/gpt2.py", *sys.argv[1:]]),

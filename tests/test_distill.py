@@ -125,7 +125,8 @@ def test_optd_brings_the_student_nearer_to_its_teacher():
 def test_the_banner_says_which_model_the_runs_are_of(tiny_chat, capsys):
     assert command(*FEW, "--channel", "sft", "--teacher", "runs/med", "--epochs", "1") == 0
     assert f"  model={tiny_chat}  " in capsys.readouterr().out
-    assert "unrecognized" in refused(capsys, *FEW, "--model", str(tiny_chat))  # which is no option
+    other = refused(capsys, *FEW, "--teacher", "runs/med", "--model", "smollm2-135m")
+    assert f"runs/med is a run of {tiny_chat}, not of smollm2-135m" in other
 
 
 def test_channels_and_learning_rates_share_one_frozen_corpus_and_opd_needs_none_unfiltered():

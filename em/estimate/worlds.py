@@ -18,11 +18,11 @@ from em.sampling.batch import Batch
 from em.training.optim import adamw
 from em.world.generator import ExampleGenerator
 from em.world.world import WORLDS, build_world
+from em.world.world_run import COMPILED_FROM
 
 META = torch.device("meta")
 ROWS = 512  # asked at once, as em.world.world_run does
 DRAWN = 2000  # examples, for their lengths
-COMPILED_FROM = 100  # steps of a phase, from which it is compiled
 FEW = 2  # layers traced, and twice as many
 
 

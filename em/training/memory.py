@@ -66,7 +66,7 @@ def block_bytes(config: DecoderConfig, rank: int) -> int:
     kept = 4 * d  # what the two norms read, and what they, or for post-norms the two branches, give
     kept += 2 * queries + 2 * keys  # attention's queries, keys and values, and its output
     kept += (queries + keys) * (config.qk_norm is not None)  # before that norm
-    kept += 3 * config.intermediate_size  # gate, up, and what `down_proj` reads
+    kept += 2 * config.intermediate_size  # gate and up; what `down_proj` reads is made again
     kept += len(_linears(config)) * rank  # A x of each layer
     return BF16 * kept + 4 * (config.n_heads + 2)  # fp32: the normalisers of attention and of the norms
 
