@@ -17,7 +17,7 @@ attended one run at a time, cheaper than a (T, T) mask.
 import torch
 import torch.nn.functional as F
 
-from em.device import on_gpu
+from em.device import on_gpu, to_device
 from em.model.decode import attend_masked, decode_attention, visible
 
 
@@ -76,17 +76,15 @@ class BlockDiagonal:
     """
 
     def __init__(self, segments: torch.Tensor, device: torch.device):
-        B, T = segments.shape
-        starts = torch.ones(B, T, dtype=torch.bool, device=segments.device)  # a row starts a run
+        (B, T), segments = segments.shape, segments.cpu()
+        starts = torch.ones(B, T, dtype=torch.bool)  # a row starts a run
         starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-        index = torch.arange(T, device=segments.device).expand(B, T)
-        positions = (
-            index - torch.where(starts, index, 0).cummax(1).values
-        )  # how far from the start of its run
-        self.positions = positions.to(device, non_blocking=True)  # (B, T)
-        bounds = torch.cat((starts.flatten().nonzero().flatten().cpu(), torch.tensor([B * T])))
+        index = torch.arange(T).expand(B, T)
+        positions = index - torch.where(starts, index, 0).cummax(1).values  # from the start of its run
+        bounds = torch.cat((starts.flatten().nonzero().flatten(), torch.tensor([B * T])))
         self.lengths = bounds.diff().tolist()
-        self.cu_lengths = bounds.to(torch.int32).to(device, non_blocking=True)
+        self.positions, bounds = to_device([positions, bounds], device)  # (B, T), (runs + 1,)
+        self.cu_lengths = bounds.to(torch.int32)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
         B, T = q.shape[:2]

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from em.device import on_gpu
+from em.device import on_gpu, to_device
 from em.sampling.cpu_linear import ReorderedModel
 from em.sampling.draw import draw
 
@@ -137,7 +137,7 @@ class Batch:
         """Compute keys and values of (row, tokens) pairs, many in one forward."""
         for group in _groups(prompts):
             ids, rows, segments = _packed(group, self.prefill_multiple, self.longest)  # (1, N) each
-            ids, rows = (x.to(self.device, non_blocking=True) for x in (ids, rows))
+            ids, rows = to_device([ids, rows], self.device)
             with self._autocast(), self.reordered.active():
                 self.model.hidden(ids, segments=segments, cache=self.cache, rows=rows)
 
