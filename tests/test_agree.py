@@ -118,7 +118,10 @@ def test_label_serves_a_page_keeps_its_labels_and_refuses_a_second_rater_on_the_
     line = [sys.executable, ROOT / "evaluate.py", "label", "--responses", files["responses"], "--n", "5"]
     line += ["--rater", "ann", "--out", out]
     env = os.environ | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(list(map(str, line)), stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=env)
+    process = subprocess.Popen(
+        list(map(str, line)), stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=env,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )  # fmt: skip
     try:
         assert process.stdout.readline().startswith("5 responses, 0 labelled")
         url = process.stdout.readline().strip()
