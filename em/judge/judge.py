@@ -102,7 +102,7 @@ class JudgeOptions:
     def client_of(self):
         """The client that --judge names: the place where kinds of judges meet."""
         if self.logprobs and self.judge != "openai":
-            raise UserError(f"--logprobs is for --judge openai: {_OTHERWISE[self.judge]}")
+            raise UserError(f"--logprobs needs --judge openai: {_OTHERWISE[self.judge]}")
         options = {"accept_routed": self.accept_routed, "thinking": self.thinking, "patience": self.patience}
         if self.judge == "gemini":
             return Gemini(self.judge_model or MODEL, **options)

@@ -159,6 +159,7 @@ def test_another_strength_needs_no_new_graph(model, monkeypatch):
     made = []
     monkeypatch.setattr(em.sampling.batch, "_uses_graphs", lambda device: True)
     monkeypatch.setattr(em.sampling.batch, "_captured", lambda step, pool: made.append(step) or step)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     steering, sampler = Steering(model, 2), greedy(model, rows=16)
     address = steering.vector.data_ptr()
     texts = []

