@@ -83,8 +83,9 @@ def test_merging_reaches_the_joined_weights():
         join(layers)
     lora.attach(model)
     lora.add_adapter(model, "a", rank=3)
+    generator = torch.Generator().manual_seed(0)
     for layer in model.lora.layers.values():
-        layer.adapters["a"].B.copy_(torch.randn(layer.out_features, 3) * 0.05)
+        layer.adapters["a"].B.copy_(torch.randn(layer.out_features, 3, generator=generator) * 0.05)
     base = model(ids)
     with lora.stack(model, "a"):
         expected = model(ids)
