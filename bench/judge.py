@@ -37,7 +37,7 @@ from em.run import provenance  # noqa: E402
 class Config:
     rounds: int = knob(3, "cells that both judge, one after the other", "what", at_least=1)
     peer_rows: int = knob(8, "prompts of a round that transformers is given", "what", at_least=1)
-    http_rows: int = knob(3000, "rows over HTTP", "what", at_least=1)
+    http_rows: int = knob(10_000, "rows over HTTP", "what", at_least=1)
 
 
 def rows_of(cell) -> list[dict]:
