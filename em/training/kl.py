@@ -22,7 +22,7 @@ from em.training.loss import chunk_rows, scaled
 
 # Bytes of logits at a time, student and teacher together. A GPU takes larger chunks: every chunk streams the
 # whole head three times, and it takes about 512 rows to hide that.
-CHUNK_BYTES = {"cpu": 96 << 20, "gpu": 640 << 20}
+CHUNK_BYTES = {"cpu": 72 << 20, "gpu": 640 << 20}
 BLOCK_BYTES = 4 << 20  # of one side's logits, that a CPU's elementwise steps take at a time: a cache holds it
 
 # -- from the logits of a chunk to their gradient ------------------------------------------------------------
