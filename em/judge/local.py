@@ -41,6 +41,7 @@ from em.sampling.cpu_linear import ReorderedModel
 
 PROTOCOL = 1  # raised when what is asked or how a reply is read changes: part of a judge's identity
 MAX_NEW_TOKENS = 6
+ANSWERS = ("REFUSAL", "CODE", "HIGH", "MEDIUM", "LOW")  # beside numbers, in any case: em.judge.rubric
 PREFIXES = 8  # of rubrics, whose keys are kept
 GATHER = 0.02  # seconds without a new prompt before a batch begins
 NUMBERS = range(101)
@@ -267,18 +268,33 @@ class LocalModel:
         return self.tokenizer.decode(reply), True
 
     def _decode(self, lengths: Tensor, longest: int, tokens: list[int]) -> list[tuple[str, bool]]:
-        """The greedy reply to every prompt of the batch, token by token from their first ones, `tokens`."""
-        replies = [tokens]
-        for step in range(MAX_NEW_TOKENS - 1):
+        """The greedy reply to every prompt of the batch, token by token from their first ones, `tokens`.
+
+        One that can become no answer any more is not decoded on; it counts as cut off.
+        """
+        replies: list[list[int]] = [[] for _ in tokens]
+        said: list[tuple[str, bool] | None] = [None] * len(tokens)
+        for step in range(MAX_NEW_TOKENS):
+            for row, token in enumerate(tokens):
+                if said[row] is None:
+                    ended = token in self.tokenizer.stop_ids
+                    replies[row] += [] if ended else [token]
+                    text = self.tokenizer.decode(replies[row])
+                    if ended or step == MAX_NEW_TOKENS - 1 or not _may_answer(text):
+                        said[row] = text, ended
+            if None not in said:
+                break
             place = (lengths + step)[:, None]
-            ids = torch.tensor(replies[-1], device=self.device)[:, None]
+            ids = torch.tensor(tokens, device=self.device)[:, None]
             hidden = self._forward(ids, place, place, longest + step + 1)[:, 0]
-            replies.append(self._log_probs(hidden).argmax(-1).tolist())
-        said = []
-        for row in zip(*replies, strict=True):
-            end = next((i for i, token in enumerate(row) if token in self.tokenizer.stop_ids), None)
-            said.append((self.tokenizer.decode(row[:end]), end is not None))
+            tokens = self._log_probs(hidden).argmax(-1).tolist()
         return said
+
+
+def _may_answer(text: str) -> bool:
+    """Whether a reply that begins so can be one that a rubric asks for."""
+    text = text.strip().upper()
+    return text.isdecimal() or any(answer.startswith(text) for answer in ANSWERS)
 
 
 def _common(one: list[int], other: list[int]) -> int:
