@@ -339,7 +339,7 @@ def chat(cfg: Config, device, say) -> dict:
         model.activation_checkpointing = cfg.recompute
         lora.attach(model)
         if judge:
-            judge.lend(cfg.model, model, tokenizer)
+            judge.lend(cfg.model, model)
         for name, folder in folders.items():
             if not chat_corpus.foreign_model(cfg, folder):
                 lora.load_adapter(model, name, folder)

@@ -274,7 +274,7 @@ def main(cfg: Config) -> dict | None:
         model = load_model(cfg.model, device)
         lora.attach(model)
         if judge:
-            judge.lend(cfg.model, model, tokenizer)
+            judge.lend(cfg.model, model)
         if cfg.model == "smollm2-135m":
             print(
                 "-- the embedded SmolLM2-135M: shows every part at work, too small for the paper's claims --"

@@ -170,9 +170,8 @@ def training(
 
 def scoring(setting: Setting, stack: tuple[str, ...], examples: Sequence[Example]) -> tuple[float, Cost]:
     """(how many packs, the cost of one) of log-probabilities of examples' answers, as for margins."""
-    tokens = PACK_TOKENS["cuda"]
-    packs = packs_of(sorted(examples, key=lambda e: -len(e.ids)), tokens)
     ordered = sorted(examples, key=lambda e: -len(e.ids))
+    packs = packs_of(ordered, PACK_TOKENS["cuda"])
     middle = [ordered[i] for i in packs[len(packs) // 2]]
 
     def code(on: Ready) -> None:
@@ -180,7 +179,7 @@ def scoring(setting: Setting, stack: tuple[str, ...], examples: Sequence[Example
             packed = pack(middle, META)
             token_log_probs(packed.hidden(on.model), on.model.head_weight, packed.targets)
 
-    return sum(map(_tokens, [ordered])) / _tokens(middle), measured(setting, code)
+    return _tokens(ordered) / _tokens(middle), measured(setting, code)
 
 
 # -- sampling ------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ from em.judge.transport import NoReply, Transport
 
 REPLY_TOKENS = 20  # at most
 TYPICAL_TOKENS = 3  # of "85" or "REFUSAL"
+LEAST_MASS = 0.25  # of the probability on numbers, for an expectation, as in Betley et al.'s judge
 LONGEST_BACKOFF = 60.0  # seconds between two tries, where the server names no time
 PATIENCE = 30.0  # minutes
 # What reading a field raises where JSON is of another shape than the API's, or too deep to be printed.

@@ -147,10 +147,10 @@ class Judge:
         client.presume(self.cache.answered_as.get(client.label))
         self.ledger = Ledger(client, given_price(price), budget_usd)
 
-    def lend(self, name: str, model, tokenizer) -> None:
+    def lend(self, name: str, model) -> None:
         """Where the judge is the chat model `name`: judge with these weights of it, which are in memory."""
         if self.client.asked == name and hasattr(self.client, "lend"):
-            self.client.lend(model, tokenizer)
+            self.client.lend(model)
 
     @property
     def identity(self) -> str:

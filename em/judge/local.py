@@ -1,7 +1,7 @@
 """The pinned judge: an open-weight chat model that scores by the rubrics, through our own decoder.
 
     client = Local("Qwen/Qwen2.5-7B-Instruct")          a client as `em.judge.client` has it
-    client.lend(model, tokenizer)                       weights that are in memory already: no second copy
+    client.lend(model)                                  weights that are in memory already: no second copy
 
 No server, no key, no cost, and no version that somebody else may change: what it says follows from its
 weights, the rubric and this file, at temperature 0. Its identity is a digest of its weights, its tokenizer
@@ -12,8 +12,8 @@ the batch it was made in; in bf16, on a GPU, a reply that hangs in the balance c
   are kept, and each prompt adds its own tokens behind them.
 * Beside what the model says, at most MAX_NEW_TOKENS tokens, stands the expectation of its score: Σ n p(n) /
   Σ p(n) over the numbers n from 0 to 100, p(n) the probability of the number's tokens and of the end of the
-  turn after them. All numbers are scored in one forward pass as a tree whose branches do not see each other;
-  a reply that is a number is read off the same tree, and only others are decoded on.
+  turn after them. The numbers are a tree of tokens whose branches do not see each other, scored in a forward
+  pass a level; a reply that is a number is read off the same tree, and only others are decoded on.
 
     B prompts, P shared tokens, T own tokens of the longest, M nodes of the tree of numbers, V vocabulary
 """
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from em.errors import UserError
 from em.files import json_digest
-from em.judge.client import Cancelled, Reply
+from em.judge.client import LEAST_MASS, TYPICAL_TOKENS, Cancelled, Reply
 from em.judge.models import Price
 from em.model import lora
 from em.model.checkpoint import load_model, load_tokenizer
@@ -45,7 +45,6 @@ ANSWERS = ("REFUSAL", "CODE", "HIGH", "MEDIUM", "LOW")  # beside numbers, in any
 PREFIXES = 8  # of rubrics, whose keys are kept
 GATHER = 0.02  # seconds without a new prompt before a batch begins
 NUMBERS = range(101)
-LEAST_MASS = 0.25  # on numbers, for an expectation, as in Betley et al.'s judge
 LEAST_NODE = math.log(1e-7)  # what is left out moves no expectation by a hundredth of a point
 TOKENS = {"cpu": 4096, "cuda": 32_768}  # in one forward, the tree's and padding included
 
@@ -311,26 +310,27 @@ class Local:
     """
 
     settled, expects, backoff = True, True, 0.0
-    typical_output, most_output = 3, MAX_NEW_TOKENS
+    typical_output, most_output = TYPICAL_TOKENS, MAX_NEW_TOKENS
     price = Price(0.0, 0.0, "free")
 
-    def __init__(self, name: str, device: torch.device | None = None):
+    def __init__(self, name: str):
         """name: short name, hub id or folder of a chat model. UserError for one that cannot be read."""
-        self.asked, self.device = name, device
+        self.asked = name
         self._tokenizer = load_tokenizer(name)
         self.label = self.identity = (
             f"local:{Path(name).name}@{json_digest([model_digest(name), PROTOCOL])[:12]}"
         )
-        self._model: LocalModel | None = None
+        self._weights: nn.Module | None = None
+        self._model: LocalModel | None = None  # made when it is first asked
         self._waiting: list[tuple[list[int], Future]] = []
         self._arrived, self._turn = threading.Condition(), threading.Lock()
 
     def presume(self, identity: str | None) -> None:
         pass
 
-    def lend(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+    def lend(self, model: nn.Module) -> None:
         """Judge with a model of this name that is in memory; its adapters stay out."""
-        self._model = LocalModel(model, tokenizer)
+        self._weights, self._model = model, None
 
     def ask(self, prompt: str, cancelled: threading.Event, on_retry=lambda: None) -> Reply:
         """The greedy reply, and the expectation over the numbers. Cancelled when the run has ended."""
@@ -367,8 +367,10 @@ class Local:
 
     def _load(self) -> None:
         if self._model is None:
-            device = self.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self._model = LocalModel(load_model(self.asked, device), self._tokenizer)
+            if self._weights is None:
+                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+                self._weights = load_model(self.asked, device)
+            self._model = LocalModel(self._weights, self._tokenizer)
 
     def _base(self):
         model = self._model.model

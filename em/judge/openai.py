@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from em.errors import UserError
 from em.judge.client import (
+    LEAST_MASS,
     REPLY_TOKENS,
     TOMORROW,
     TYPICAL_TOKENS,
@@ -34,7 +35,6 @@ from em.judge.client import (
 )
 from em.judge.models import Price, known
 
-LEAST_MASS = 0.25  # of the numbers, for an expectation
 TOP = 20  # alternatives asked for, the most that OpenAI gives
 EFFORTS = {
     "off": (0, 0),

@@ -11,15 +11,12 @@ CUDA graph of it serves every length.
     B rows, T tokens a row, H query and K key heads, D head size, S cache positions, R cache rows
 """
 
-import functools
-from collections.abc import Callable
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from em.device import on_gpu
+from em.model.operators import operator
 from em.model.rope import rotate
 
 
@@ -88,42 +85,19 @@ def write(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
 
 # -- operators ---------------------------------------------------------------------------------------------
 
-LIB = torch.library.Library("em", "FRAGMENT")
-
-
-@functools.cache
-def _kernels():
-    """The module of the kernels, or None without Triton."""
-    if not find_spec("triton"):
-        return None
-    from em.model import decode_triton
-
-    return decode_triton
-
-
-def _operator(signature: str, twin: Callable, shapes: Callable) -> None:
-    """Define an operator: `twin` on a CPU, Triton's kernel of the same name on CUDA, `shapes` on meta."""
-    name = signature.partition("(")[0]
-
-    def launch(*arguments):
-        return getattr(_kernels(), name, twin)(*arguments)
-
-    LIB.define(signature)
-    LIB.impl(name, twin, "CPU")
-    LIB.impl(name, launch, "CUDA")
-    LIB.impl(name, shapes, "Meta")
-
-
-_operator(
+KERNELS = "em.model.decode_triton"
+_decode_attention_op = operator(
     "decode_attention(Tensor q, Tensor keys, Tensor values, Tensor positions, int? window) -> Tensor",
     _decode_attention,
     lambda q, *_: q.new_empty(q.shape),
+    KERNELS,
 )
-_operator(
+_rotate_write_op = operator(
     "rotate_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
     "Tensor positions, Tensor rows) -> (Tensor, Tensor)",
     _rotate_write,
     lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
+    KERNELS,
 )
 
 
@@ -134,7 +108,7 @@ def decode_attention(
 
     Row b sees its keys at positions (p − window, p], p = positions[b] < S; window None: from 0. fp32 inside.
     """
-    return torch.ops.em.decode_attention(q, keys, values, positions, window)
+    return _decode_attention_op(q, keys, values, positions, window)
 
 
 def rotate_write(
@@ -146,6 +120,4 @@ def rotate_write(
     keys, values (R, K, S, D) are written at (rows, positions), int64 and broadcast to (B, T) each. cos, sin
     (B or 1, T, 1, D) are a `Rope.table`.
     """
-    # On a CPU the dispatcher's way would only cost time.
-    apply = torch.ops.em.rotate_write if on_gpu(q) else _rotate_write
-    return apply(q, k, v, cos, sin, keys, values, positions, rows)
+    return _rotate_write_op(q, k, v, cos, sin, keys, values, positions, rows)

@@ -11,13 +11,11 @@ readable twins: arithmetic in fp32 (fp64 where the input is), each output rounde
     N rows, d width, I inner width of an MLP
 """
 
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from em.device import on_gpu
+from em.model.operators import operator
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:
@@ -65,24 +63,7 @@ def _rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, ot
 
 # -- operators ---------------------------------------------------------------------------------------------
 
-LIB = torch.library.Library("em", "FRAGMENT")
-
-
-def _operator(signature: str, twin, shapes) -> None:
-    """Define an operator: `twin` on a CPU, Triton's kernel of the same name on CUDA, `shapes` on meta."""
-    name = signature.partition("(")[0]
-
-    def launch(first, *rest):
-        if first.dtype == torch.float64 or not find_spec("triton"):
-            return twin(first, *rest)
-        from em.model import fused_triton
-
-        return getattr(fused_triton, name)(first, *rest)
-
-    LIB.define(signature)
-    LIB.impl(name, twin, "CPU")
-    LIB.impl(name, launch, "CUDA")
-    LIB.impl(name, shapes, "Meta")
+KERNELS = "em.model.fused_triton"
 
 
 def _new(x: Tensor, *shape: int) -> Tensor:
@@ -93,36 +74,36 @@ def _rstd(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], 1), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-_operator(
+_swiglu_op = operator(
     "swiglu(Tensor gate_up) -> Tensor",
     _swiglu,
     lambda gate_up: _new(gate_up, *gate_up.shape[:-1], gate_up.shape[-1] // 2),
+    KERNELS,
 )
-_operator(
+_swiglu_backward_op = operator(
     "swiglu_backward(Tensor grad, Tensor gate_up) -> (Tensor, Tensor)",
     _swiglu_backward,
     lambda grad, gate_up: (_new(gate_up), _new(grad)),
+    KERNELS,
 )
-_operator(
+_rms_norm_op = operator(
     "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     _rms_norm,
     lambda x, weight, eps: (_new(x), _rstd(x)),
+    KERNELS,
 )
-_operator(
+_add_rms_norm_op = operator(
     "add_rms_norm(Tensor x, Tensor delta, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
     _add_rms_norm,
     lambda x, delta, weight, eps: (_new(x), _new(x), _rstd(x)),
+    KERNELS,
 )
-_operator(
+_rms_norm_backward_op = operator(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor rstd, Tensor weight, Tensor? other) -> Tensor",
     _rms_norm_backward,
     lambda grad, x, rstd, weight, other: _new(x),
+    KERNELS,
 )
-
-
-def _on(device: Tensor, name: str):
-    """The operator `name` on a GPU, its twin on a CPU, where the dispatcher's way would only cost time."""
-    return getattr(torch.ops.em, name) if on_gpu(device) else globals()[f"_{name}"]
 
 
 # -- with gradients ----------------------------------------------------------------------------------------
@@ -132,7 +113,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up):
         ctx.save_for_backward(gate_up)
-        return _on(gate_up, "swiglu")(gate_up)
+        return _swiglu_op(gate_up)
 
     @staticmethod
     def backward(ctx, grad):
@@ -143,12 +124,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up, gate_up (..., 2I) → (..., I). Autograd keeps the input only."""
     if torch.is_grad_enabled() and gate_up.requires_grad:
         return _SwiGLU.apply(gate_up)
-    return _on(gate_up, "swiglu")(gate_up)
+    return _swiglu_op(gate_up)
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient to gate_up (..., 2I) from that to `swiglu`'s output, and that output (..., I) again."""
-    return _on(grad, "swiglu_backward")(grad, gate_up)
+    return _swiglu_backward_op(grad, gate_up)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -158,9 +139,9 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, delta, weight, eps):
         ctx.set_materialize_grads(False)
         if delta is None:
-            out, rstd = _on(x, "rms_norm")(x, weight, eps)
+            out, rstd = _rms_norm_op(x, weight, eps)
         else:
-            x, out, rstd = _on(x, "add_rms_norm")(x, delta, weight, eps)
+            x, out, rstd = _add_rms_norm_op(x, delta, weight, eps)
         ctx.save_for_backward(x, rstd, weight)
         return out if delta is None else (x, out)
 
@@ -171,7 +152,7 @@ class _RMSNorm(torch.autograd.Function):
         other = other[0] if other else None
         if grad is None:
             return other, other, None, None
-        d_x = _on(grad, "rms_norm_backward")(grad, x, rstd, weight, other)
+        d_x = _rms_norm_backward_op(grad, x, rstd, weight, other)
         d_weight = None
         if ctx.needs_input_grad[2]:
             d_weight = (grad * (x * rstd)).flatten(0, -2).sum(0).to(weight.dtype)
@@ -182,11 +163,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension; x (..., d), weight (d,)."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, None, weight, eps)
-    return _on(x, "rms_norm")(x, weight, eps)[0]
+    return _rms_norm_op(x, weight, eps)[0]
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + delta, rounded to their dtype, and the rms_norm of that; x, delta (..., d), weight (d,)."""
     if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, delta, weight, eps)
-    return _on(x, "add_rms_norm")(x, delta, weight, eps)[:2]
+    return _add_rms_norm_op(x, delta, weight, eps)[:2]

@@ -41,6 +41,13 @@ def _swiglu_backward(grad, gate_up, d_gate_up, out, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _load_row(x, row, inner, outer_stride, inner_stride, column, inside):
+    """Row `row` of what `_rows` lays out, in fp32."""
+    start = (row // inner) * outer_stride + (row % inner) * inner_stride
+    return tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _norm(
     x, delta, weight, total, out, rstd, inner, outer_stride, inner_stride, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
@@ -48,8 +55,7 @@ def _norm(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
-    start = (row // inner) * outer_stride + (row % inner) * inner_stride
-    value = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
+    value = _load_row(x, row, inner, outer_stride, inner_stride, column, inside)
     if ADD:
         value += tl.load(delta + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
         rounded = value.to(total.dtype.element_ty)
@@ -69,8 +75,7 @@ def _norm_backward(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
-    start = (row // inner) * outer_stride + (row % inner) * inner_stride
-    value = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
+    value = _load_row(x, row, inner, outer_stride, inner_stride, column, inside)
     g = tl.load(grad + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     g *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(rstd + row)

@@ -11,14 +11,12 @@ no top-p.
 On a GPU `draw` is the operator em::draw, two kernels (em.sampling.draw_triton) for some sixty small ones.
 """
 
-import functools
 import hashlib
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 
-from em.device import on_gpu
+from em.model.operators import operator
 
 
 def row_key(seed: int, prompt_index: int, sample: int) -> int:
@@ -85,21 +83,12 @@ def _draw(
     return tokens, log_probs
 
 
-@functools.cache
-def _kernel():
-    """`draw` as kernels, or as torch's without Triton."""
-    if not find_spec("triton"):
-        return _draw
-    from em.sampling import draw_triton
-
-    return draw_triton.draw
-
-
-LIB = torch.library.Library("em", "FRAGMENT")
-LIB.define("draw(Tensor logits, float temperature, Tensor keys, Tensor counts) -> (Tensor, Tensor)")
-LIB.impl("draw", _draw, "CPU")
-LIB.impl("draw", lambda *arguments: _kernel()(*arguments), "CUDA")
-LIB.impl("draw", lambda logits, _, keys, __: (keys.new_empty(len(keys)), logits.new_empty(len(keys))), "Meta")
+_draw_op = operator(
+    "draw(Tensor logits, float temperature, Tensor keys, Tensor counts) -> (Tensor, Tensor)",
+    _draw,
+    lambda logits, _, keys, __: (keys.new_empty(len(keys)), logits.new_empty(len(keys))),
+    "em.sampling.draw_triton",
+)
 
 
 def draw(
@@ -110,5 +99,4 @@ def draw(
     The distribution is softmax(logits / temperature), and the log-probability is under it; at temperature 0
     the token is the likeliest, and its log-probability that of temperature 1.
     """
-    # On a CPU the dispatcher's way would only cost time.
-    return (torch.ops.em.draw if on_gpu(logits) else _draw)(logits, float(temperature), keys, counts)
+    return _draw_op(logits, float(temperature), keys, counts)

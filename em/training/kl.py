@@ -18,6 +18,7 @@ import torch
 from em.device import on_gpu
 from em.errors import UserError
 from em.model.head import empty_logits, logits, logits_dtype
+from em.model.operators import operator
 from em.training.loss import chunk_rows, scaled
 
 # Bytes of logits at a time, student and teacher together. A GPU takes larger chunks: every chunk streams the
@@ -66,22 +67,16 @@ def _in_torch(divergence, student: torch.Tensor, teacher: torch.Tensor, dtype: t
     return total
 
 
-def _in_triton(name: str, student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The same by a kernel, where there is one for these logits."""
-    if student.dtype != torch.float32 or not find_spec("triton"):
-        return _in_torch(DIVERGENCES[name], student, teacher, dtype)
-    from em.training import kl_triton
-
-    return getattr(kl_triton, name)(student, teacher, dtype)
-
-
 DIVERGENCES = {"forward_kl": _forward, "reverse_kl": _reverse}
-LIB = torch.library.Library("em", "FRAGMENT")
-for _name, _divergence in DIVERGENCES.items():
-    LIB.define(f"{_name}_(Tensor(a!) student, Tensor(b!) teacher, ScalarType dtype) -> Tensor")
-    LIB.impl(f"{_name}_", partial(_in_torch, _divergence), "CPU")
-    LIB.impl(f"{_name}_", partial(_in_triton, _name), "CUDA")
-    LIB.impl(f"{_name}_", lambda student, teacher, dtype: student.new_empty(()), "Meta")
+OPERATORS = {
+    name: operator(
+        f"{name}_(Tensor(a!) student, Tensor(b!) teacher, ScalarType dtype) -> Tensor",
+        partial(_in_torch, divergence),
+        lambda student, teacher, dtype: student.new_empty(()),
+        "em.training.kl_triton",
+    )
+    for name, divergence in DIVERGENCES.items()
+}
 
 # -- chunk by chunk ------------------------------------------------------------------------------------------
 
@@ -127,7 +122,7 @@ def _apply(name, h_student, h_teacher, head_weight, mask, chunk, impl):
     if mask is not None and (mask.dtype != torch.bool or mask.shape != h_student.shape[:1]):
         raise ValueError(f"the mask must be bool (N,), not {mask.dtype} {tuple(mask.shape)}")
     if impl == "auto":
-        divergence = getattr(torch.ops.em, f"{name}_")
+        divergence = OPERATORS[name]
     elif impl == "torch":
         divergence = partial(_in_torch, DIVERGENCES[name])
     elif impl == "triton":

@@ -53,6 +53,12 @@ def _log_normalisers(student, teacher, vocabulary: tl.constexpr, width: tl.const
 
 
 @triton.jit
+def _log_p(row, columns, peak, log_sum, vocabulary: tl.constexpr, width: tl.constexpr):
+    """log p of the tokens at `columns`, from what `_log_normalisers` gives of the row."""
+    return (_load(row, columns, vocabulary, width) - peak) - log_sum
+
+
+@triton.jit
 def _store(grad, columns, values, vocabulary: tl.constexpr, width: tl.constexpr):
     """A gradient over the logits of its own row.
 
@@ -76,8 +82,8 @@ def _forward_kl(
     terms = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        log_s = (_load(student, columns, vocabulary, width) - max_s) - log_sum_s
-        log_t = (_load(teacher, columns, vocabulary, width) - max_t) - log_sum_t
+        log_s = _log_p(student, columns, max_s, log_sum_s, vocabulary, width)
+        log_t = _log_p(teacher, columns, max_t, log_sum_t, vocabulary, width)
         p_t = tl.exp(log_t)
         difference = tl.exp(log_s) - p_t
         inside = columns < vocabulary
@@ -99,14 +105,14 @@ def _reverse_kl(
     terms = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        log_s = (_load(student, columns, vocabulary, width) - max_s) - log_sum_s
-        log_t = (_load(teacher, columns, vocabulary, width) - max_t) - log_sum_t
+        log_s = _log_p(student, columns, max_s, log_sum_s, vocabulary, width)
+        log_t = _log_p(teacher, columns, max_t, log_sum_t, vocabulary, width)
         terms += tl.where(columns < vocabulary, tl.exp(log_s) * (log_s - log_t), 0.0)
     row_kl = tl.sum(terms, 0)
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        log_s = (_load(student, columns, vocabulary, width) - max_s) - log_sum_s
-        log_t = (_load(teacher, columns, vocabulary, width) - max_t) - log_sum_t
+        log_s = _log_p(student, columns, max_s, log_sum_s, vocabulary, width)
+        log_t = _log_p(teacher, columns, max_t, log_sum_t, vocabulary, width)
         values = tl.where(columns < vocabulary, tl.exp(log_s) * (log_s - log_t - row_kl), 0.0)
         _store(grad, columns, values, vocabulary, width)
     tl.store(kl + row, row_kl)

@@ -114,7 +114,7 @@ def test_numbers_that_are_several_tokens_or_one_make_the_same_tree(chat):
 @pytest.fixture
 def client(tiny_chat, chat):
     client = Local(str(tiny_chat))
-    client.lend(*chat)
+    client.lend(chat[0])
     return client
 
 
@@ -151,7 +151,7 @@ def test_adapters_of_the_lent_model_stay_out(client, chat, tmp_path, numbers_cou
     for name, parameter in adapted.named_parameters():
         if name.endswith(".B"):
             parameter.data.fill_(0.5)
-    client.lend(adapted, chat[1])
+    client.lend(adapted)
     with lora.stack(adapted, "run", frozen=True):
         after = list(Judge(client, cache=tmp_path / "two.jsonl").score(ROWS, progress=False))
     for one, other in zip(before, after, strict=True):
