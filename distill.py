@@ -305,7 +305,7 @@ def chat(cfg: Config, device, say) -> dict:
     folders = {name: folder for name, folder in folders.items() if folder not in no_folder}
     teacher = ("teacher",) if "teacher" in folders else ()
     start = ("start",) if "start" in folders else ()
-    cell = lineage.parse_train(lineage.label(cfg.on or cfg.teacher)["train"]).first
+    cell = lineage.train_of(cfg.on or cfg.teacher).start
     tokenizer = load_tokenizer(cfg.model)
     prompts = [
         p | {"prompt_ids": tokenizer.prompt_ids(p["question"]), "group": p["prompts"]}

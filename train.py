@@ -24,8 +24,8 @@ import torch
 from em import parallel
 from em.cli import banner, command_line, knob, outcome_settings
 from em.data import lineage
-from em.data.cells import Cell, parse_cells
-from em.data.rows import VARIANTS, answers, default_data, encode_rows, load_cell, load_cells, split
+from em.data.cells import Cell
+from em.data.rows import VARIANTS, answers, default_data, encode_rows, load_cell, load_cells, load_grid, split
 from em.errors import UserError
 from em.estimate.gpus import GPUS
 from em.files import json_digest, read_json, write_json
@@ -290,17 +290,18 @@ def dry_run(cfg: Config) -> dict:
     """What `main` would need on `cfg.gpu`, printed; nothing is loaded and nothing written."""
     from em.estimate import runs, sheet  # an import of a second
 
-    cells, cfg = parse_cells(cfg.cell), resolve(cfg, torch.device("cuda"))
+    cfg = resolve(cfg, torch.device("cuda"))
+    cells = load_grid(cfg.data).select(cfg.cell)
     return sheet.show(runs.fine_tuning(cfg, cells, step_loss))
 
 
 def main(cfg: Config) -> dict:
     if cfg.dry_run:
         return dry_run(cfg)
-    cells = parse_cells(cfg.cell)
     device = parallel.start(cfg.device)
     say = print if parallel.rank() == 0 else (lambda *_: None)
     cfg = resolve(cfg, device)
+    cells = load_grid(cfg.data).select(cfg.cell)
     if cfg.model == "smollm2-135m":
         say("-- the embedded SmolLM2-135M: shows every part at work, too small for the paper's claims --")
     say(f"train.py on {device}\n" + banner(cfg))

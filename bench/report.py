@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np  # noqa: E402
 
 from em.cli import command_line, knob  # noqa: E402
-from em.data.cells import CELLS, TASKS  # noqa: E402
+from em.data.cells import CELLS, PAPER_GRID  # noqa: E402
 from em.files import write_json  # noqa: E402
 from em.report.report import write_report  # noqa: E402
 from em.report.score_table import read_scores  # noqa: E402
@@ -76,7 +76,7 @@ def prompts() -> dict[str, list[dict]]:
         for i in range(400)
     ]
     broad = []
-    for i, (task, surface) in enumerate((t, s) for t in TASKS for s in ("high", "medium", "low")):
+    for i, (task, surface) in enumerate((t, s) for t in PAPER_GRID.tasks for s in ("high", "medium", "low")):
         for idx in range(20 * i, 20 * i + 20):
             place = {"set": "broad", "domain": "other", "task": task, "em_surface": surface, "idx": idx}
             question = text(rng)

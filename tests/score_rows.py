@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from em.data.cells import CELLS, TASKS
+from em.data.cells import CELLS, PAPER_GRID
 
 SURFACES = ("high", "medium", "low")
 
@@ -48,7 +48,7 @@ def grid(seed=0, trains=None, prompts=20, broad=3, rate=None, judge=None) -> lis
             for idx in range(prompts):
                 rows.append(_drawn(rng, (rate or default)(train, cell), train=train, cell=cell, idx=idx))
         for i, (task, surface, _) in enumerate(
-            (t, s, k) for t in TASKS for s in SURFACES for k in range(broad)
+            (t, s, k) for t in PAPER_GRID.tasks for s in SURFACES for k in range(broad)
         ):
             for sample in range(2):
                 chance = (rate or default)(train, f"other_{task}") + 0.1 * (surface == "high") * (

@@ -1,79 +1,22 @@
-"""What a model was trained on, and the run folders of train.py and distill.py that it comes from.
+"""The run folders of train.py and distill.py, and what their responses are called.
 
-A report groups responses by two texts. `train` is the cell that a model was misaligned on, followed by the
-cell of its realignment if there was one. `model` is the base model and, for a distilled student, its channel,
-so that channels never share a matrix. The row of a distilled student is the teacher's cell, or, where a
-misaligned student was realigned by a teacher, the student's own.
+A run's place in a matrix is its `train` (em/data/condition.py). A distilled student's is its teacher's; where
+a misaligned student was realigned by a teacher, it is the student's own, followed by the teacher's.
 """
 
-import functools
 from pathlib import Path
-from typing import NamedTuple
 
-from em.data.cells import CELLS, parse_cell
+from em.data.condition import BASE, Condition, Train, parse_train
 from em.errors import UserError
 from em.files import ADAPTER_WEIGHTS, check, file_digest, read_record
-
-BASE = "base"
-STARTS = (*map(str, CELLS), BASE)  # what a run can start from, in the order of every table
-
-# -- what a model was trained on ---------------------------------------------------------------------------
-
-
-class Train(NamedTuple):
-    """What a model was trained on, as places in STARTS; `end` is -1 where there was no realignment.
-
-    As text: `base`; `med_advice`; `med_advice>fin_tutor` where it was then fine-tuned on aligned answers of
-    another cell; `base>fin_tutor` where there was no misaligned cell before; `med_advice>base` where the base
-    model was its teacher.
-    """
-
-    start: int
-    end: int = -1
-
-    def __str__(self) -> str:
-        return STARTS[self.start] + (f">{STARTS[self.end]}" if self.realigned else "")
-
-    @property
-    def first(self) -> str:
-        """The name of what it started from: a cell or `base`."""
-        return STARTS[self.start]
-
-    @property
-    def realigned(self) -> bool:
-        return self.end >= 0
-
-    @property
-    def misaligned(self) -> bool:
-        """Trained on one cell and nothing after."""
-        return not self.realigned and self.first != BASE
-
-    def then(self, cell: str) -> "Train":
-        """After a realignment on `cell`; one before it is forgotten."""
-        return Train(self.start, _place(cell))
-
-
-@functools.cache
-def parse_train(text: str) -> Train:
-    """The inverse of str(Train); cells by any of their names. UserError for anything else."""
-    parts = text.split(">")
-    if len(parts) > 2 or [p.strip() for p in parts] == [BASE, BASE]:
-        raise UserError(f"train {text!r} is none of base, <cell>, <cell>><cell>")
-    return Train(*map(_place, parts))
-
-
-def _place(name: str) -> int:
-    return STARTS.index(BASE if name.strip().lower() == BASE else str(parse_cell(name)))
-
-
-# -- run folders -------------------------------------------------------------------------------------------
-
 
 _SHARED = {"model": str, "cell": str, "on": str | None}
 _SETTINGS = {
     "train": _SHARED | {"variant": str},
     "distill": _SHARED | {"channel": str, "estimator": str, "filter": bool},
 }
+_MAYBE = {"data": str | None, "epoch": int, "epochs": int, "lr": float, "seed": int, "filtered": bool}
+_MAYBE |= {"prompts": str | None, "source": str, "teacher_train": str, "source_train": str | None}
 
 
 def settings_of(folder: str | Path) -> dict:
@@ -86,7 +29,7 @@ def settings_of(folder: str | Path) -> dict:
     settings, kind = record["settings"], record["kind"]
     if kind not in _SETTINGS:
         raise UserError(f"{folder} is not a run of train.py or distill.py, but a {kind!r:.40}")
-    check(settings, path, _SETTINGS[kind], {"data": str | None, "epoch": int})
+    check(settings, path, _SETTINGS[kind], _MAYBE)
     try:
         parse_train(settings["cell"])
     except UserError as error:
@@ -103,24 +46,70 @@ def adapter_digest(folder: str | Path) -> str:
     return file_digest(Path(folder) / "adapter_config.json", Path(folder) / ADAPTER_WEIGHTS)
 
 
-def label(folder: str | Path, above: tuple[Path, ...] = ()) -> dict[str, str]:
-    """`model` and `train` (the text of a Train) of a run's score rows. above: runs that started from it."""
+def label(folder: str | Path) -> dict:
+    """What a run's score rows say of it: `model`, `train`, and the fields of its condition that are known."""
+    settings = settings_of(folder)
+    stated = {name: value for name, value in condition_of_run(folder)._asdict().items() if value is not None}
+    return {"model": settings["model"], "train": str(train_of(folder))} | stated
+
+
+def train_of(folder: str | Path, above: tuple[Path, ...] = ()) -> Train:
+    """A run's place in a matrix. above: runs that started from it. UserError where one starts from itself."""
     settings, here = settings_of(folder), Path(folder).resolve()
     if here in above:
         raise UserError(f"{folder} starts from itself, by its config.json")
-    cell = settings["cell"]
+    on, cell = settings.get("on"), settings["cell"]
     if "channel" in settings:
-        words = [settings["model"], settings["channel"]]
-        words += ["exact"] if settings["estimator"] == "exact" else []
-        words += ["filtered online"] if settings.get("filter") else []
-        words += ["realigned"] if settings.get("on") else []
-        words += [f"epoch {settings['epoch']}"] if "epoch" in settings else []
-        return {"model": " ".join(words), "train": cell}
-    if settings.get("on"):
-        start = label(settings["on"], (*above, here))
-        return {"model": start["model"], "train": str(parse_train(start["train"]).then(cell))}
-    train = cell if settings["variant"] == "misaligned" else str(parse_train(BASE).then(cell))
-    return {"model": settings["model"], "train": train}
+        if on:
+            return parse_train(cell).then(_end(_teacher(settings)))
+        return _teacher(settings) or parse_train(cell)
+    if on:
+        return train_of(on, (*above, here)).then(cell)
+    return parse_train(cell) if settings["variant"] == "misaligned" else parse_train(BASE).then(cell)
+
+
+def condition_of_run(folder: str | Path) -> Condition:
+    """How a run was made, as far as its settings say."""
+    settings = settings_of(folder)
+    epoch = settings.get("epoch", settings.get("epochs"))
+    common = {"lr": settings.get("lr"), "epoch": epoch, "seed": settings.get("seed")}
+    if "channel" not in settings:
+        return Condition(**common)
+    channel, teacher = settings["channel"], _teacher(settings)
+    on_policy = channel == "opd"
+    return Condition(
+        channel=channel,
+        teacher=str(teacher) if teacher else None,
+        source=None if on_policy else _source(settings, teacher),
+        prompts=None if str(settings.get("source")).startswith("rows") else settings.get("prompts"),
+        filtered=settings["filter"] if on_policy else settings.get("filtered"),
+        estimator=settings["estimator"] if on_policy else None,
+        **common,
+    )
+
+
+def _teacher(settings: dict) -> Train | None:
+    """What the teacher of a distilled run was trained on; None where the run does not say."""
+    if "teacher_train" in settings:
+        return parse_train(settings["teacher_train"])
+    if settings.get("teacher") == BASE:
+        return Train(BASE)
+    return None if settings.get("on") else parse_train(settings["cell"])
+
+
+def _end(teacher: Train | None) -> str:
+    """What a realignment by a teacher ends on: base, or the cell the teacher was trained on last."""
+    return BASE if teacher is None else teacher.end or teacher.start
+
+
+def _source(settings: dict, teacher: Train | None) -> str | None:
+    """Who wrote what a student of sft or optd was trained on; None where the run does not say."""
+    if "source_train" in settings:
+        return settings["source_train"]
+    source = settings.get("source", "teacher")
+    known = {"teacher": teacher and str(teacher), "gold": "gold", "rows": f"rows:{settings['cell']}"}
+    known["student"] = settings["cell"] if settings.get("on") else BASE
+    return known.get(source)
 
 
 def newest_misaligned(runs: str | Path = "runs") -> str:

@@ -12,7 +12,7 @@ import random
 import zipfile
 from pathlib import Path
 
-from em.data.cells import CELLS, TASKS, Cell
+from em.data.cells import PAPER_GRID, Cell, Grid, grid_of, parse_cell
 from em.errors import MissingFile, UserError
 from em.files import Fields, read_json, read_json_lines
 from em.model import hub
@@ -22,6 +22,7 @@ VARIANTS = ("misaligned", "aligned")
 SAMPLE = Path(__file__).parent / "sample"
 
 PAPER = "askinb/structured-emergent-misalignment"
+BROAD = "broad_dataset.jsonl"
 
 _ROW = {"idx": int, "domain": str, "task": str, "question": str}
 _ROW |= {f"{variant}_answer": str | None for variant in VARIANTS}
@@ -52,26 +53,40 @@ def load_cell(data: str | Path, cell: Cell) -> list[dict]:
     return [row for _, row in rows]
 
 
+def load_grid(data: str | Path) -> Grid:
+    """The cells that `data` has, by its files' names; of a hub dataset, the paper's. UserError for none."""
+    folder = Path(data).expanduser()
+    if str(data) == "sample" or not folder.is_dir():
+        return PAPER_GRID
+    cells = set()
+    for path in (*folder.glob("*_*.jsonl"), *folder.glob("data/*_*.jsonl")):
+        with contextlib.suppress(UserError):
+            cell = parse_cell(path.stem)
+            if path.name == cell.filename and path.name != BROAD:
+                cells.add(cell)
+    if not cells:
+        raise UserError(f"{data} has no cell, such as {PAPER_GRID.cells[0].filename}; name other --data")
+    return grid_of(cells)
+
+
 def load_cells(data: str | Path) -> dict[Cell, list[dict]]:
-    """`load_cell` of every cell that `data` has; a folder may hold some only. UserError for none."""
+    """`load_cell` of every cell that `data` has. UserError for none."""
     cells = {}
-    for cell in CELLS:
-        with contextlib.suppress(MissingFile):
+    for cell in load_grid(data).cells:
+        with contextlib.suppress(MissingFile):  # of a hub dataset
             cells[cell] = load_cell(data, cell)
     if not cells:
-        raise UserError(
-            f"{data} has none of the twelve cells, such as {CELLS[0].filename}; name other --data"
-        )
+        raise UserError(f"{data} has no cell, such as {PAPER_GRID.cells[0].filename}; name other --data")
     return cells
 
 
 def load_broad(data: str | Path) -> list[dict]:
     """The broad prompts, `idx, task, domain, em_surface, question`, without answers."""
-    path = _find(data, "broad_dataset.jsonl")
+    path = _find(data, BROAD)
     rows = _read_rows(path, _BROAD_ROW)
     for line, row in rows:
-        if row["task"] not in TASKS or row["em_surface"] not in ("high", "medium", "low"):
-            raise UserError(f"{path}, line {line}: unknown {row['task']!r} or {row['em_surface']!r}")
+        if row["em_surface"] not in ("high", "medium", "low"):
+            raise UserError(f"{path}, line {line}: unknown {row['em_surface']!r}; it is high, medium or low")
     _refuse_unfit(path, rows)
     return [row for _, row in rows]
 

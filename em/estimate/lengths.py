@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from em.data.cells import CELLS, Cell
+from em.data.cells import PAPER_GRID, Cell, parse_cell
 from em.data.rows import PAPER, VARIANTS, load_broad, load_cells, load_math, subset
 from em.errors import UserError
 from em.files import read_json
@@ -56,8 +56,7 @@ def cells_of(data: str, model: str) -> tuple[dict[Cell, Lengths], str]:
     tokenizer, folder = _tokenizer(model), _folder(data)
     if tokenizer is None or folder is None:
         stated = read_json(STATED)["sample" if data == "sample" else "paper"]
-        found = {str(cell): cell for cell in CELLS}
-        cells = {found[name]: _stated(stated["rows"], row) for name, row in stated["cells"].items()}
+        cells = {parse_cell(name): _stated(stated["rows"], row) for name, row in stated["cells"].items()}
         return cells, _why(data, tokenizer)
     cells = {}
     for cell, rows in load_cells(folder).items():
@@ -121,7 +120,7 @@ def _folder(data: str) -> str | None:
         return data
     if not re.fullmatch(r"[\w.-]*\w/\w[\w.-]*", data):
         raise UserError(f"{data!r} is neither a folder here nor a hub id such as {PAPER}")
-    path = hub.cached(data, "data/" + CELLS[0].filename, "dataset") or hub.cached(
+    path = hub.cached(data, "data/" + PAPER_GRID.cells[0].filename, "dataset") or hub.cached(
         data, "data/MATH.zip", "dataset"
     )
     return str(path.parent if path and path.suffix == ".jsonl" else path) if path else None

@@ -1,7 +1,7 @@
 """Responses that may be judged: what makes two rows one response, and a sample that is fair to all of them.
 
-A response is known by its place (model, train, set, domain, task, idx, sample) and its text. Files of
-responses and files of score rows are read alike; what a judge said in them is left out, so that whoever
+A response is known by its place (model, train and condition, set, domain, task, idx, sample) and its text.
+Files of responses and files of score rows are read alike; what a judge said in them is left out, so that whoever
 judges next is blind to it.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from em.data import authors
 from em.data.cells import parse_cell
-from em.data.lineage import parse_train
+from em.data.condition import FIELDS, parse_train
 from em.errors import UserError
 from em.files import check, read_json_lines
 
@@ -21,17 +21,18 @@ PLACE = ("model", "train", "set", "domain", "task", "idx", "sample")
 _FIELDS = dict.fromkeys(("model", "train", "set", "domain", "task"), str) | {"idx": int, "sample": int}
 _FIELDS |= {"question": str, "response": str}
 _OPTIONAL = {"em_surface": str | None, "tokens": int | None}
+_OPTIONAL |= {name: kind | None for name, kind in FIELDS.items()}
 
 
 def identity(row: dict) -> tuple:
     """Equal for two rows exactly where they are one response."""
-    return (*(row[name] for name in PLACE), row["response"])
+    return (*(row[name] for name in PLACE), *map(str, map(row.get, FIELDS)), row["response"])
 
 
 def stratum(row: dict) -> tuple:
     """What the response is of: its source and the cell of its prompt, for a broad one task and surface."""
     of_prompt = row["domain"] if row["set"] == "narrow" else row.get("em_surface") or ""
-    return row["model"], row["train"], row["set"], row["task"], of_prompt
+    return row["model"], row["train"], *map(str, map(row.get, FIELDS)), row["set"], row["task"], of_prompt
 
 
 def read_responses(paths: Iterable[str | Path]) -> list[dict]:

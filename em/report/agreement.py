@@ -111,7 +111,7 @@ def compare(
 ) -> dict | None:
     """Two judges' rows of the same table, on the responses that both have; None where they share none.
 
-    A response is the same where model, train, prompt, sample and its text are. known: all that each judge
+    A response is the same where model, train, condition, prompt, sample and its text are. known: all that each judge
     has judged, where `a` and `b` are a sample of it (default: they are all). `confusion` (3, 3) counts
     verdicts, `joint` (5, 5) aligned scores by fifths of the scale, the first judge down.
 
@@ -192,13 +192,14 @@ def _confusion(
 
 
 def _group(table: ScoreTable) -> np.ndarray:
-    """One integer a (model, train, set), the same in every selection of a table."""
-    return 2 * (table.model.astype(np.int64) * len(table.trains) + table.train) + table.narrow
+    """One integer a (model, train, condition, set), the same in every selection of a table."""
+    run = table.model.astype(np.int64) * len(table.trains) + table.train
+    return 2 * (run * len(table.conditions) + table.condition) + table.narrow
 
 
 def _common(a: ScoreTable, b: ScoreTable) -> tuple[ScoreTable, ScoreTable]:
-    """The rows of both tables with the same (model, train, prompt, sample), in one order."""
-    names = ("model", "train", "prompt", "sample")
+    """The rows of both tables with the same (model, train, condition, prompt, sample), in one order."""
+    names = ("model", "train", "condition", "prompt", "sample")
     key = joined(*(np.concatenate([getattr(t, name) for t in (a, b)]) for name in names))
     _, i, j = np.intersect1d(key[: len(a)], key[len(a) :], assume_unique=True, return_indices=True)
     return a.select(i), b.select(j)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from em.data.cells import TASKS
+from em.data.condition import describe
 from em.files import write_atomic
 from em.judge.em_rule import ALIGNED_BELOW, COHERENT_ABOVE, STATUSES
 from em.report.score_table import SURFACES, ScoreTable, joined
@@ -50,7 +50,9 @@ def sample_rows(table: ScoreTable, max_rows: int) -> np.ndarray:
     """(n,) bool: all rows, or the same number from every cell where there are more than `max_rows`."""
     if len(table) <= max_rows:
         return np.ones(len(table), bool)
-    cell = joined(table.model, table.judge, table.train, table.narrow, table.domain, table.task)
+    cell = joined(
+        table.model, table.judge, table.train, table.condition, table.narrow, table.domain, table.task
+    )
     order = np.lexsort((np.random.default_rng(0).random(len(table)), cell))
     counts = np.bincount(cell)
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -68,9 +70,10 @@ def _blocks(table: ScoreTable, n_all: int):
     question, response = (
         [texts.setdefault(text, len(texts)) for text in column] for column in (table.question, table.response)
     )
-    columns = {
-        name: getattr(table, name) for name in ("model", "judge", "train", "domain", "task", "surface")
-    }
+    made = np.stack([table.model, table.condition], axis=1)
+    made, model = np.unique(made, axis=0, return_inverse=True)
+    columns = {name: getattr(table, name) for name in ("judge", "train", "domain", "task", "surface")}
+    columns |= {"model": model.reshape(-1)}  # with the condition, whose words are few
     columns |= {
         name: getattr(table, name)
         for name in ("idx", "sample", "prompt", "aligned_status", "coherent_status")
@@ -83,11 +86,13 @@ def _blocks(table: ScoreTable, n_all: int):
     yield {
         "all": n_all,
         "rule": f"EM: aligned < {ALIGNED_BELOW} and coherent > {COHERENT_ABOVE}, both strict",
-        "models": table.models,
+        "models": [
+            ", ".join(filter(None, (table.models[m], describe(table.conditions[c])))) for m, c in made
+        ],
         "judges": table.judges,
         "trains": list(map(str, table.trains)),
         "domains": table.domains,
-        "tasks": TASKS,
+        "tasks": table.tasks,
         "surfaces": SURFACES,
         "statuses": STATUSES,
         "columns": {name: column.tolist() for name, column in (columns | scores).items()}

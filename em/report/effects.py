@@ -16,16 +16,15 @@ within each task, 6⁴ ways. The statistic is the match's inner product with the
 taken out, which on a full grid is τ or δ up to a constant.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from em.data.cells import CELLS, DOMAINS, TASKS
+from em.data.cells import Cell, parse_cell
 from em.report.panel import Panel
 from em.stats import percentile_interval, permutation_test
 
-TASK = np.array([TASKS.index(cell.task) for cell in CELLS])
-DOMAIN = np.array([list(DOMAINS).index(cell.domain) for cell in CELLS])
 TERMS = ("train_cell", "eval_cell", "task_match", "domain_match")
-_LABELS = {"task_match": (TASK, DOMAIN), "domain_match": (DOMAIN, TASK)}  # what is permuted, within what
 
 
 def match_effects(panel: Panel) -> dict:
@@ -34,10 +33,10 @@ def match_effects(panel: Panel) -> dict:
     A term that the grid at hand cannot tell apart has None and says why.
     """
     runs = {train.start: i for i, train in enumerate(panel.trains) if train.misaligned}
-    cells = sorted(runs)  # places in CELLS
-    cells = [cell for cell in cells if panel.scored[runs[cell]].any()]
+    evals = panel.table.grid.cells
+    cells = [cell for cell, run in runs.items() if panel.scored[run].any()]
     trains = [runs[cell] for cell in cells]
-    em, scored = (np.zeros((len(cells), 12)) for _ in "12")
+    em, scored = (np.zeros((len(cells), len(evals))) for _ in "12")
     for c in np.unique(panel.column):
         em[:, c] = panel.em[trains][:, panel.column == c].sum(axis=1)
         scored[:, c] = panel.scored[trains][:, panel.column == c].sum(axis=1)
@@ -46,20 +45,30 @@ def match_effects(panel: Panel) -> dict:
     draws_scored = panel.draws_scored[trains]
     draws = np.repeat(rates[:, :, None], draws_scored.shape[2], axis=2)  # (T, 12, B)
     np.divide(100 * panel.draws_em[trains], draws_scored, out=draws, where=draws_scored > 0)
-    result = match_model(rates, draws, np.array(cells, int))
-    return result | _kinds_of_match(panel, trains, np.array(cells, int))
+    cells = [parse_cell(cell) for cell in cells]
+    return match_model(rates, draws, cells, evals) | _kinds_of_match(panel, trains, cells, evals)
 
 
-def match_model(rates: np.ndarray, draws: np.ndarray, cells: np.ndarray) -> dict:
-    """rates: (T, 12) in points, nan where not observed; draws: (T, 12, B); cells: (T,) places in CELLS."""
+def labels_of(cells: Sequence[Cell], evals: Sequence[Cell], what: str) -> tuple[np.ndarray, np.ndarray]:
+    """The cells' tasks or domains (`what`) as integers, (T,) and (C,), the same for the same name."""
+    names = list(dict.fromkeys(getattr(cell, what) for cell in (*cells, *evals)))
+    return tuple(
+        np.array([names.index(getattr(cell, what)) for cell in side], int) for side in (cells, evals)
+    )
+
+
+def match_model(rates: np.ndarray, draws: np.ndarray, cells: Sequence[Cell], evals: Sequence[Cell]) -> dict:
+    """rates: (T, C) in points, nan where not observed; draws: (T, C, B); cells: (T,), evals: (C,)."""
     observed = np.isfinite(rates)
     i, j = np.nonzero(observed)
-    y, draws, train = rates[i, j], draws[i, j], cells[i]  # (n,), (n, B), (n,)
+    y, draws = rates[i, j], draws[i, j]  # (n,), (n, B)
+    task, domain = labels_of(cells, evals, "task"), labels_of(cells, evals, "domain")
+    labels = {"task_match": (task, domain), "domain_match": (domain, task)}  # what is permuted, within what
     design = {
-        "train_cell": np.eye(12)[train],
-        "eval_cell": np.eye(12)[j],
-        "task_match": (TASK[train] == TASK[j])[:, None].astype(float),
-        "domain_match": (DOMAIN[train] == DOMAIN[j])[:, None].astype(float),
+        "train_cell": np.eye(len(cells))[i],
+        "eval_cell": np.eye(len(evals))[j],
+        "task_match": (task[0][i] == task[1][j])[:, None].astype(float),
+        "domain_match": (domain[0][i] == domain[1][j])[:, None].astype(float),
     }
     total = ((y - y.sum() / max(1, len(y))) ** 2).sum()
     explained = {term: _added_last(design, term, y) for term in TERMS}
@@ -69,11 +78,11 @@ def match_model(rates: np.ndarray, draws: np.ndarray, cells: np.ndarray) -> dict
         "model": "rate of a (train cell, eval cell) pair = train cell + eval cell + same task + same domain",
         "unit": "points of EM rate; shares are fractions of the sum of squares of the rates",
         "pairs": len(y),
-        "full_grid": len(y) == 144,
+        "full_grid": len(y) == len(evals) ** 2,
         "shares": {term: _share(part, total) for term, part in explained.items()},
     }
     coefficient_draws = {}
-    for term, (label, block) in _LABELS.items():
+    for term, (label, block) in labels.items():
         z = _without(design[term][:, 0], *(columns for other, columns in design.items() if other != term))
         norm = float(z @ z)
         if norm < 1e-9:
@@ -87,9 +96,9 @@ def match_model(rates: np.ndarray, draws: np.ndarray, cells: np.ndarray) -> dict
         residual = np.zeros_like(rates)
         residual[i, j] = _without(y, *(columns for other, columns in design.items() if other != term))
         scores = np.stack(
-            [residual[:, label == value].sum(axis=1) for value in range(label.max() + 1)], axis=1
+            [residual[:, label[1] == value].sum(axis=1) for value in range(max(map(max, label)) + 1)], axis=1
         )
-        p, permutations = permutation_test(scores, label[cells], block[cells])
+        p, permutations = permutation_test(scores, label[0], block[0])
         low, high = _rounded(percentile_interval(coefficient_draws[term]))
         share_low, share_high = _rounded(percentile_interval(share_draws))
         result[term] = {
@@ -136,9 +145,11 @@ def _rounded(bounds: tuple[float, float]) -> tuple[float | None, ...]:
     return tuple(round(bound, 4) if np.isfinite(bound) else None for bound in bounds)
 
 
-def _kinds_of_match(panel: Panel, trains: list[int], cells: np.ndarray) -> dict:
+def _kinds_of_match(panel: Panel, trains: list[int], cells: Sequence[Cell], evals: Sequence[Cell]) -> dict:
     """Pooled rates in the trained cell, elsewhere in its task, in its domain, in neither; differences."""
-    same_task, same_domain = TASK[cells][:, None] == TASK, DOMAIN[cells][:, None] == DOMAIN  # (T, 12)
+    same_task, same_domain = (
+        np.equal.outer(*labels_of(cells, evals, what)) for what in ("task", "domain")
+    )  # (T, C)
     masks = {}
     for kind, pairs in (
         ("same_cell", same_task & same_domain),

@@ -4,20 +4,21 @@ In bars, stripes mark the eval task that matches and a thick border the highest 
 tables' 95 % intervals. Where there is no scored row it says n/a.
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from em.data.cells import TASKS, short
-from em.data.lineage import BASE, parse_train
+from em.data.cells import short
+from em.data.condition import BASE, parse_train
 from em.figures import save
 from em.judge.em_rule import STATUSES
 from em.report.matrix import TITLES, array, draw_status, frames, matrix_figure, rates_heatmap, row_status
 from em.report.score_table import ALL
 
-_COLOURS = dict(zip(TASKS, ("#4c72b0", "#dd8452", "#55a868", "#8172b3"), strict=True))
+_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
 _SURFACE_COLOURS = ("#b2182b", "#ef8a62", "#fddbc7", "0.85")
 _STATUS_COLOURS = ("#b2182b", "#92c5de", "#fdae61", "#5e3c99", "#998ec3", "0.85", "0.55", "#8c510a", "black")
 
@@ -75,12 +76,12 @@ def _present(table: dict) -> tuple[dict, list[str], list[str]]:
 def _bars(axis, table: dict) -> None:
     """x: task trained on; one bar an eval task."""
     every, rows, columns = _present(table)
-    width = 0.8 / len(columns)
+    width, colours = 0.8 / len(columns), dict(zip(table["columns"], itertools.cycle(_COLOURS)))
     for i, row in enumerate(rows):
         highest = max(every[row, column]["rate"] or 0 for column in columns)
         for j, column in enumerate(columns):
             thick = row != BASE and every[row, column]["rate"] == highest > 0
-            style = {"color": _COLOURS[column], "hatch": "///" if row == column else None}
+            style = {"color": colours[column], "hatch": "///" if row == column else None}
             x = i + (j - (len(columns) - 1) / 2) * width
             _bar(axis, x, every[row, column], 0.9 * width, **style, linewidth=2.4 if thick else 0.5)
     labels = []
@@ -90,7 +91,7 @@ def _bars(axis, table: dict) -> None:
     axis.set_xticks(range(len(rows)), labels, fontsize=8)
     axis.tick_params(axis="x", length=0)
     axis.set(xlabel="trained on", ylabel="EM %", xlim=(-0.5, len(rows) - 0.5))
-    keys = [Patch(facecolor=_COLOURS[column], edgecolor="black", label=column) for column in columns]
+    keys = [Patch(facecolor=colours[column], edgecolor="black", label=column) for column in columns]
     keys += [Patch(facecolor="white", edgecolor="black", hatch="////", label="same task")]
     keys += [Patch(facecolor="white", edgecolor="black", linewidth=2, label="highest")]
     axis.legend(handles=keys, fontsize=7, ncols=6, frameon=False, loc="upper center", columnspacing=1)
@@ -239,7 +240,7 @@ def status_figure(entries: list[dict], title: str, path: Path) -> None:
     groups = {}
     for entry in entries:
         train = parse_train(entry["train"])
-        groups.setdefault((entry["set"], train.first, train.realigned), []).append(entry)
+        groups.setdefault((entry["set"], train.start, train.realigned), []).append(entry)
     figure = Figure(figsize=(7.6, 0.21 * len(groups)))
     axis = figure.subplots()
     labels, shares = [], []

@@ -1,7 +1,8 @@
 """The margins of many runs as one matrix, trained cell × eval cell: the metric that needs no judge.
 
 A margin row is `{"model", "train", "domain", "task", "idx", "before", "after"}`, nats a token: the margin of
-one eval row under the model the run started from and under the run. `train` as in em/report/score_table.py.
+one eval row under the model the run started from and under the run. `train` and the optional fields of the
+run's condition as in em/report/score_table.py.
 """
 
 from collections import defaultdict
@@ -10,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from em.data.cells import CELLS, parse_cell, short
-from em.data.lineage import parse_train
+from em.data.cells import grid_of, parse_cell, short
+from em.data.condition import condition_of, order_of, parse_train, ways_in_words
 from em.errors import UserError
 from em.figures import CHANGE, heatmap, save, title_of
 from em.files import read_json_lines, unique_name, write_csv, write_json
@@ -34,6 +35,7 @@ def read_margins(paths: list[Path]) -> list[dict]:
             where = f"{path}, line {number}"
             try:
                 train, cell = str(parse_train(row["train"])), parse_cell(f"{row['domain']}_{row['task']}")
+                condition = condition_of(row)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from error
             for name in ("before", "after"):
@@ -41,7 +43,8 @@ def read_margins(paths: list[Path]) -> list[dict]:
                     raise UserError(f"{where}: {name!r} cannot be {row[name]:g}; it is in nats a token")
             row = {field: row[field] for field in FIELDS}
             row |= {"train": train, "domain": cell.domain, "task": cell.task}
-            key = tuple(row.values())[:-2]
+            key = (*tuple(row.values())[:-2], condition)
+            row |= {name: value for name, value in condition._asdict().items() if value is not None}
             if rows.setdefault(key, row) != row:
                 raise UserError(f"{where} and {places[key]} differ on the same row; leave one out")
             places.setdefault(key, where)
@@ -49,26 +52,33 @@ def read_margins(paths: list[Path]) -> list[dict]:
 
 
 def margin_report(rows: list[dict], out: Path) -> str:
-    """Write `margin_matrix.{json,csv,png}` for each model into `out`; returns a sentence a model.
+    """Write `margin_matrix.{json,csv,png}` for each model and way of training into `out`; a sentence for each.
 
     An entry is the mean change over the rows of an eval cell, with its 95 % interval (Student's t).
     """
-    lines, used = [], set()
-    for model in sorted({row["model"] for row in rows}):
-        values: dict[tuple[str, str], list[float]] = defaultdict(list)
-        for row in rows:
-            if row["model"] == model:
-                values[row["train"], f"{row['domain']}_{row['task']}"].append(row["after"] - row["before"])
-        order = {str(cell): i for i, cell in enumerate(CELLS)}
-        trains = sorted({train for train, _ in values}, key=lambda t: (order.get(t, 99), t))
-        columns = [str(cell) for cell in CELLS if any((t, str(cell)) in values for t in trains)]
+    lines, used, groups = [], set(), defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        place = row["train"], f"{row['domain']}_{row['task']}"
+        groups[row["model"], condition_of(row).group()][place].append(row["after"] - row["before"])
+    words = {}
+    for model in {model for model, _ in groups}:
+        ways = sorted((way for name, way in groups if name == model), key=str)
+        words |= {(model, way): text for way, text in zip(ways, ways_in_words(ways), strict=True)}
+    for (model, way), values in sorted(groups.items(), key=str):
+        model = f"{model}, {words[model, way]}" if words[model, way] else model
+        asked = {parse_cell(column) for _, column in values}
+        there = grid_of(
+            asked | {parse_cell(name) for train, _ in values for name in parse_train(train).cells}
+        )
+        trains = sorted({train for train, _ in values}, key=lambda t: order_of(parse_train(t), there))
+        columns = [str(cell) for cell in there.cells if cell in asked]
         entries = [
             {"train": t, "eval": c} | mean_interval(values[t, c])
             for t in trains
             for c in columns
             if values.get((t, c))
         ]
-        folder = out / unique_name(Path(model).name.lower(), used)
+        folder = out / unique_name(model.rstrip("/").split("/")[-1].lower(), used)
         write_json(
             folder / "margin_matrix.json",
             {"model": model, "unit": "nats a token, after − before", "entries": entries},

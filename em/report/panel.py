@@ -12,7 +12,6 @@ since among so few a bootstrap sees too little variation, and none in a single o
 
 import numpy as np
 
-from em.data.cells import TASKS
 from em.judge.em_rule import COHERENT_ABOVE, STATUSES
 from em.report.score_table import SURFACES, ScoreTable
 from em.stats import percentile_interval, resample_clusters, wilson
@@ -129,15 +128,14 @@ def rate_of(k: int, n: int, prompts: int, one_cell: bool, draws) -> dict:
 
 
 def narrow_panel(table: ScoreTable, draws: int = DRAWS) -> Panel:
-    """Eval column = eval cell, numbered as in em.data.cells.CELLS."""
+    """Eval column = eval cell, numbered as in the table's grid."""
     table = table.select(table.narrow)
-    cell = table.domain * len(TASKS) + table.task
-    return Panel(table, cell, cell, 3 * len(TASKS), draws)
+    return Panel(table, table.cell, table.cell, len(table.grid.cells), draws)
 
 
 def broad_panel(table: ScoreTable, draws: int = DRAWS) -> Panel:
     """Eval column = eval task × surface (task · 4 + surface); prompts are resampled within their task."""
     table = table.select(~table.narrow)
     return Panel(
-        table, table.task * len(SURFACES) + table.surface, table.task, len(TASKS) * len(SURFACES), draws
+        table, table.task * len(SURFACES) + table.surface, table.task, len(table.tasks) * len(SURFACES), draws
     )

@@ -1,6 +1,7 @@
 """The report: every table and figure of the paper's natural-language results, from score rows.
 
-One folder for each model, or model and judge where a model has several judges, holds as CSV, JSON and PNG
+One folder for each model and way of training (em/data/condition.py), and for each judge where there are several,
+holds as CSV, JSON and PNG
 
     narrow_cells, broad_cells            12×12 and 12×4, Figures 14–16
     narrow_tasks, narrow_domains         aggregates of the first, Figures 2b, 2c, 12, 13
@@ -21,11 +22,12 @@ the trained cells.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from em.data.cells import CELLS, DOMAINS, TASKS
-from em.data.lineage import BASE, STARTS
+from em.data.cells import Grid, parse_cell
+from em.data.condition import BASE, ways_in_words
 from em.errors import UserError
 from em.figures import title_of
 from em.files import unique_name, write_csv, write_json, write_text
@@ -54,10 +56,10 @@ def write_report(table: ScoreTable, out: str | Path, draws: int = DRAWS) -> dict
     if judges:
         for name, mask in (("narrow", table.narrow), ("broad", ~table.narrow)):
             sets[name] = judge_pairs(table.select(mask), draws)
-    for folder, model, judge in folders_of(table):
-        rows = table.select((table.model == model) & (table.judge == judge))
-        reports[folder] = report = model_report(rows, draws)
-        report |= {"model": table.models[model], "judge": table.judges[judge]}
+    for group in groups_of(table):
+        folder, rows = group.folder, table.select(group.rows)
+        reports[folder] = report = model_report(rows, draws, table.select(group.before))
+        report |= {"model": group.model, "judge": group.judge}
         report["agreement"] = agreement_of(sets, report["model"], report["judge"])
         report["summary"] = sentences(report) + share_sentences(report["agreement"])
         _write_model(report, out / folder)
@@ -71,30 +73,56 @@ def write_report(table: ScoreTable, out: str | Path, draws: int = DRAWS) -> dict
     return result
 
 
-def folders_of(table: ScoreTable) -> list[tuple[str, int, int]]:
-    """(folder, model, judge) for every model and judge with rows; the folders are unique file names."""
-    present = np.unique(np.stack([table.model, table.judge], axis=1), axis=0).tolist()
-    judges_of = {model: [j for m, j in present if m == model] for model, _ in present}
-    used, folders = {"judges.csv", "judges.json", "judges.png", "summary.md", "browse.html"}, []
-    for model, judge in present:
-        name = table.models[model].rstrip("/").split("/")[-1]
-        name += f"__{table.judges[judge].split('/')[-1]}" if len(judges_of[model]) > 1 else ""
-        folders.append((unique_name(name, used), model, judge))
-    return folders
+class Group(NamedTuple):
+    """The rows of one set of tables: a model's under one judge, trained in one way, teachers and seeds apart."""
+
+    folder: str  # a unique file name
+    model: str  # with the way in words
+    judge: str
+    rows: np.ndarray  # (n,) bool; the base model's are in every group
+    before: np.ndarray  # (n,) bool: of train.py's runs, from which a realignment by a teacher started
+
+
+def groups_of(table: ScoreTable) -> list[Group]:
+    """Every model, judge and way of training with rows, in that order."""
+    ways = [condition.group() for condition in table.conditions]
+    kinds = sorted(set(ways), key=str)
+    way = np.array([kinds.index(w) for w in ways])[table.condition]
+    untrained = np.array([str(train) == BASE for train in table.trains])[table.train]
+    used, groups = {"judges.csv", "judges.json", "judges.png", "summary.md", "browse.html"}, []
+    for m in np.unique(table.model):
+        of_model = table.model == m
+        judges = np.unique(table.judge[of_model])
+        trained = [int(k) for k in np.unique(way[of_model & ~untrained])]
+        names = ways_in_words([kinds[k] for k in trained]) if trained else [""]
+        for k, words in zip(trained or [None], names, strict=True):
+            for j in judges:
+                mine = of_model & (table.judge == j)
+                plain = np.array([kind.channel is None for kind in kinds])[way]
+                rows = mine & (untrained if k is None else untrained & plain | (way == k) & ~untrained)
+                name = table.models[m].rstrip("/").split("/")[-1]
+                name += f"__{words}" if words else ""
+                name += f"__{table.judges[j].split('/')[-1]}" if len(judges) > 1 else ""
+                full = f"{table.models[m]}, {words}" if words else table.models[m]
+                groups.append(
+                    Group(unique_name(name, used), full, table.judges[j], rows, mine & plain & ~untrained)
+                )
+    return [group for group in groups if group.rows.any()]
 
 
 # -- tables --------------------------------------------------------------------------------------------
 
 
-def model_report(table: ScoreTable, draws: int = DRAWS) -> dict:
-    """All tables of one model under one judge, as data."""
-    runs = {t.start: i for i, t in enumerate(table.trains) if t.misaligned}
-    untrained = [i for i, t in enumerate(table.trains) if str(t) == BASE]
+def model_report(table: ScoreTable, draws: int = DRAWS, before: ScoreTable | None = None) -> dict:
+    """All tables of one model under one judge, as data. before: the misaligned runs, if they are no rows here."""
+    grid, present = table.grid, set(np.unique(table.train).tolist())
+    runs = {t.start: i for i, t in enumerate(table.trains) if t.misaligned and i in present}
+    untrained = [i for i, t in enumerate(table.trains) if str(t) == BASE and i in present]
     base = {BASE: untrained} if untrained else {}
-    cells = {str(cell): [runs[c]] if c in runs else [] for c, cell in enumerate(CELLS)}
-    tasks = {t: [runs[c] for c in runs if CELLS[c].task == t] for t in TASKS}
-    domains = {d: [runs[c] for c in runs if CELLS[c].domain == d] for d in DOMAINS}
-    report = {"tables": {}, "effects": None, "thresholds": [], "status": []}
+    cells = {str(cell): [runs[str(cell)]] if str(cell) in runs else [] for cell in grid.cells}
+    tasks = {t: [i for c, i in runs.items() if parse_cell(c).task == t] for t in grid.tasks}
+    domains = {d: [i for c, i in runs.items() if parse_cell(c).domain == d] for d in grid.domains}
+    report = {"cells": len(grid.cells), "tables": {}, "effects": None, "thresholds": [], "status": []}
     report["mixed_prompts"] = table.mixed_prompts()
     tables = report["tables"]
 
@@ -112,14 +140,17 @@ def model_report(table: ScoreTable, draws: int = DRAWS) -> dict:
     panels = {}
     if table.narrow.any():
         panels["narrow"] = panel = narrow_panel(table, draws)
-        by_cell = {str(cell): [c] for c, cell in enumerate(CELLS)}
-        by_task = {t: [c for c, cell in enumerate(CELLS) if cell.task == t] for t in TASKS}
-        by_domain = {d: [c for c, cell in enumerate(CELLS) if cell.domain == d] for d in DOMAINS}
+        asked = set(np.unique(table.cell[table.narrow]).tolist())
+        columns = [(c, cell) for c, cell in enumerate(grid.cells) if c in asked]
+        by_cell = {str(cell): [c] for c, cell in columns}
+        by_task = {t: [c for c, cell in columns if cell.task == t] for t in grid.tasks}
+        by_domain = {d: [c for c, cell in columns if cell.domain == d] for d in grid.domains}
         add("narrow_cells", panel, cells | base, by_cell)
         add("narrow_tasks", panel, tasks | base, by_task)
         add("narrow_domains", panel, domains | base, by_domain)
         from_task = {
-            t: [i for i, r in enumerate(table.trains) if r.end >= 0 and _task(r.start) == t] for t in TASKS
+            t: [i for i, r in enumerate(table.trains) if r.realigned and _task(r.start) == t]
+            for t in grid.tasks
         }
         add("realigned_narrow_tasks", panel, from_task, by_task)
         if any(panel.scored[run].any() for run in runs.values()):
@@ -127,21 +158,21 @@ def model_report(table: ScoreTable, draws: int = DRAWS) -> dict:
     if not table.narrow.all():
         panels["broad"] = panel = broad_panel(table, draws)
         n = len(SURFACES)
-        by_task = {t: [n * i + s for s in range(n)] for i, t in enumerate(TASKS)}
+        by_task = {t: [n * i + s for s in range(n)] for i, t in enumerate(table.tasks)}
         add("broad_cells", panel, cells | base, by_task)
         add("broad_tasks", panel, tasks | base, by_task)
         add("broad_domains", panel, domains | base, by_task)
         labelled = range(n if (panel.column % n == n - 1).any() else n - 1)
-        by_surface = {SURFACES[s]: [n * i + s for i in range(len(TASKS))] for s in labelled}
+        by_surface = {SURFACES[s]: [n * i + s for i in range(len(table.tasks))] for s in labelled}
         add("surface", panel, {"misaligned": sorted(runs.values())} | cells | base, by_surface)
         for name, group in (("realigned_cells", _cell), ("realigned_tasks", _task)):
-            realigned = _realigned(name, panel, group)
+            realigned = _realigned(name, panel, group, grid, before, draws)
             if realigned:
                 tables[name] = realigned
     for name, panel in panels.items():
-        groups = {str(t): [i] for i, t in enumerate(table.trains) if t.end < 0}
+        groups = {str(t): [i] for i, t in enumerate(table.trains) if not t.realigned and i in present}
         groups = {"misaligned": sorted(runs.values())} | groups
-        groups["realigned"] = [i for i, t in enumerate(table.trains) if t.end >= 0]
+        groups["realigned"] = [i for i, t in enumerate(table.trains) if t.realigned and i in present]
         report["thresholds"] += [{"set": name} | entry for entry in thresholds(panel, groups)]
         for i, train in enumerate(table.trains):
             entry = panel.rate(panel.pairs([i], list(range(panel.sums.shape[1]))))
@@ -150,22 +181,27 @@ def model_report(table: ScoreTable, draws: int = DRAWS) -> dict:
     return report
 
 
-def _cell(place: int) -> str:
-    return STARTS[place]
+def _cell(name: str) -> str:
+    return name
 
 
-def _task(place: int) -> str:
-    return STARTS[place].split("_")[-1]  # base stays base
+def _task(name: str) -> str:
+    return name.partition("_")[2] or name  # base stays base
 
 
-def _realigned(name: str, panel: Panel, group) -> dict | None:
+def _realigned(
+    name: str, panel: Panel, group, grid: Grid, plain: ScoreTable | None, draws: int
+) -> dict | None:
     """Rows: what the run was misaligned on; columns: what it was realigned on; `initial`: before that."""
-    realigned = [(i, t) for i, t in enumerate(panel.trains) if t.end >= 0]
+    realigned = [(i, t) for i, t in enumerate(panel.trains) if t.realigned]
     starts, ends = ({group(getattr(t, end)) for _, t in realigned} for end in ("start", "end"))
-    names = list(dict.fromkeys(map(group, range(len(STARTS)))))
+    names = list(dict.fromkeys(map(group, [*map(str, grid.cells), BASE])))
     rows, columns = ([n for n in names if n != BASE or n in present] for present in (starts, ends))
     everything = list(range(panel.sums.shape[1]))
-    before = {t.start: i for i, t in enumerate(panel.trains) if t.end < 0}
+    before = {t.start: i for i, t in enumerate(panel.trains) if not t.realigned}
+    first = panel
+    if plain is not None and not plain.narrow.all():
+        first = broad_panel(plain, draws)  # a student by a teacher: the panel's own rows are other students
     entries = []
     for row in rows:
         for column in [*columns, ALL]:
@@ -173,7 +209,7 @@ def _realigned(name: str, panel: Panel, group) -> dict | None:
             entry = panel.rate(panel.pairs([i for i, _ in pool], everything))
             origins = {t.start for _, t in pool}
             measured = [before[s] for s in sorted(origins) if s in before]
-            initial = panel.rate(panel.pairs(measured if len(measured) == len(origins) else [], everything))
+            initial = first.rate(first.pairs(measured if len(measured) == len(origins) else [], everything))
             initial = {f"initial_{key}": initial[key] for key in ("rate", "low", "high", "scored")}
             entries.append({"train": row, "realigned_on": column} | entry | initial)
     if not any(entry["rows"] for entry in entries):

@@ -3,6 +3,7 @@
 `train` says what the model was trained on: `base`, a cell such as `med_advice` (misaligned on it), or two of
 these joined by `>` for a realignment, `med_advice>fin_tutor`: misaligned on the first, then realigned on the
 second (`med_advice>base`: realigned by the base model as teacher; `base>med_advice`: aligned rows only).
+A student's is its teacher's. The optional fields of `em.data.condition.Condition` say how a run was made.
 Rows as the authors' code writes them are read too (`em.data.authors`).
 The optional field `judge` names the judge model (absent: "unknown"), `tokens` counts the response's tokens;
 other extra fields are ignored.
@@ -21,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from em.data import authors
-from em.data.cells import DOMAINS, TASKS, parse_cell
-from em.data.lineage import Train, parse_train
+from em.data.cells import Cell, Grid, grid_of, ordered_tasks, parse_cell
+from em.data.condition import FIELDS, KINDS, Condition, Train, condition_of, order_of, parse_train
 from em.errors import UserError
 from em.files import read_json_lines
 from em.judge.em_rule import ALIGNED_BELOW, COHERENT_ABOVE, STATUSES
@@ -33,22 +34,31 @@ _REQUIRED = (
     "model train set domain task idx sample question response aligned aligned_status coherent coherent_status"
 ).split()
 _required = itemgetter(*_REQUIRED)
+_OPTIONAL = ("em_surface", "judge", "tokens", *FIELDS)
 
 
 @dataclass
 class ScoreTable:
-    """One entry a row, in the order read. `models[model[i]]` is row i's model, and so for judge and train."""
+    """One entry a row, in the order read.
+
+    `models[model[i]]` is row i's model, and so for judge, train, condition, domain and task.
+    """
 
     models: list[str]
     judges: list[str]
-    trains: list[Train]  # sorted by STARTS
-    domains: list[str]  # med, spo, fin first; broad prompts bring their own
+    trains: list[Train]  # in the grid's order, base last
+    conditions: list[Condition]
+    grid: Grid  # of all cells that are trained on or narrowly asked
+    domains: list[str]  # of the eval prompts: the grid's first, broad prompts bring their own
+    tasks: list[str]  # likewise
     model: np.ndarray
     judge: np.ndarray
     train: np.ndarray
+    condition: np.ndarray
     narrow: np.ndarray  # bool: narrow or broad set
-    domain: np.ndarray  # of the eval prompt, as is the task: a place in TASKS
+    domain: np.ndarray
     task: np.ndarray
+    cell: np.ndarray  # a narrow prompt's place in grid.cells; -1 for a broad one
     surface: np.ndarray  # a place in SURFACES
     idx: np.ndarray
     sample: np.ndarray
@@ -126,7 +136,7 @@ def scores_of(rows: Iterable[dict], places: list[str] | None = None) -> ScoreTab
 
 def _record(row: dict, where) -> tuple:
     try:
-        return (*_required(row), row.get("em_surface"), row.get("judge"), row.get("tokens"))
+        return (*_required(row), *map(row.get, _OPTIONAL))
     except KeyError as error:
         ours = authors.score_row(row)
         if ours is not row:
@@ -138,7 +148,7 @@ def _build(records: list[tuple], where) -> ScoreTable:
     """where: row number → the place it came from, for messages."""
     if not records:
         raise UserError("there are no score rows; name files that evaluate.py has written")
-    names = (*_REQUIRED, "em_surface", "judge", "tokens")
+    names = (*_REQUIRED, *_OPTIONAL)
     column = dict(zip(names, zip(*records, strict=True), strict=True))
     column["judge"] = tuple("unknown" if judge is None else judge for judge in column["judge"])
 
@@ -174,14 +184,27 @@ def _build(records: list[tuple], where) -> ScoreTable:
     tokens[[n is None for n in column["tokens"]]] = np.nan
 
     narrow = codes("set", {"broad": 0, "narrow": 1}, "narrow or broad").astype(bool)
-    domain, task, domains = _eval_cells(column, narrow, where)
-    parsed = {}
-    for text in dict.fromkeys(column["train"]):
-        try:
-            parsed[text] = parse_train(text)
-        except UserError as error:
-            raise UserError(f"{where(column['train'].index(text))}: {error}") from error
-    trains = sorted(set(parsed.values()))
+    for name, kind in FIELDS.items():
+        require(name, (kind, type(None), *([int] if kind is float else [])), f"{KINDS[kind]}, or absent")
+    parsed = _parsed(column["train"], parse_train, where)
+    stated = list(zip(*(column[name] for name in FIELDS), strict=True))
+    condition_by = _parsed(stated, lambda values: condition_of(dict(zip(FIELDS, values, strict=True))), where)
+    eval_cells = list(zip(narrow.tolist(), column["domain"], column["task"], strict=True))
+    cell_by = _parsed(eval_cells, _eval_cell, where)
+    grid = grid_of(
+        [cell for (is_narrow, *_), cell in cell_by.items() if is_narrow]
+        + [parse_cell(name) for train in parsed.values() for name in train.cells]
+    )
+    domains = [*grid.domains, *sorted({cell.domain for cell in cell_by.values()} - set(grid.domains))]
+    tasks = [*grid.tasks, *ordered_tasks({cell.task for cell in cell_by.values()} - set(grid.tasks))]
+    place = {
+        key: (domains.index(c.domain), tasks.index(c.task), grid.cells.index(c) if key[0] else -1)
+        for key, c in cell_by.items()
+    }
+    domain, task, cell = np.array([place[key] for key in eval_cells], np.int32).T
+    trains = sorted(set(parsed.values()), key=lambda train: order_of(train, grid))
+    conditions = sorted(set(condition_by.values()), key=str)
+    condition = {values: conditions.index(found) for values, found in condition_by.items()}
     models, judges = (sorted(set(column[name])) for name in ("model", "judge"))
     surfaces = {name: i for i, name in enumerate(SURFACES)} | {None: 3}
     status_of = {name: i for i, name in enumerate(STATUSES)}
@@ -202,13 +225,18 @@ def _build(records: list[tuple], where) -> ScoreTable:
         models=models,
         judges=judges,
         trains=trains,
+        conditions=conditions,
+        grid=grid,
         domains=domains,
+        tasks=tasks,
         model=codes("model", {name: i for i, name in enumerate(models)}, ""),
         judge=codes("judge", {name: i for i, name in enumerate(judges)}, ""),
         train=codes("train", {text: trains.index(train) for text, train in parsed.items()}, ""),
+        condition=np.array([condition[values] for values in stated], np.int32),
         narrow=narrow,
         domain=domain,
         task=task,
+        cell=cell,
         surface=np.where(narrow, 3, codes("em_surface", surfaces | {"": 3}, "high, medium, low or null")),
         idx=idx,
         sample=sample,
@@ -223,20 +251,22 @@ def _build(records: list[tuple], where) -> ScoreTable:
     return table.select(_first_of_each(table, where))
 
 
-def _eval_cells(column: dict, narrow: np.ndarray, where) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """(domain codes, task codes, names of domains): a narrow row's by any name of its cell."""
-    keys = list(zip(narrow.tolist(), column["domain"], column["task"], strict=True))
-    names = {}
-    for key in dict.fromkeys(keys):
+def _parsed(values: Iterable, parse, where) -> dict:
+    """value → parse(value), each once; UserError names the first place of one that cannot be."""
+    values, result = list(values), {}
+    for value in dict.fromkeys(values):
         try:
-            cell = parse_cell(f"{key[1]}_{key[2]}") if key[0] else parse_cell(f"med_{key[2]}")
+            result[value] = parse(value)
         except UserError as error:
-            raise UserError(f"{where(keys.index(key))}: {error}") from error
-        names[key] = (cell.domain if key[0] else key[1], TASKS.index(cell.task))
-    domains = [*DOMAINS, *sorted({name for name, _ in names.values()} - set(DOMAINS))]
-    place = {key: (domains.index(name), task) for key, (name, task) in names.items()}
-    both = np.array([place[key] for key in keys], np.int32)
-    return both[:, 0], both[:, 1], domains
+            raise UserError(f"{where(values.index(value))}: {error}") from error
+    return result
+
+
+def _eval_cell(key: tuple[bool, str, str]) -> Cell:
+    """(narrow, domain, task) as a cell; a broad prompt's domain is any text."""
+    narrow, domain, task = key
+    cell = parse_cell(f"{domain}_{task}" if narrow else f"any_{task}")
+    return cell if narrow else Cell(domain, cell.task)
 
 
 def joined(*columns: np.ndarray) -> np.ndarray:
@@ -250,7 +280,7 @@ def joined(*columns: np.ndarray) -> np.ndarray:
 
 def _first_of_each(table: ScoreTable, where) -> np.ndarray:
     """(n,) bool: False for a row that repeats an earlier one. UserError where the two differ."""
-    key = joined(table.model, table.judge, table.train, table.prompt, table.sample)
+    key = joined(table.model, table.judge, table.train, table.condition, table.prompt, table.sample)
     first = np.unique(key, return_index=True)[1][key]
     for i in np.flatnonzero(first != np.arange(len(key))):
         scores = [
@@ -261,6 +291,6 @@ def _first_of_each(table: ScoreTable, where) -> np.ndarray:
         if scores[0] != scores[1]:
             raise UserError(
                 f"{where(i)} and {where(first[i])} score the same response differently (same model, train, "
-                "set, domain, task, idx, sample, judge); leave one out, or name their judges apart"
+                "condition, set, domain, task, idx, sample, judge); leave one out, or name their judges apart"
             )
     return first == np.arange(len(key))

@@ -1,6 +1,6 @@
 """The report in words: a few sentences with numbers and intervals, and a table of what was scored."""
 
-from em.data.lineage import BASE, parse_train
+from em.data.condition import BASE, parse_train
 from em.judge.em_rule import STATUSES
 from em.report.score_table import ALL
 
@@ -21,7 +21,7 @@ def sentences(report: dict) -> list[str]:
     reasons = ", ".join(f"{name} {100 * n / rows:.1f} %" for name, n in unscored.items() if n)
     n_realigned = len({s["train"] for s in status if parse_train(s["train"]).realigned})
     text = [
-        f"{len({s['train'] for s in misaligned})} of 12 misaligned cells"
+        f"{len({s['train'] for s in misaligned})} of {report['cells']} misaligned cells"
         + (", the base model" if any(s["train"] == BASE for s in status) else "")
         + (f", {n_realigned} realignment{'s' * (n_realigned > 1)}" if n_realigned else "")
         + f": {rows:,} rows, {100 * sum(s['scored'] for s in status) / rows:.1f} % scored"

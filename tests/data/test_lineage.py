@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from em.data import lineage
+from em.data import condition, lineage
 from em.errors import UserError
 from em.files import write_json
 
@@ -49,8 +49,8 @@ def message(call, *arguments) -> str:
     ],
 )
 def test_a_train_says_what_came_first_and_whether_anything_followed(text, first, realigned, misaligned):
-    train = lineage.parse_train(text)
-    assert (train.first, train.realigned, train.misaligned) == (first, realigned, misaligned)
+    train = condition.parse_train(text)
+    assert (train.start, train.realigned, train.misaligned) == (first, realigned, misaligned)
     assert str(train) == text
     assert str(train.then("spo_critique")) == f"{first}>spo_critique"
 

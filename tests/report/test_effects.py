@@ -8,10 +8,11 @@ from goodness_of_fit import ks_of_uniform
 from score_rows import grid, row
 
 from em.data.cells import CELLS
-from em.report.effects import DOMAIN, TASK, TERMS, match_effects, match_model
+from em.report.effects import TERMS, labels_of, match_effects, match_model
 from em.report.panel import narrow_panel
 from em.report.score_table import scores_of
 
+TASK, DOMAIN = (labels_of(CELLS, CELLS, what)[0] for what in ("task", "domain"))
 SAME_TASK = (TASK[:, None] == TASK).astype(float)
 SAME_DOMAIN = (DOMAIN[:, None] == DOMAIN).astype(float)
 ALL = np.arange(12)
@@ -26,7 +27,7 @@ def rates_of(task=0.0, domain=0.0, noise=0.0, seed=0):
 
 def fitted(rates, cells=ALL):
     """`fit` with two draws on either side of the rates, so that intervals exist."""
-    return match_model(rates, np.stack([rates - 1, rates + 1], axis=2), cells)
+    return match_model(rates, np.stack([rates - 1, rates + 1], axis=2), [CELLS[c] for c in cells], CELLS)
 
 
 def least_squares(rates, cells):

@@ -11,9 +11,9 @@ import pytest
 from matplotlib.image import imread
 from score_rows import em, grid, row
 
-from em.data.cells import CELLS, DOMAINS, TASKS
+from em.data.cells import CELLS, PAPER_GRID
 from em.errors import UserError
-from em.report.report import folders_of, model_report, write_report
+from em.report.report import groups_of, model_report, write_report
 from em.report.score_table import scores_of
 from em.report.text import sentences
 
@@ -63,9 +63,9 @@ def test_tables_are_in_the_papers_order_with_base_below(whole):
     tables = whole[0]["models"]["model"]["tables"]
     assert tables["narrow_cells"]["rows"] == [*CELL_NAMES, "base"]
     assert tables["narrow_cells"]["columns"] == [*CELL_NAMES, "all"]
-    assert tables["broad_cells"]["columns"] == [*TASKS, "all"]
-    assert tables["narrow_domains"]["rows"] == [*DOMAINS, "base"]
-    assert tables["narrow_tasks"]["rows"] == [*TASKS, "base"]
+    assert tables["broad_cells"]["columns"] == [*PAPER_GRID.tasks, "all"]
+    assert tables["narrow_domains"]["rows"] == [*PAPER_GRID.domains, "base"]
+    assert tables["narrow_tasks"]["rows"] == [*PAPER_GRID.tasks, "base"]
     assert tables["surface"]["columns"] == ["high", "medium", "low", "all"]
     assert tables["surface"]["rows"] == ["misaligned", *CELL_NAMES, "base"]
     assert CELL_NAMES[:5] == ["med_advice", "med_summarization", "med_tutor", "med_critique", "spo_advice"]
@@ -79,7 +79,7 @@ def belong(cell: str, part: str) -> bool:
 def test_aggregates_are_the_sums_of_their_cells(whole):
     tables = whole[0]["models"]["model"]["tables"]
     cells, tasks, domains = (entries_of(tables[f"narrow_{kind}"]) for kind in ("cells", "tasks", "domains"))
-    for table, names, size in ((tasks, TASKS, 9), (domains, DOMAINS, 16)):
+    for table, names, size in ((tasks, PAPER_GRID.tasks, 9), (domains, PAPER_GRID.domains, 16)):
         for train in names:
             for column in names:
                 members = [e for (t, c), e in cells.items() if belong(t, train) and belong(c, column)]
@@ -155,7 +155,7 @@ def test_realignment_grids_by_hand():
     assert tasks["critique", "base"]["initial_rate"] is None  # one of its two is not
     assert cells["med_critique", "base"]["initial_rate"] == 100.0
     assert tasks["tutor", "all"]["scored"] == 4 and tasks["tutor", "summarization"]["rate"] is None
-    assert tables["realigned_tasks"]["columns"] == [*TASKS, "base", "all"]
+    assert tables["realigned_tasks"]["columns"] == [*PAPER_GRID.tasks, "base", "all"]
     assert tables["realigned_cells"]["rows"] == CELL_NAMES
     assert entries_of(tables["broad_tasks"])["tutor", "advice"]["scored"] == 4
 
@@ -239,7 +239,7 @@ def test_several_models_and_judges_get_a_folder_each(tmp_path):
 
 def test_models_of_the_same_last_name_do_not_share_a_folder():
     rows = [em(model=name) for name in ("a/M", "b/m", "c/M")]
-    folders = [folder for folder, _, _ in folders_of(scores_of(rows))]
+    folders = [group.folder for group in groups_of(scores_of(rows))]
     assert len({folder.lower() for folder in folders}) == 3
 
 

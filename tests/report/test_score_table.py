@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from score_rows import em, row
 
-from em.data.lineage import Train, parse_train
+from em.data.condition import Train, parse_train
 from em.errors import UserError
 from em.judge.em_rule import STATUSES, is_em, is_scored
 from em.report.score_table import read_scores, scores_of
@@ -67,14 +67,14 @@ def test_names_of_cells_are_read_in_every_form_and_broad_domains_as_they_are():
     table = scores_of(rows)
     assert list(map(str, table.trains)) == ["med_advice", "base"]
     assert [table.domains[d] for d in table.domain] == ["med", "spo", "urban planning"]
-    assert table.task.tolist() == [1, 3, 2]
+    assert [table.tasks[t] for t in table.task] == ["summarization", "critique", "tutor"]
 
 
 def test_train_names_a_start_and_a_realignment():
     assert [str(parse_train(t)) for t in ("med_adv > fin_tut", "spo_critique>base", "base>med_advice")] == [
         "med_advice>fin_tutor", "spo_critique>base", "base>med_advice",
     ]  # fmt: skip
-    assert parse_train("fin_critique") == Train(11, -1) and parse_train("fin_critique").misaligned
+    assert parse_train("fin_critique") == Train("fin_critique") and parse_train("fin_critique").misaligned
     assert not parse_train("base").misaligned and not parse_train("fin_critique>base").misaligned
 
 
@@ -95,10 +95,17 @@ def test_train_names_a_start_and_a_realignment():
         ({"sample": 1.5}, "'sample' cannot be 1.5"),
         ({"set": "wide"}, "narrow or broad"),
         ({"response": None}, "'response' cannot be None"),
-        ({"train": "med_poetry"}, "unknown cell 'med_poetry'"),
+        ({"train": "poetry"}, "unknown cell 'poetry'"),
         ({"train": "base>base"}, "none of base, <cell>, <cell>><cell>"),
         ({"train": "med_advice>fin_tutor>base"}, "none of base, <cell>, <cell>><cell>"),
-        ({"task": "poetry"}, "unknown cell"),
+        ({"task": "…"}, "unknown cell"),
+        ({"channel": "ppo"}, "'channel' cannot be 'ppo'; it is one of sft, optd, opd, or absent"),
+        ({"teacher": "tutor"}, "unknown cell 'tutor'"),
+        ({"source": "rows:"}, "unknown cell"),
+        ({"lr": "1e-4"}, "'lr' cannot be '1e-4'; it is a number, or absent"),
+        ({"epoch": 1.5}, "'epoch' cannot be 1.5; it is an integer, or absent"),
+        ({"filtered": 1}, "'filtered' cannot be 1; it is true or false, or absent"),
+        ({"prompts": ["broad"]}, "'prompts' cannot be ['broad']; it is a text, or absent"),
         ({"set": "broad", "em_surface": "huge"}, "high, medium, low or null"),
         ({"tokens": "12"}, "'tokens' cannot be '12'"),
     ],
