@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from em.data import condition, lineage
+from em.data import lineage
 from em.errors import UserError
 from em.files import write_json
 
@@ -36,23 +36,6 @@ def message(call, *arguments) -> str:
         call(*arguments)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "first", "realigned", "misaligned"),
-    [
-        ("base", "base", False, False),
-        ("med_advice", "med_advice", False, True),
-        ("med_advice>fin_tutor", "med_advice", True, False),
-        ("base>fin_tutor", "base", True, False),
-        ("med_advice>base", "med_advice", True, False),
-    ],
-)
-def test_a_train_says_what_came_first_and_whether_anything_followed(text, first, realigned, misaligned):
-    train = condition.parse_train(text)
-    assert (train.start, train.realigned, train.misaligned) == (first, realigned, misaligned)
-    assert str(train) == text
-    assert str(train.then("spo_critique")) == f"{first}>spo_critique"
 
 
 def test_naming_a_run_needs_no_torch():
