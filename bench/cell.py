@@ -75,7 +75,7 @@ def train_cells(model, n_rows: int, folder: str, device: str) -> list[float]:
     stand_ins = {
         "load_model": lambda *_: model,
         "load_tokenizer": lambda name: RandomIds(len(model.head_weight)),
-        "load_cells": lambda data: cells,
+        "load_cells": lambda data, cell=None: cells,
         "load_cell": lambda data, cell: cells[cell],
         "model_digest": lambda name: "random",
         "train_cell": timed,
