@@ -251,7 +251,10 @@ def evaluate(cfg: Config, subject: Subject, model, tokenizer, judge: Judge | Non
             with lora.stack(model, *stack, frozen=True):
                 rows = generate(cfg, path, subject.label, prompts, n, model, tokenizer)
             scored += judge_rows(judge, rows, out / f"scores_{kind}.jsonl")
-        summary = write_report(scores_of(scored, grid=load_grid(subject.data)), out / "report")["summary"]
+        grid = None
+        with contextlib.suppress(UserError):  # data of broad prompts alone have none
+            grid = load_grid(subject.data)
+        summary = write_report(scores_of(scored, grid=grid), out / "report")["summary"]
         return f"{summary}\n{out / 'report'}: tables and figures; browse.html there shows the responses"
     finally:
         if folder:
