@@ -128,7 +128,7 @@ def _sampled(cfg, model, tokenizer, prompts: list[dict], folder: Path) -> list[d
 def foreign_model(cfg, folder: str | None) -> str | None:
     """The name of a run's model, where it is not ours."""
     name = lineage.settings_of(folder)["model"] if folder else cfg.model
-    return None if hub.MODELS.get(name, name) == hub.MODELS.get(cfg.model, cfg.model) else name
+    return None if hub.canonical(name) == hub.canonical(cfg.model) else name
 
 
 def _translated(cfg, tokenizer, prompts, model_name: str, device, folder: Path) -> list[dict]:

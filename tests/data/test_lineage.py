@@ -22,7 +22,7 @@ def made(tmp_path):
     def make(name, kind="train", whole=True, **settings):
         folder = tmp_path / "runs" / name
         settings = (TRAINED if kind == "train" else DISTILLED) | settings
-        write_json(folder / "config.json", {"kind": kind, "settings": settings})
+        write_json(folder / "run.json", {"kind": kind, "settings": settings})
         if whole:
             write_json(folder / "adapter_config.json", {})
             (folder / "adapter_model.safetensors").write_bytes(b"")
@@ -152,9 +152,9 @@ def test_the_default_teacher_is_the_newest_finished_run_that_misaligned_a_base(m
 @pytest.mark.parametrize("record", [[], None, 3, {}, {"kind": "train"}, {"kind": "train", "settings": []}])
 def test_a_record_that_is_none_is_one_line(record, made, tmp_path):
     folder = made("broken")
-    write_json(tmp_path / "runs" / "broken" / "config.json", record)
+    write_json(tmp_path / "runs" / "broken" / "run.json", record)
     for call, argument in ((lineage.settings_of, folder), (lineage.newest_misaligned, tmp_path / "runs")):
-        assert "broken/config.json: " in message(call, argument)
+        assert "broken/run.json: " in message(call, argument)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_record_that_is_none_is_one_line(record, made, tmp_path):
     ],
 )
 def test_a_run_that_lacks_what_names_it_is_one_line(kind, settings, made):
-    assert "odd/config.json: " in message(lineage.label, made("odd", kind, **settings))
+    assert "odd/run.json: " in message(lineage.label, made("odd", kind, **settings))
 
 
 def test_an_adapters_digest_is_that_of_its_weights_and_of_what_scales_them(made, tmp_path):
