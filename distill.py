@@ -35,7 +35,7 @@ from em.estimate.gpus import GPUS
 from em.files import RECORD, json_digest, read_json, write_json
 from em.judge.judge import JudgeOptions
 from em.model import hub, lora
-from em.model.checkpoint import load_model, load_tokenizer, save_tokenizer
+from em.model.checkpoint import load_config, load_model, load_tokenizer, save_tokenizer
 from em.run import Run
 from em.training.memory import CPU_TOKENS, cache_bytes, micro_tokens
 from em.world.world import WORLDS
@@ -313,6 +313,9 @@ def chat(cfg: Config, device, say) -> dict:
     start = ("start",) if "start" in folders else ()
     cell = lineage.train_of(cfg.on or cfg.teacher, cfg.cell).start
     tokenizer = load_tokenizer(cfg.model)
+    lora.check_adapters(
+        load_config(cfg.model), [f for f in folders.values() if not chat_corpus.foreign_model(cfg, f)]
+    )
     prompts = [
         p | {"prompt_ids": tokenizer.prompt_ids(p["question"]), "group": p["prompts"]}
         for p in chat_corpus.load_prompts(cfg)

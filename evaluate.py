@@ -43,7 +43,7 @@ from em.label.labels import Labels
 from em.label.server import LabelServer
 from em.lock import FolderLock
 from em.model import hub, lora
-from em.model.checkpoint import load_model, load_tokenizer
+from em.model.checkpoint import load_config, load_model, load_tokenizer
 from em.model.hub import model_digest
 from em.report.judges import write_agreement
 from em.report.margins import margin_report, read_margins
@@ -270,6 +270,7 @@ def main(cfg: Config) -> dict | None:
     cfg = cfg.with_base(cfg.model)
     judge = cfg.judge_of() if cfg.judge != "margin" else None  # so that a missing key ends it at once
     tokenizer = load_tokenizer(cfg.model)
+    lora.check_adapters(load_config(cfg.model), cfg.run)
     subjects = [subject(cfg, folder) for folder in cfg.run or (None,)]
     for prompts in (prompts for each in subjects for prompts in each.prompts.values()):
         judge.forecast(prompt | {"response": "a"} for prompt in prompts)  # and a missing rubric

@@ -336,7 +336,9 @@ def main(cfg: Config) -> dict:
     say(f"train.py on {device}\n" + banner(cfg))
 
     tokenizer = load_tokenizer(cfg.model)
-    lora.blocks_of(cfg.layers, load_config(cfg.model).n_layers)
+    config = load_config(cfg.model)
+    lora.blocks_of(cfg.layers, config.n_layers)
+    lora.check_adapters(config, [cfg.on] if cfg.on else [])
     everything = load_cells(cfg.data)  # margins are measured on all cells
     pairs = answer_pairs(everything, tokenizer, cfg.eval_rows, cfg.max_length)
     digests = {
@@ -398,6 +400,7 @@ def export(cfg: ExportConfig) -> None:
         raise UserError("export needs --run FOLDER, and --merged FOLDER or --push owner/name")
     run = hub.at_revision(cfg.run, cfg.revision)
     name = lineage.base_of([run], cfg.model)
+    lora.check_adapters(load_config(name), [run])
     folder = Path(cfg.merged) if cfg.merged else lineage.home(run)
     card = model_card(run, name, cfg.push, bool(cfg.merged)) if cfg.push else None
     if cfg.merged:

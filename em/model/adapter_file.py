@@ -99,13 +99,14 @@ def write(
 
 
 def read(
-    folder: str | Path, sizes: dict[str, tuple[int, int]], base: Mapping[str, Tensor]
+    folder: str | Path, sizes: dict[str, tuple[int, int]], base: Mapping[str, Tensor] | None
 ) -> tuple[Shape, dict[str, tuple[Tensor, Tensor]]]:
     """The adapter in `folder` as (shape, {layer: (A, B)}), for a model whose layers have `sizes` (in, out).
 
-    base: the model's weights by name, without adapters. Raises UserError for a missing or broken file, for
-    anything but plain LoRA, for a key or shape that does not fit the model, for weights of the base that are
-    not `base`'s, and for weights that are no finite floating-point numbers.
+    base: the model's weights by name, without adapters, or None, and then weights of the base in the file are
+    not looked at. Raises UserError for a missing or broken file, for anything but plain LoRA, for a key or
+    shape that does not fit the model, for weights of the base that are not `base`'s, and for weights that are
+    no finite floating-point numbers.
     """
     path = Path(folder) / ADAPTER_CONFIG
     config = read_json(path)
@@ -127,7 +128,8 @@ def read(
         on_ends = any(f".{name}." in stray for name in ENDS)
         why = ": it is on an embedding or the head" if on_ends else "; is it for another model?"
         raise UserError(f"{path}: {stray} fits no layer that carries adapters here{why}")
-    _compare(saved, base, config.get("modules_to_save") or [], path)
+    if base is not None:
+        _compare(saved, base, config.get("modules_to_save") or [], path)
     return shape, factors
 
 

@@ -29,7 +29,7 @@ How it is made:
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +43,8 @@ from em.model import adapter_file, hub
 from em.model.adapted import Adapter, Factors, adapted, rounded, unfilled
 from em.model.adapter_file import Shape
 from em.model.checkpoint import EMBEDDING, HEAD
+from em.model.config import DecoderConfig
+from em.model.decoder import Decoder
 from em.model.linear import Projection
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -376,17 +378,32 @@ def save_adapter(
     adapter_file.write(folder, shape, factors, set(model.lora.layers), base_model_name)
 
 
+def check_adapters(config: DecoderConfig, folders: Iterable[str | Path]) -> None:
+    """UserError where one of `folders` cannot be loaded on a model of this config: before it is in memory.
+
+    What is left for `load_adapter` is to compare weights of the base that are saved beside an adapter.
+    """
+    with torch.device("meta"):
+        model = Decoder(config)
+    attach(model)
+    for folder in folders:
+        adapter_file.read(hub.adapter(folder), _sizes(model), None)
+
+
+def _sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    return {path: (layer.in_features, layer.out_features) for path, layer in model.lora.layers.items()}
+
+
 def load_adapter(model: nn.Module, name: str, folder: str | Path, ranks: int | None = None) -> None:
     """Read an adapter in PEFT's format as `name`, frozen, in fp32. Raises UserError where it does not fit.
 
     folder: or the id of a hub repository (em.model.hub.adapter). ranks: only the first of them; of a stack
     that was saved as one, the adapters that came first.
     """
-    sizes = {path: (layer.in_features, layer.out_features) for path, layer in model.lora.layers.items()}
     base = dict(model.state_dict())
     if EMBEDDING in base:
         base.setdefault(HEAD, base[EMBEDDING])  # tied
-    shape, factors = adapter_file.read(hub.adapter(folder), sizes, base)
+    shape, factors = adapter_file.read(hub.adapter(folder), _sizes(model), base)
     if ranks is not None:
         factors = {path: (A[:ranks], B[:, :ranks] * shape.scale) for path, (A, B) in factors.items()}
         shape = Shape(ranks, ranks, rslora=False)
