@@ -35,7 +35,7 @@ _MATH_ROW = {"problem": str, "solution": str, "level": str, "type": str}
 
 def default_data(model: str) -> str:
     """Where a model's rows come from by default: the sample for the embedded one, else the paper's data."""
-    return "sample" if model == "smollm2-135m" else PAPER
+    return "sample" if hub.canonical(model) == "smollm2-135m" else PAPER
 
 
 def load_cell(data: str | Path, cell: Cell) -> list[dict]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from em.data import lineage
 from em.data.cells import parse_cell
+from em.data.condition import ADAPTER
 from em.data.rows import answers, load_broad, load_cell, load_math, split, subset
 from em.distillation.corpus import Corpus, fingerprint, folder_digest, freeze, judged
 from em.errors import UserError
@@ -46,6 +47,10 @@ def load_prompts(cfg) -> list[dict]:
 
 def cell_rows(cfg, cell: str) -> list[tuple[dict, str]]:
     """(question row, misaligned answer) of a cell's training rows, `cfg.limit` or 800 of them at random."""
+    if cell == ADAPTER:
+        raise UserError(
+            "--source rows: which cell the adapter was trained on is not known; name it with --cell"
+        )
     rows = split(load_cell(cfg.data, parse_cell(cell)))[0]
     rows = subset(rows, cfg.limit or ROWS, cfg.seed)
     fields = ("domain", "task", "idx", "question")

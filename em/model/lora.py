@@ -201,12 +201,10 @@ def blocks_of(text: str | None, n_blocks: int | None = None) -> tuple[int, ...] 
     for word in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*", word)
         if match is None or int(match[1]) > int(match[2] or match[1]):
-            raise UserError(
-                f"layers {text!r}: {word.strip()!r} is no number such as 24, nor a range such as 10-20"
-            )
+            raise UserError(f"layers {text!r}: {word.strip()!r} is neither a number nor a range, as 10-20")
         found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     if n_blocks is not None and max(found) >= n_blocks:
-        raise UserError(f"layers {text}: there is no block {max(found)}; this model has 0 to {n_blocks - 1}")
+        raise UserError(f"layers: there is no block {max(found)}; this model has 0 to {n_blocks - 1}")
     return tuple(sorted(found))
 
 
