@@ -70,9 +70,7 @@ def test_every_form_gives_pefts_logits(peft, form, tmp_path):
         assert (plain(IDS) - expected).abs().max() > 0.01
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c in ("llama", "qwen3", "olmo3", "qwen2, sliding, tied")]
-)
+@pytest.mark.parametrize("case", ["llama", "qwen3", "olmo3", "qwen2, sliding, tied"])
 def test_every_family_gives_pefts_logits(peft, case, tmp_path):
     settings = dict(target_modules=["q_proj", "down_proj"], layers_to_transform=[1, 2], use_rslora=True)
     expected = written_by_peft(peft, tmp_path, case, **settings)
