@@ -9,7 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from em.errors import UserError
-from em.files import Appender, json_digest, read_json, read_json_lines, write_atomic, write_json, write_text
+from em.files import (
+    Appender,
+    json_digest,
+    read_json,
+    read_json_lines,
+    read_record,
+    write_atomic,
+    write_json,
+    write_text,
+)
 from em.run import Run
 from em.training.metrics import Metrics
 from em.training.optim import adamw
@@ -49,6 +58,28 @@ def test_config_records_settings_versions_and_commit(tmp_path):
     config = read_json(tmp_path / "run.json")
     assert config["kind"] == "train" and config["settings"] == {"lr": 0.1, "cells": ["a", "b"]}
     assert config["made_with"]["torch"] == torch.__version__ and "commit" in config["made_with"]
+
+
+def test_a_record_under_its_old_name_is_read_and_stays_where_it_is(tmp_path):
+    with Run(tmp_path, "train", {"lr": 1.0}):
+        pass
+    (tmp_path / "run.json").rename(tmp_path / "config.json")
+    with Run(tmp_path, "train", {"lr": 1.0, "targets": None}) as run:  # a knob of today at its default
+        run.pin(corpus="12ab")
+    assert not (tmp_path / "run.json").exists()
+    assert read_json(tmp_path / "config.json")["made_from"] == {"corpus": "12ab"}
+    assert read_record(tmp_path)["settings"] == {"lr": 1.0}
+    with pytest.raises(UserError, match="lr: 1.0 there, 2.0 now"):
+        Run(tmp_path, "train", {"lr": 2.0})
+
+
+def test_what_others_were_trained_on_may_be_missing_in_an_old_record_but_not_differ(tmp_path):
+    with Run(tmp_path / "old", "train", {"on": "x"}), Run(tmp_path / "new", "train", {"on_train": "base"}):
+        pass
+    with Run(tmp_path / "old", "train", {"on": "x", "on_train": "med_advice"}):
+        pass
+    with pytest.raises(UserError, match="on_train: base there, med_advice now"):
+        Run(tmp_path / "new", "train", {"on_train": "med_advice"})
 
 
 def test_the_same_settings_open_again_and_changed_ones_are_refused_by_name(tmp_path):
