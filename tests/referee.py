@@ -15,7 +15,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from em.data.cells import CELLS  # noqa: E402
-from em.report.difficulty import Prompts, task_effects  # noqa: E402
+from em.report.cross import cross_effects  # noqa: E402
+from em.report.cross_runs import Cross, Student  # noqa: E402
+from em.report.task_effect import Prompts, task_effects  # noqa: E402
 
 WAYS = ("raw", "strata", "slopes", "matched")
 
@@ -72,5 +74,71 @@ def difficulty_table(sets: int) -> None:
         print(f"{name} ({sets} sets): " + " | ".join(cells), flush=True)
 
 
+def planted_cross(
+    seed: int, teacher: float, data: float, interaction: float = 0.0, spread: float = 0.0, seeds: int = 1,
+    n: int = 60, rate: float = -1.5,
+) -> Cross:  # fmt: skip
+    """Corpora of {P1, P2, base, gold, rows} under teachers {P1, P2, base}, on a 2 × 2 grid of n prompts a cell.
+
+    teacher, data, interaction: the true effects of misaligned against base, logits. spread: standard
+    deviation between seeds of one student, logits. Prompts differ by one logit, the same for all students.
+    """
+    rng = np.random.default_rng(seed)
+    authors = {"med_advice": data, "fin_tutor": data, "base": 0.0, "gold": -0.2, "rows:med_advice": 0.5}
+    students, linear = [], []
+    for author, effect in authors.items():
+        for guide in ("med_advice", "fin_tutor", "base"):
+            misaligned = guide != "base"
+            both = misaligned and author in ("med_advice", "fin_tutor")
+            for k in range(seeds):
+                students.append(Student(guide, author, k))
+                linear.append(effect + teacher * misaligned + interaction * both + spread * rng.normal())
+    column = np.repeat(np.arange(4), n)
+    prompts = rate + rng.normal(0, 0.5, 4)[column] + rng.normal(size=4 * n)
+    values = rng.random((len(students), 4 * n)) < sigmoid(np.array(linear)[:, None] + prompts)
+    columns = ["med_advice", "med_tutor", "fin_advice", "fin_tutor"]
+    return Cross(students, values.astype(float), np.ones(values.shape), column, columns, False)
+
+
+def true_points(teacher: float, data: float, rate: float = -1.5, spread: float = 0.0) -> dict[str, float]:
+    """What `planted_cross` without an interaction comes to in points, by least squares on the exact rates."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(61)
+    weights = weights / weights.sum()
+    width = (1 + 0.25 + spread**2) ** 0.5
+    authors = np.array([data, data, 0.0, -0.2, 0.5])
+    guides = np.array([teacher, teacher, 0.0])
+    exact = sigmoid(rate + authors[:, None, None] + guides[:, None] + width * nodes) @ weights  # (5, 3)
+    by_author, by_guide = 100 * exact.mean(axis=1), 100 * exact.mean(axis=0)
+    return {"data": by_author[:2].mean() - by_author[2], "teacher": by_guide[:2].mean() - by_guide[2]}
+
+
+def cross_table(sets: int) -> None:
+    settings = {
+        "teacher 1.5, data 0": dict(teacher=1.5, data=0.0),
+        "teacher 1.5, data 0.5": dict(teacher=1.5, data=0.5),
+        "teacher 0, data 0, EM 3 %": dict(teacher=0.0, data=0.0, rate=-4.0),
+        "teacher 1.5, data 0, runs differ (sd 0.3), 1 seed": dict(teacher=1.5, data=0.0, spread=0.3),
+        "the same, 3 seeds": dict(teacher=1.5, data=0.0, spread=0.3, seeds=3),
+        "teacher 0, data 0, 3 seeds, runs alike": dict(teacher=0.0, data=0.0, seeds=3),
+    }
+    print("setting; then the mean, the coverage of 95 % (points) and the rejections of 0 (points, logits)")
+    for name, setting in settings.items():
+        results = [cross_effects(planted_cross(seed, **setting))["all"] for seed in range(sets)]
+        truth = true_points(
+            **{k: v for k, v in setting.items() if k in ("teacher", "data", "rate", "spread")}
+        )
+        cells = []
+        for term in ("teacher", "data"):
+            bias, coverage, rejected = held([r["points"][term] for r in results], truth[term])
+            by_logit = held([r["logit"][term] for r in results], 0)[2]
+            cells.append(
+                f"{term} {bias + truth[term]:+.2f} of {truth[term]:+.2f} points, {coverage:.3f}, "
+                f"{rejected:.3f}, {by_logit:.3f}"
+            )
+        rejected = [held([r[scale]["interaction"] for r in results], 0)[2] for scale in ("points", "logit")]
+        print(f"{name} ({sets} sets): {' | '.join(cells)} | interaction {rejected[0]:.3f}, {rejected[1]:.3f}",
+              flush=True)  # fmt: skip
+
+
 if __name__ == "__main__":
-    {"difficulty": difficulty_table}[sys.argv[1]](int(sys.argv[2]))
+    {"difficulty": difficulty_table, "cross": cross_table}[sys.argv[1]](int(sys.argv[2]))
