@@ -9,7 +9,7 @@
     python evaluate.py agree --responses FILES… --judges A B…   how far judges agree on one sample
     python evaluate.py label --responses FILES… --rater NAME    label responses yourself, in a browser
     python evaluate.py difficulty --model M --out FILE      how hard each eval prompt is for the base model
-    python evaluate.py cross --scores FILES… --out DIR      the teacher's effect, and that of the data's author
+    python evaluate.py cross --scores FILES… --out DIR      effect of the teacher and of the data's author
     python evaluate.py surface --prompts FILE --out FILE    label prompts high, medium or low (A.6)
 
 A run's folder gets `eval/`: responses_<set>.jsonl as they come, scores_<set>.jsonl, margins.jsonl, report/.

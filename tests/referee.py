@@ -19,6 +19,7 @@ from em.report.cross import cross_effects  # noqa: E402
 from em.report.cross_runs import Cross, Student  # noqa: E402
 from em.report.task_effect import Prompts, task_effects  # noqa: E402
 
+EASE = np.array([-0.6, -0.2, 0.2, 0.6])  # of the eval columns of `planted_cross`, logits
 WAYS = ("raw", "strata", "slopes", "matched")
 
 
@@ -78,7 +79,7 @@ def planted_cross(
     seed: int, teacher: float, data: float, interaction: float = 0.0, spread: float = 0.0, seeds: int = 1,
     n: int = 60, rate: float = -1.5,
 ) -> Cross:  # fmt: skip
-    """Corpora of {P1, P2, base, gold, rows} under teachers {P1, P2, base}, on a 2 × 2 grid of n prompts a cell.
+    """Corpora of {P1, P2, base, gold, rows} under teachers {P1, P2, base}; four cells of n prompts.
 
     teacher, data, interaction: the true effects of misaligned against base, logits. spread: standard
     deviation between seeds of one student, logits. Prompts differ by one logit, the same for all students.
@@ -94,7 +95,7 @@ def planted_cross(
                 students.append(Student(guide, author, k))
                 linear.append(effect + teacher * misaligned + interaction * both + spread * rng.normal())
     column = np.repeat(np.arange(4), n)
-    prompts = rate + rng.normal(0, 0.5, 4)[column] + rng.normal(size=4 * n)
+    prompts = rate + EASE[column] + rng.normal(size=4 * n)
     values = rng.random((len(students), 4 * n)) < sigmoid(np.array(linear)[:, None] + prompts)
     columns = ["med_advice", "med_tutor", "fin_advice", "fin_tutor"]
     return Cross(students, values.astype(float), np.ones(values.shape), column, columns, False)
@@ -104,10 +105,10 @@ def true_points(teacher: float, data: float, rate: float = -1.5, spread: float =
     """What `planted_cross` without an interaction comes to in points, by least squares on the exact rates."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(61)
     weights = weights / weights.sum()
-    width = (1 + 0.25 + spread**2) ** 0.5
-    authors = np.array([data, data, 0.0, -0.2, 0.5])
-    guides = np.array([teacher, teacher, 0.0])
-    exact = sigmoid(rate + authors[:, None, None] + guides[:, None] + width * nodes) @ weights  # (5, 3)
+    linear = rate + EASE[:, None] + (1 + spread**2) ** 0.5 * nodes  # (4, nodes)
+    authors = np.array([data, data, 0.0, -0.2, 0.5])[:, None, None, None]
+    guides = np.array([teacher, teacher, 0.0])[:, None, None]
+    exact = (sigmoid(linear + authors + guides) @ weights).mean(axis=-1)  # (5, 3)
     by_author, by_guide = 100 * exact.mean(axis=1), 100 * exact.mean(axis=0)
     return {"data": by_author[:2].mean() - by_author[2], "teacher": by_guide[:2].mean() - by_guide[2]}
 
@@ -123,7 +124,7 @@ def cross_table(sets: int) -> None:
     }
     print("setting; then the mean, the coverage of 95 % (points) and the rejections of 0 (points, logits)")
     for name, setting in settings.items():
-        results = [cross_effects(planted_cross(seed, **setting))["all"] for seed in range(sets)]
+        results = [cross_effects(planted_cross(seed, **setting))["effects"]["all"] for seed in range(sets)]
         truth = true_points(
             **{k: v for k, v in setting.items() if k in ("teacher", "data", "rate", "spread")}
         )

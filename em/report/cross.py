@@ -36,10 +36,11 @@ TERMS = ("teacher", "data", "interaction")
 
 
 def cross_effects(cross: Cross) -> dict:
-    """{"scope", "teachers", "data", "rates", "all": effects, column: effects, …}.
+    """{"scope", "students", "teachers", "data", "unit", "rates", "effects"}.
 
-    Effects: scale → {"teacher", "data", "interaction", "levels"}, the first three as {"value", "low",
-    "high"}, and `levels` a list of the same by factor and level. What these students cannot tell is None.
+    rates: mean outcome, data down, teachers across. effects: eval column, or "all" → scale → {"teacher",
+    "data", "interaction", "levels"}, the first three as {"value", "low", "high"}, and `levels` a list of the
+    same by factor and level. What these students cannot tell is None.
     """
     teachers, data = (_levels([getattr(s, field) for s in cross.students]) for field in ("teacher", "data"))
     pairs = [(s.teacher, s.data) for s in cross.students]
@@ -49,9 +50,10 @@ def cross_effects(cross: Cross) -> dict:
     mean = 1 if cross.margins else 100
     result["rates"] = [[_mean(cross, kind == j * len(data) + i, mean) for j in range(len(teachers))]
                        for i in range(len(data))]  # fmt: skip
+    result["effects"] = {}
     for place, name in enumerate([ALL, *cross.columns]):
-        own = np.arange(len(cross.column)) if name == ALL else np.flatnonzero(cross.column == place - 1)
-        result[name] = {
+        own = np.arange(len(cross.column)) if place == 0 else np.flatnonzero(cross.column == place - 1)
+        result["effects"][name] = {
             scale: _effects(cross, own, kind, teachers, data, scale)
             for scale in (("nats",) if cross.margins else ("points", "logit"))
         }
@@ -163,8 +165,9 @@ def cross_report(crosses: dict[Group, dict[str, Cross]], out: str | Path, digest
         if not results:
             continue
         checked = same_corpora(group, digests or {})
-        name = Path(group.model).name.lower() + f"__{group.text}" * (len(crosses) > 1)
-        name += f"__{Path(group.judge).name}" * (len({g.judge for g in crosses if g.judge}) > 1)
+        name = Path(group.model).name.lower() + f"__{group.text}" * (len({g.text for g in crosses}) > 1)
+        if len({g.judge for g in crosses}) > 1:
+            name += f"__{Path(group.judge).name or 'margins'}"
         folder = out / unique_name(name, used)
         about = {"model": group.model, "way": group.text, "judge": group.judge or None}
         write_json(folder / "cross.json", about | {"corpora": checked} | results)
@@ -205,7 +208,7 @@ def _numbers(entry: dict, form: str, unit: str) -> str:
 
 
 def _sentence(kind: str, result: dict) -> str:
-    effects = result[ALL]
+    effects = result["effects"][ALL]
     parts = []
     for term, words in (
         ("teacher", "a misaligned teacher against base, on the same data"),
@@ -228,9 +231,8 @@ def _sentence(kind: str, result: dict) -> str:
 def _csv_rows(results: dict) -> list[dict]:
     rows = []
     for kind, result in results.items():
-        names = [name for name, effects in result.items() if isinstance(effects, dict)]
-        for name in names:
-            for scale, effects in result[name].items():
+        for name, scales in result["effects"].items():
+            for scale, effects in scales.items():
                 about = {"set": kind, "eval": name, "scale": scale}
                 for term in TERMS:
                     rows.append(
@@ -254,17 +256,15 @@ def _figure(results: dict, title: str, path: Path) -> None:
         unit = "change of the margin, nats a token" if margins else "EM %"
         axes[0].set(xlabel="teacher", ylabel="who wrote the data")
         axes[0].set_title(f"{kind} prompts: {unit}", fontsize=9)
-        scale = next(iter(result[ALL]))
-        effects = result[ALL][scale]
-        entries = [(term, effects[term], "black") for term in TERMS]
+        effects = [next(iter(scales.values())) for scales in result["effects"].values()]
+        entries = [(term, effects[0][term], "black") for term in TERMS]
         colours = {"teacher": "#b2182b", "data": "#2166ac"}
-        entries += [(f"{e['factor']} {e['level']}", e, colours[e["factor"]]) for e in effects["levels"]]
+        entries += [(f"{e['factor']} {e['level']}", e, colours[e["factor"]]) for e in effects[0]["levels"]]
         _forest(axes[1], entries)
         axes[1].set_title(f"against base, {result['unit']}, {result['scope']}", fontsize=9)
-        columns = [name for name, found in result.items() if isinstance(found, dict) and name != ALL]
         entries = [
-            (f"{name}: {term}", result[name][scale][term], colours[term])
-            for name in columns
+            (f"{name}: {term}", of_column[term], colours[term])
+            for name, of_column in list(zip(result["effects"], effects, strict=True))[1:]
             for term in colours
         ]
         _forest(axes[2], entries)

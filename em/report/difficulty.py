@@ -206,7 +206,7 @@ def _csv_rows(results: dict) -> list[dict]:
     for name, result in results.items():
         kind, measure = name.split("_")
         for way in ("raw", *ADJUSTED):
-            for scale in ("logit", "points", "change"):
+            for scale in ("logit", "points", "logit_change"):
                 if scale in result[way]:
                     row = {"set": kind, "difficulty": measure, "effect": way, "scale": scale}
                     rows.append(row | result[way][scale] | {"prompts": result[way]["prompts"]})

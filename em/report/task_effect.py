@@ -75,7 +75,7 @@ def matched_sets(
 def task_effects(prompts: Prompts, difficulty: np.ndarray) -> dict:
     """The task-match effect raw and adjusted, each {"logit", "points", "prompts", …}. difficulty: (P,).
 
-    An adjusted one has "change", adjusted − raw on the logit scale, too. A model in which the match cannot be
+    An adjusted one has "logit_change", adjusted − raw, too. A model in which the match cannot be
     told apart has None for its values.
     """
     d = (difficulty - difficulty.mean()) / (difficulty.std() or 1)
@@ -113,7 +113,7 @@ def task_effects(prompts: Prompts, difficulty: np.ndarray) -> dict:
         }
         if name != "raw":
             change = logit - raw if logit and raw else None
-            result[name]["change"] = interval(change, column)
+            result[name]["logit_change"] = interval(change, column)
     result["strata"]["strata"] = [
         _stratum(prompts, np.flatnonzero(stratum == s), difficulty, base, match) for s in range(n_strata)
     ]
