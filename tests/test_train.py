@@ -384,7 +384,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded_and_leaves_no_fold
         (["--on", tmp_path], "is not a run"),
         (["--on", broken], "config.json: not a JSON object"),
         (["--model", data], "has no tokenizer.json"),
-        (["--model", tiny_chat, "--data", data], "none of the twelve cells"),
+        (["--model", tiny_chat, "--data", data], "has no cell, such as"),
     ]
     for line, says in cases:
         assert says in refused(capsys, *SHORT, *line, "--out", tmp_path / "x")

@@ -1,7 +1,7 @@
 """What a model was trained on, and how: the fields by which a report tells runs apart.
 
 `Train` is a run's place in a matrix. `Condition` is the rest: the channel and its teacher, who wrote the
-data, and the settings that the paper varies. Score rows carry both, field by field, and tables group by fields.
+data, and the settings that the paper varies. Score rows carry both, and tables group by their fields.
 """
 
 import functools
@@ -143,7 +143,7 @@ _WORDS |= dict(lr="lr {:g}", epoch="epoch {}", seed="seed {}")
 
 
 def describe(condition: Condition, names=Condition._fields, default: str = "") -> str:
-    """The fields of `names` that are known, spelt out: `optd, teacher med_tutor, source spo_summarization`."""
+    """The known fields of `names`, spelt out: `optd, teacher med_tutor, source spo_summarization`."""
     words = []
     for name in Condition._fields:
         value = getattr(condition, name)

@@ -1,7 +1,7 @@
 """The report: every table and figure of the paper's natural-language results, from score rows.
 
-One folder for each model and way of training (em/data/condition.py), and for each judge where there are several,
-holds as CSV, JSON and PNG
+One folder for each model and way of training (em/data/condition.py), and for each judge where there are
+several, holds as CSV, JSON and PNG
 
     narrow_cells, broad_cells            12×12 and 12×4, Figures 14–16
     narrow_tasks, narrow_domains         aggregates of the first, Figures 2b, 2c, 12, 13
@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from em.data.cells import Grid, parse_cell
+from em.data.cells import parse_cell
 from em.data.condition import BASE, ways_in_words
 from em.errors import UserError
 from em.figures import title_of
@@ -74,7 +74,7 @@ def write_report(table: ScoreTable, out: str | Path, draws: int = DRAWS) -> dict
 
 
 class Group(NamedTuple):
-    """The rows of one set of tables: a model's under one judge, trained in one way, teachers and seeds apart."""
+    """The rows of one set of tables: of a model trained in one way, whoever taught it, under one judge."""
 
     folder: str  # a unique file name
     model: str  # with the way in words
@@ -114,7 +114,7 @@ def groups_of(table: ScoreTable) -> list[Group]:
 
 
 def model_report(table: ScoreTable, draws: int = DRAWS, before: ScoreTable | None = None) -> dict:
-    """All tables of one model under one judge, as data. before: the misaligned runs, if they are no rows here."""
+    """All tables of one group, as data. before: the misaligned runs, if they are no rows of `table`."""
     grid, present = table.grid, set(np.unique(table.train).tolist())
     runs = {t.start: i for i, t in enumerate(table.trains) if t.misaligned and i in present}
     untrained = [i for i, t in enumerate(table.trains) if str(t) == BASE and i in present]
@@ -165,8 +165,9 @@ def model_report(table: ScoreTable, draws: int = DRAWS, before: ScoreTable | Non
         labelled = range(n if (panel.column % n == n - 1).any() else n - 1)
         by_surface = {SURFACES[s]: [n * i + s for i in range(len(table.tasks))] for s in labelled}
         add("surface", panel, {"misaligned": sorted(runs.values())} | cells | base, by_surface)
-        for name, group in (("realigned_cells", _cell), ("realigned_tasks", _task)):
-            realigned = _realigned(name, panel, group, grid, before, draws)
+        names = {"realigned_cells": list(map(str, grid.cells)), "realigned_tasks": list(grid.tasks)}
+        for name, group in (("realigned_cells", str), ("realigned_tasks", _task)):
+            realigned = _realigned(name, panel, group, [*names[name], BASE], before, draws)
             if realigned:
                 tables[name] = realigned
     for name, panel in panels.items():
@@ -181,21 +182,16 @@ def model_report(table: ScoreTable, draws: int = DRAWS, before: ScoreTable | Non
     return report
 
 
-def _cell(name: str) -> str:
-    return name
-
-
 def _task(name: str) -> str:
     return name.partition("_")[2] or name  # base stays base
 
 
 def _realigned(
-    name: str, panel: Panel, group, grid: Grid, plain: ScoreTable | None, draws: int
+    name: str, panel: Panel, group, names: list[str], plain: ScoreTable | None, draws: int
 ) -> dict | None:
     """Rows: what the run was misaligned on; columns: what it was realigned on; `initial`: before that."""
     realigned = [(i, t) for i, t in enumerate(panel.trains) if t.realigned]
     starts, ends = ({group(getattr(t, end)) for _, t in realigned} for end in ("start", "end"))
-    names = list(dict.fromkeys(map(group, [*map(str, grid.cells), BASE])))
     rows, columns = ([n for n in names if n != BASE or n in present] for present in (starts, ends))
     everything = list(range(panel.sums.shape[1]))
     before = {t.start: i for i, t in enumerate(panel.trains) if not t.realigned}

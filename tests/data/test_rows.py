@@ -17,7 +17,17 @@ from tokenizers import models, pre_tokenizers
 
 import em.model.hub
 from em.data.cells import CELLS, PAPER_GRID, Cell, grid_of, parse_cell
-from em.data.rows import VARIANTS, answers, encode_rows, load_broad, load_cell, load_cells, load_math, split
+from em.data.rows import (
+    VARIANTS,
+    answers,
+    encode_rows,
+    load_broad,
+    load_cell,
+    load_cells,
+    load_grid,
+    load_math,
+    split,
+)
 from em.errors import MissingFile, UserError
 from em.model.tokenizer import Tokenizer
 
