@@ -19,7 +19,7 @@ from em.report.cross import cross_effects  # noqa: E402
 from em.report.cross_runs import Cross, Student  # noqa: E402
 from em.report.task_effect import Prompts, task_effects  # noqa: E402
 
-EASE = np.array([-0.6, -0.2, 0.2, 0.6])  # of the eval columns of `planted_cross`, logits
+EASE = np.array([-0.5, 0.5])  # of the eval columns of `planted_cross`, logits
 WAYS = ("raw", "strata", "slopes", "matched")
 
 
@@ -77,9 +77,9 @@ def difficulty_table(sets: int) -> None:
 
 def planted_cross(
     seed: int, teacher: float, data: float, interaction: float = 0.0, spread: float = 0.0, seeds: int = 1,
-    n: int = 60, rate: float = -1.5,
+    n: int = 120, rate: float = -1.5,
 ) -> Cross:  # fmt: skip
-    """Corpora of {P1, P2, base, gold, rows} under teachers {P1, P2, base}; four cells of n prompts.
+    """Corpora of {P1, P2, base, gold, rows} under teachers {P1, P2, base}; two cells of n prompts.
 
     teacher, data, interaction: the true effects of misaligned against base, logits. spread: standard
     deviation between seeds of one student, logits. Prompts differ by one logit, the same for all students.
@@ -94,10 +94,10 @@ def planted_cross(
             for k in range(seeds):
                 students.append(Student(guide, author, k))
                 linear.append(effect + teacher * misaligned + interaction * both + spread * rng.normal())
-    column = np.repeat(np.arange(4), n)
-    prompts = rate + EASE[column] + rng.normal(size=4 * n)
-    values = rng.random((len(students), 4 * n)) < sigmoid(np.array(linear)[:, None] + prompts)
-    columns = ["med_advice", "med_tutor", "fin_advice", "fin_tutor"]
+    column = np.repeat(np.arange(2), n)
+    prompts = rate + EASE[column] + rng.normal(size=2 * n)
+    values = rng.random((len(students), 2 * n)) < sigmoid(np.array(linear)[:, None] + prompts)
+    columns = ["med_advice", "fin_tutor"]
     return Cross(students, values.astype(float), np.ones(values.shape), column, columns, False)
 
 
@@ -105,7 +105,7 @@ def true_points(teacher: float, data: float, rate: float = -1.5, spread: float =
     """What `planted_cross` without an interaction comes to in points, by least squares on the exact rates."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(61)
     weights = weights / weights.sum()
-    linear = rate + EASE[:, None] + (1 + spread**2) ** 0.5 * nodes  # (4, nodes)
+    linear = rate + EASE[:, None] + (1 + spread**2) ** 0.5 * nodes  # (2, nodes)
     authors = np.array([data, data, 0.0, -0.2, 0.5])[:, None, None, None]
     guides = np.array([teacher, teacher, 0.0])[:, None, None]
     exact = (sigmoid(linear + authors + guides) @ weights).mean(axis=-1)  # (5, 3)

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from em.data.condition import BASE, parse_train
+from em.data.cells import grid_of, parse_cell
+from em.data.condition import BASE, Train, order_of, parse_train
 from em.errors import UserError
 from em.figures import heatmap, save, title_of
 from em.files import unique_name, write_csv, write_json, write_text
@@ -112,30 +113,42 @@ def _design(n_columns: int, terms: np.ndarray) -> np.ndarray:
 def _against_base(levels: list[str]) -> np.ndarray | None:
     """Weights of the mean over levels that are misaligned models, minus base; None without either."""
     misaligned = np.array([_is_misaligned(level) for level in levels], float)
-    base = np.array([level.split(",")[0] == BASE for level in levels], float)
+    base = np.array([_is_base(level) for level in levels], float)
     if not misaligned.any() or not base.any():
         return None
     return misaligned / misaligned.sum() - base / base.sum()
 
 
-def _is_misaligned(level: str) -> bool:
+def _train(level: str) -> Train | None:
+    """What a teacher or an author was trained on; None for gold and for rows, which no model wrote."""
     name = level.split(",")[0]
-    return name != "gold" and not name.startswith("rows:") and parse_train(name.split(" ")[-1]).misaligned
+    return None if name == "gold" or name.startswith("rows:") else parse_train(name.split(" ")[-1])
+
+
+def _is_misaligned(level: str) -> bool:
+    train = _train(level)
+    return train is not None and train.misaligned
+
+
+def _is_base(level: str) -> bool:
+    return level.split(",")[0] == BASE
 
 
 def _reference(levels: list[str]) -> int:
     """What the other levels stand against: base, or the first."""
-    return next((k for k, level in enumerate(levels) if level.split(",")[0] == BASE), 0)
+    return next((k for k, level in enumerate(levels) if _is_base(level)), 0)
 
 
 def _levels(names: list[str]) -> list[str]:
-    """Misaligned models, others, then base, gold and rows."""
+    """Misaligned models in the grid's order, other models, base, gold, rows."""
+    trains = {name: _train(name) for name in set(names)}
+    grid = grid_of(parse_cell(cell) for train in trains.values() if train for cell in train.cells)
 
-    def order(level: str) -> tuple:
-        name = level.split(",")[0]
-        return (not _is_misaligned(level), name == "gold" or name.startswith("rows:"), name == BASE, level)
+    def order(name: str) -> tuple:
+        train = trains[name]
+        return (train is None, not _is_misaligned(name), order_of(train, grid) if train else (), name)
 
-    return sorted(set(names), key=order)
+    return sorted(trains, key=order)
 
 
 def _mean(cross: Cross, students: np.ndarray, factor: float) -> float | None:

@@ -233,7 +233,7 @@ def _figure(results: dict, title: str, path: Path) -> None:
         axis.set_yticks(
             range(len(ways)), [f"{way}\n({result[way]['prompts']:,})" for way in ways], fontsize=8
         )
-        axis.invert_yaxis()
+        axis.set_ylim(len(ways) - 0.5, -0.5)
         kind, measure = name.split("_")
         axis.set_title(f"{kind} prompts, difficulty by {measure}", fontsize=9)
         axis.set_xlabel("task match, logits", fontsize=8)
