@@ -8,16 +8,20 @@ from em.report.regression import Estimate, Regression, interval, scope
 from em.stats import t_quantile
 
 
-def panel(seed=0, R=3, P=40, G=4, logits=-1.0):
-    """(values, counts, design, group) of R runs on P prompts with responses missing here and there."""
+def panel(seed=0, R=3, P=40, G=4, logits=-1.0, effect=0.0):
+    """(values, counts, design, group) of R runs on P prompts with responses missing here and there.
+
+    effect: of the design's last column, logits.
+    """
     rng = np.random.default_rng(seed)
     group = np.sort(rng.integers(0, G, P))
     counts = rng.integers(0, 3, (R, P)).astype(float)
-    values = rng.binomial(counts.astype(int), 1 / (1 + np.exp(-logits - rng.normal(0, 0.7, P)))).astype(float)
     design = np.zeros((R, G, R + G + 1))
     design[np.arange(R), :, np.arange(R)] = 1
     design[:, np.arange(G), R + np.arange(G)] = 1
     design[:, :, -1] = rng.normal(size=(R, G))
+    linear = logits + rng.normal(0, 0.7, P) + effect * design[:, group, -1]
+    values = rng.binomial(counts.astype(int), 1 / (1 + np.exp(-linear))).astype(float)
     return values, counts, design, group
 
 
@@ -68,16 +72,16 @@ def test_what_the_observations_cannot_tell_is_none():
 @pytest.mark.parametrize("logit", [True, False])
 @pytest.mark.parametrize("what", ["coefficient", "part of the mean"])
 def test_the_standard_error_is_that_of_leaving_out_a_prompt_at_a_time(logit, what):
-    values, counts, design, group = panel(3, P=120)
-    where = design[:, :, -1] > 0
+    values, counts, design, group = panel(3, P=240, effect=1.0)  # which adds more in some groups
+    where = np.ones(design.shape[:2], bool)
 
     def estimate(keep):
         model = Regression(values[:, keep], counts[:, keep], design, group[keep], logit)
         return model.estimate(np.eye(8)[-1]) if what == "coefficient" else model.part_of_mean(7, where)
 
-    found = interval(estimate(np.arange(120)), np.zeros(120))
-    without = np.array([estimate(np.delete(np.arange(120), p)).value for p in range(120)])
-    jackknife = np.sqrt(119 / 120 * ((without - without.mean()) ** 2).sum())
+    found = interval(estimate(np.arange(240)), np.zeros(240))
+    without = np.array([estimate(np.delete(np.arange(240), p)).value for p in range(240)])
+    jackknife = np.sqrt(239 / 240 * ((without - without.mean()) ** 2).sum())
     assert (found["high"] - found["low"]) / 2 / 1.96 == pytest.approx(jackknife, rel=0.06)
 
 
