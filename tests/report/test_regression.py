@@ -120,3 +120,16 @@ def test_replicates_have_students_t_where_only_runs_differ():
     assert scope(kind) == "runs like these" and scope(np.array([0, 0, 0, 1, 1])) == "these runs"
     few = interval(estimate, np.zeros(20), np.arange(6))
     assert few["high"] - few["low"] < 1e-6  # the prompts do not differ, and runs do not count
+
+
+def test_noise_of_single_responses_is_counted_once_where_prompts_and_runs_are_both_drawn():
+    """Responses independent of run and prompt: their variance enters once, not for each way of drawing."""
+    kind, widths = np.repeat([0, 1], 4), []
+    design = np.eye(2)[kind][:, None, :]
+    for seed in range(30):
+        values = (np.random.default_rng(seed).random((8, 60)) < 0.5).astype(float)
+        model = Regression(values, np.ones((8, 60)), design, np.zeros(60, int), logit=False)
+        influence = model.estimate(np.array([1.0, -1.0])).influence
+        found = interval(Estimate(0.0, influence), np.zeros(60), kind, decimals=9)
+        widths.append(found["high"] / (1.96 * (2 * 0.25 / 240) ** 0.5))
+    assert 1 <= np.mean(widths) < 1.45  # twice the variance, with Student's t of six degrees, would be 1.7
