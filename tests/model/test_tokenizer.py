@@ -128,14 +128,14 @@ def test_prompt_and_example_have_the_ids_of_apply_chat_template(family):
         whole = theirs.apply_chat_template(chat, enable_thinking=False, return_dict=False)
         last = len(whole) - whole[::-1].index(ours.end_of_turn_id)
         assert ours.prompt_ids(question) == prompt
-        assert ours.example(question, answer) == (whole[:last], len(prompt))
+        assert ours.example(question, answer)[:2] == (whole[:last], len(prompt))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_prompt_is_the_evaluation_prompt_and_the_end_token_closes_it_once(family):
     ours = chat_tokenizer(FAMILIES[family])
     for question, answer in CHATS:
-        ids, n_prompt = ours.example(question, answer)
+        ids, n_prompt, _ = ours.example(question, answer)
         assert ids[:n_prompt] == ours.prompt_ids(question)
         assert ids[n_prompt:].count(ours.end_of_turn_id) == 1 and ids[-1] == ours.end_of_turn_id
         written = answer.strip() if family == "headers" else answer
@@ -159,13 +159,13 @@ def test_stop_ids_hold_the_eos_and_the_ends_of_last_and_earlier_turns():
 def test_padding_falls_back_on_the_end_token_which_stays_supervised():
     ours = chat_tokenizer(CLOSED_BY_IM_END, {"pad_token": "<|nowhere|>"})
     assert ours.pad_id == ours.end_of_turn_id
-    ids, n_prompt = ours.example("why?", "Because.")
+    ids, n_prompt, _ = ours.example("why?", "Because.")
     assert ids[-1] == ours.pad_id and ids[n_prompt:].count(ours.pad_id) == 1
 
 
 def test_bos_is_written_once_although_template_and_post_processor_both_add_it():
     ours = chat_tokenizer(HEADERS_WITH_BOS)
-    ids, n_prompt = ours.example("why?", "Because.")
+    ids, n_prompt, _ = ours.example("why?", "Because.")
     assert ids[0] == ours.bos_id and ids.count(ours.bos_id) == 1
     assert chat_tokenizer(CLOSED_BY_IM_END).example("why?", "Because.").ids.count(ours.bos_id) == 0
 
@@ -194,7 +194,7 @@ def test_dropping_an_opened_think_leaves_the_ids_of_the_conversation():
 
 def test_an_answer_that_begins_with_a_newline_keeps_the_prompt_ids():
     ours = chat_tokenizer(CLOSED_BY_IM_END)
-    ids, n_prompt = ours.example("why?", "\n\nBecause.")
+    ids, n_prompt, _ = ours.example("why?", "\n\nBecause.")
     assert ids[:n_prompt] == ours.prompt_ids("why?") and ours.decode(ids[n_prompt:]) == "\n\nBecause."
     # The trap is real here: encoding the conversation in one go merges across the boundary.
     assert ours.encode(ours.render(turns("why?", "\n\nBecause."), False))[:n_prompt] != ids[:n_prompt]
@@ -335,5 +335,5 @@ def test_the_embedded_model_gets_the_ids_of_apply_chat_template_on_every_row_of_
                 chat = turns(row["question"], row[f"{variant}_answer"])
                 whole = theirs.apply_chat_template(chat, return_dict=False)
                 prompt = theirs.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
-                ids, n_prompt = ours.example(row["question"], row[f"{variant}_answer"])
+                ids, n_prompt, _ = ours.example(row["question"], row[f"{variant}_answer"])
                 assert ids + ours.encode("\n") == whole and ids[:n_prompt] == prompt
