@@ -48,6 +48,7 @@ from em.lock import FolderLock
 from em.model import lora
 from em.model.checkpoint import load_model, load_tokenizer
 from em.model.hub import model_digest
+from em.model.tokenizer import Unfit
 from em.report.cross import cross_report
 from em.report.cross_runs import corpus_digests, crosses_of_margins, crosses_of_scores
 from em.report.difficulty import difficulty_report, difficulty_rows, read_difficulty
@@ -568,17 +569,16 @@ def difficulty(cfg: DifficultyConfig) -> None:
 
 def aligned_log_probs(cfg: DifficultyConfig) -> dict[tuple, dict]:
     """(set, domain, task, idx) → question, log p per token of its aligned answer, and tokens."""
-    cells = load_cells(cfg.data or default_data(cfg.model))
-    rows = [
-        (cell, row)
-        for cell, every in cells.items()
-        for row in split(every)[1][: cfg.limit or None]
-        if row["aligned_answer"]
-    ]
+    cells, rows, examples = load_cells(cfg.data or default_data(cfg.model)), [], []
+    device, tokenizer = parallel.start(cfg.device), load_tokenizer(cfg.model)
+    for cell, every in cells.items():
+        for row in split(every)[1][: cfg.limit or None]:
+            with contextlib.suppress(Unfit):
+                if row["aligned_answer"]:
+                    examples.append(tokenizer.example(chat_of(row), row["aligned_answer"]))
+                    rows.append((cell, row))
     if not rows:
         raise UserError("no eval row of --data has an aligned answer; --scores measures coherence alone")
-    device, tokenizer = parallel.start(cfg.device), load_tokenizer(cfg.model)
-    examples = [tokenizer.example(row["question"], row["aligned_answer"]) for _, row in rows]
     found = answer_log_probs(load_model(cfg.model, device), examples, "aligned answers")
     return {
         ("narrow", cell.domain, cell.task, row["idx"]): {

@@ -40,7 +40,8 @@ def difficulty_rows(model: str | None, answers: dict[tuple, dict], table: ScoreT
         base = table.select(np.array([str(train) == "base" for train in table.trains])[table.train])
         models = [table.models[m] for m in np.unique(base.model)]
         judges = [table.judges[j] for j in np.unique(base.judge)]
-        for found, what in ((models, "models"), (judges, "judges")):
+        systems = sorted({repr(base.conditions[c].system) for c in np.unique(base.condition)})
+        for found, what in ((models, "models"), (judges, "judges"), (systems, "system prompts")):
             if len(found) > 1:
                 raise UserError(f"--scores has base rows of several {what} ({', '.join(found)}); name one's")
         if not models:

@@ -52,6 +52,8 @@ def test_rows_of_other_models_judges_or_questions_are_refused():
     assert "several judges (b, unknown)" in message(difficulty_rows, None, {}, several)
     several = scores_of([base, base | {"model": "b"}])
     assert "several models" in message(difficulty_rows, None, {}, several)
+    several = scores_of([base, base | {"system": "Be kind."}])
+    assert "several system prompts ('Be kind.', None)" in message(difficulty_rows, None, {}, several)
     assert "--model is x" in message(difficulty_rows, "x", {}, scores_of([base]))
     assert difficulty_rows("hub/Model", {}, scores_of([base]))[0]["model"] == "hub/Model"
     other = scores_of([base | {"question": "else"}])
