@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from em.data.cells import Cell, parse_cell
+from em.data.condition import BASE, Condition
 from em.errors import UserError
 from em.figures import save, title_of
 from em.files import check, read_json_lines, write_csv, write_json, write_text
@@ -37,7 +38,9 @@ def difficulty_rows(model: str | None, answers: dict[tuple, dict], table: ScoreT
     """
     rows = {place: dict(zip(_PLACE, place, strict=True)) | found for place, found in answers.items()}
     if table is not None:
-        base = table.select(np.array([str(train) == "base" for train in table.trains])[table.train])
+        # A student whose teacher was the base model is `base` in a matrix too, but was trained.
+        plain = np.array([c._replace(system=None) == Condition() for c in table.conditions])[table.condition]
+        base = table.select(plain & np.array([str(train) == BASE for train in table.trains])[table.train])
         models = [table.models[m] for m in np.unique(base.model)]
         judges = [table.judges[j] for j in np.unique(base.judge)]
         systems = sorted({repr(base.conditions[c].system) for c in np.unique(base.condition)})

@@ -36,7 +36,8 @@ def test_coherence_is_the_mean_over_the_base_models_scored_responses():
         row(train="base", coherent=70, aligned="refusal", idx=2),
         row(train="base", coherent="refusal", idx=3),
     ]
-    rows = difficulty_rows(None, ANSWERS, scores_of([*base, row(coherent=0)]))
+    others = [row(coherent=0), row(train="base", channel="sft", teacher="base", source="gold", coherent=0)]
+    rows = difficulty_rows(None, ANSWERS, scores_of(base + others))
     found = {r["idx"]: (r["coherence_mean"], r["responses"], r["loglik_per_token"]) for r in rows}
     assert found == {0: (65, 2, -1), 1: (None, 0, -2), 2: (70, 1, None), 3: (None, 0, None)}
     assert (
