@@ -46,8 +46,8 @@ class RandomIds:
     def __init__(self, vocabulary: int):
         self.vocabulary = vocabulary
 
-    def example(self, question: str, answer: str) -> Example:
-        rng = random.Random(f"{question} {answer}")
+    def example(self, chat: str, answer: str, all_turns: bool = False) -> Example:
+        rng = random.Random(f"{chat} {answer}")
         n_prompt, n_answer = max(20, round(rng.gauss(115, 40))), max(8, round(rng.gauss(110, 30)))
         return Example([rng.randrange(self.vocabulary) for _ in range(n_prompt + n_answer)], n_prompt)
 
