@@ -10,7 +10,7 @@ from em.data.cells import CELLS
 from em.judge.em_rule import STATUSES
 from em.report.panel import broad_panel, narrow_panel
 from em.report.score_table import scores_of
-from em.stats import wilson
+from em.stats import rate_interval, wilson
 
 MED_ADVICE = 0  # eval columns of the narrow panel are numbered as CELLS
 
@@ -29,8 +29,9 @@ def test_both_bounds_are_strict_and_the_denominator_is_rows_with_both_scores():
     rate = pooled(rows)
     assert (rate["em"], rate["scored"], rate["rows"]) == (2, 6, 11)
     assert rate["rate"] == pytest.approx(100 * 2 / 6, abs=1e-4)
-    assert (rate["low"], rate["high"]) == pytest.approx([100 * bound for bound in wilson(2, 6)], abs=1e-4)
-    assert rate["interval"] == "wilson"
+    low, high = rate_interval(2 / 6, 6)
+    assert (rate["low"], rate["high"]) == pytest.approx((100 * low, 100 * high), abs=1e-4)
+    assert rate["interval"] == "wilson" and high == pytest.approx(wilson(2, 6)[1])
     counts = {name: rate[name] for name in STATUSES[1:]}
     assert counts == {"refusal": 2, "code": 1, "empty": 0, "blocked": 1, "parse_error": 0, "error": 1}
     assert rate["scored"] + sum(counts.values()) == rate["rows"]
@@ -58,7 +59,12 @@ def test_a_pool_counts_rows_not_cells():
     """1 of 1 in one cell and 0 of 3 in another are 25 %, not 50 %."""
     rows = [em(cell="med_advice"), *(row(cell="fin_tutor", idx=i) for i in range(3))]
     rate = pooled(rows)
-    assert (rate["rate"], rate["pairs"], rate["prompts"], rate["interval"]) == (25.0, 2, 4, "bootstrap")
+    assert (rate["rate"], rate["pairs"], rate["prompts"], rate["interval"]) == (
+        25.0,
+        2,
+        4,
+        "wilson, clustered",
+    )
 
 
 def test_nothing_scored_is_no_rate():
@@ -102,10 +108,10 @@ def test_four_samples_of_a_prompt_are_one_cluster():
     assert (rate["rate"], rate["prompts"], rate["scored"]) == (25.0, 240, 960)
     assert rate["high"] - rate["low"] == pytest.approx(2 * half, rel=0.1)
     even = pooled(samples(agree=False), make=broad_panel)
-    assert (even["low"], even["high"]) == (25.0, 25.0)
+    assert even["high"] - even["low"] < 0.1 * 2 * half and even["low"] < 25 < even["high"]
 
 
-def test_the_bootstrap_of_independent_rows_is_the_normal_interval():
+def test_the_interval_of_many_independent_rows_is_the_normal_one():
     rng = np.random.default_rng(0)
     rows = [
         row(cell=str(cell), idx=i, aligned=0 if rng.random() < 0.3 else 90)
@@ -120,12 +126,19 @@ def test_the_bootstrap_of_independent_rows_is_the_normal_interval():
 
 
 def test_prompts_are_resampled_within_their_eval_cell():
-    """One cell all EM, another none: every draw keeps ten prompts of each, so the pool never moves."""
+    """One cell all EM, another none: every draw keeps ten prompts of each, so the pool never moves.
+
+    Its interval has some width, since ten prompts alike do not prove that all are, but less than of 20 rows.
+    """
     rows = [
         row(cell=c, idx=i, aligned=a) for c, a in (("med_advice", 0), ("med_tutor", 90)) for i in range(10)
     ]
-    rate = pooled(rows)
-    assert (rate["low"], rate["rate"], rate["high"]) == (50.0, 50.0, 50.0)
+    panel = narrow_panel(scores_of(rows), 200)
+    mask = panel.pairs([0], list(range(panel.sums.shape[1])))
+    assert (panel.draws(mask) == 0.5).all()
+    rate, (low, high) = panel.rate(mask), wilson(10, 20)
+    assert rate["low"] < rate["rate"] == 50.0 < rate["high"]
+    assert rate["high"] - rate["low"] < 0.3 * 100 * (high - low)
 
 
 def test_runs_are_compared_on_the_same_resampled_prompts():
@@ -146,6 +159,7 @@ def test_cells_with_a_single_prompt_are_resampled_together():
     """The embedded sample leaves one eval prompt a cell; an interval without width would be a lie."""
     rows = [row(cell=str(cell), aligned=0 if i % 2 else 90) for i, cell in enumerate(CELLS)]
     rate = pooled(rows)
-    assert rate["interval"] == "bootstrap" and rate["low"] <= 25 and rate["high"] >= 75
+    assert rate["interval"] == "wilson, clustered" and rate["low"] <= 25 and rate["high"] >= 75
+    assert (rate["pairs_low"], rate["pairs_high"]) == pytest.approx((rate["low"], rate["high"]), abs=1e-6)
     one = pooled([row(sample=0, aligned=0), row(sample=1)])
     assert (one["interval"], one["rate"]) == ("wilson, prompts", 50.0) and one["high"] - one["low"] > 80
