@@ -18,7 +18,7 @@ from em.errors import UserError
 from em.figures import save, title_of
 from em.files import check, read_json_lines, write_csv, write_json, write_text
 from em.report.report import groups_of
-from em.report.score_table import ScoreTable
+from em.report.score_table import ScoreTable, joined
 from em.report.task_effect import ADJUSTED, CALIPER, Prompts, task_effects
 
 MEASURES = {"loglik": "loglik_per_token", "coherence": "coherence_mean"}
@@ -120,7 +120,9 @@ def prompts_of(table: ScoreTable, narrow: bool, keep: Iterable[tuple]) -> tuple[
     places = list(kept)
     rows = np.concatenate(list(kept.values())) if kept else np.zeros(0, int)
     prompt = np.repeat(np.arange(len(kept)), [len(own) for own in kept.values()])
-    runs, run = np.unique(table.train[rows], return_inverse=True)
+    runs, first, run = np.unique(
+        joined(table.train, table.condition)[rows], return_index=True, return_inverse=True
+    )
     size = (len(runs), len(kept))
     em, scored = (
         np.bincount(run * size[1] + prompt, flag[rows], size[0] * size[1]).reshape(size)
@@ -129,7 +131,8 @@ def prompts_of(table: ScoreTable, narrow: bool, keep: Iterable[tuple]) -> tuple[
     of_place = [Cell(domain if narrow else "", task) for _, domain, task, _ in places]
     columns = list(dict.fromkeys(of_place))
     column = np.array([columns.index(cell) for cell in of_place], int)
-    return Prompts(em, scored, column, [parse_cell(table.trains[r].start) for r in runs], columns), places
+    trains = [parse_cell(table.trains[r].start) for r in table.train[rows][first]]
+    return Prompts(em, scored, column, trains, columns), places
 
 
 def difficulty_report(table: ScoreTable, difficulty: dict[tuple, dict], out: str | Path) -> str:
@@ -170,8 +173,8 @@ def difficulty_report(table: ScoreTable, difficulty: dict[tuple, dict], out: str
 
 
 _NOTE = (
-    "Intervals are 95 %: what other prompts would give for these runs. A noisy measure, such as the "
-    "coherence of one response a prompt, adjusts too little."
+    "Intervals are 95 %, for other prompts. A noisy measure, such as the coherence of one response a prompt, "
+    "adjusts too little."
 )
 
 
@@ -190,7 +193,7 @@ def _sentence(name: str, result: dict) -> str:
         parts.append(f"{_numbers(result[way])} {text}")
     return (
         f"{kind} prompts, difficulty by {measure}, {raw['prompts']:,} prompts: matching the task adds "
-        f"{_numbers(raw)} raw; {'; '.join(parts)}."
+        f"{_numbers(raw)} raw; {'; '.join(parts)} ({result['scope']})."
     )
 
 
@@ -213,7 +216,8 @@ def _csv_rows(results: dict) -> list[dict]:
             for scale in ("logit", "points", "logit_change"):
                 if scale in result[way]:
                     row = {"set": kind, "difficulty": measure, "effect": way, "scale": scale}
-                    rows.append(row | result[way][scale] | {"prompts": result[way]["prompts"]})
+                    about = {"prompts": result[way]["prompts"], "scope": result["scope"]}
+                    rows.append(row | result[way][scale] | about)
     return rows
 
 

@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from em.stats import Z95, t_quantile
+from em.clusters import cluster_variance
+from em.report.effects import LEAST_SEEDS
+from em.stats import t_quantile
 
-REPLICATES = 3  # of every kind of run, from which on the spread between runs enters
 _SMALL = 5  # strata of fewer prompts are one
 
 
@@ -136,23 +137,25 @@ def interval(
     """
     if estimate is None:
         return dict.fromkeys(("value", "low", "high"))
-    square, _ = _square(estimate.influence.sum(axis=0), _merged(strata))
-    half = math.nan if square is None else Z95 * math.sqrt(square)
-    if square is not None and kind is not None and replicated(kind):
-        by_run, parts = _square(estimate.influence.sum(axis=1), kind)
-        both = max(square, by_run, square + by_run - float((estimate.influence**2).sum()))
-        # Welch and Satterthwaite: only the parts between runs have few degrees of freedom.
-        inverse_df = sum(part**2 / (n - 1) for part, n in parts) / both**2 if both else 0.0
-        quantile = t_quantile(max(1, int(1 / inverse_df))) if inverse_df > 1e-3 else Z95
-        half = quantile * math.sqrt(both)
-    bounds = (estimate.value - half, estimate.value + half)
-    low, high = (None if math.isnan(bound) else round(bound, decimals) for bound in bounds)
+    influence, strata = estimate.influence, _merged(strata)
+    of_prompt, freedom = influence.sum(axis=0), len(strata) - len(np.unique(strata))
+    variance = cluster_variance(of_prompt, strata)
+    if kind is not None and replicated(kind):
+        of_run = cluster_variance(influence.sum(axis=1), kind)
+        variance = max(variance, of_run, variance + of_run - float((influence**2).sum()))
+        freedom = len(kind) - len(np.unique(kind))
+    low = high = None
+    if freedom > 0:
+        half = t_quantile(min(freedom, 1000)) * math.sqrt(
+            max(variance, 0.0)
+        )  # rounding can leave less than 0
+        low, high = round(estimate.value - half, decimals), round(estimate.value + half, decimals)
     return {"value": round(estimate.value, decimals), "low": low, "high": high}
 
 
 def replicated(kind: np.ndarray) -> bool:
-    """Whether every kind of run is there `REPLICATES` times."""
-    return bool((np.unique(kind, return_counts=True)[1] >= REPLICATES).all())
+    """Whether every kind of run is there often enough to say how such runs vary."""
+    return bool((np.unique(kind, return_counts=True)[1] >= LEAST_SEEDS).all())
 
 
 def scope(kind: np.ndarray) -> str:
@@ -164,16 +167,3 @@ def _merged(strata: np.ndarray) -> np.ndarray:
     """Too small strata as one: among so few prompts too little variation is seen."""
     _, code, size = np.unique(strata, return_inverse=True, return_counts=True)
     return np.where(size[code] < _SMALL, -1, code)
-
-
-def _square(influence: np.ndarray, strata: np.ndarray) -> tuple[float | None, list[tuple[float, int]]]:
-    """(squared standard error, [(part, size) of each stratum]) of a sum of independent clusters' influences.
-
-    None where there is but one cluster; one alone in its stratum has no part.
-    """
-    parts = []
-    for stratum in np.unique(strata):
-        own = influence[strata == stratum]
-        if len(own) > 1:
-            parts.append((float(((own - own.mean()) ** 2).sum() * len(own) / (len(own) - 1)), len(own)))
-    return (sum(part for part, _ in parts) if parts else None), parts

@@ -18,7 +18,8 @@ and beside it stand
                 differ by no more than 0.2 standard deviations
 
 Each is also given in points: by how much the match raises the EM rate of the matching pairs. Broad prompts
-have one column a task and no domain. All intervals, and those of adjusted − raw, are of prompts drawn again.
+have one column a task and no domain. All intervals, and those of adjusted − raw, are of prompts drawn again,
+and of runs too where every train cell has three.
 A noisy measure of difficulty adjusts too little: coherence of one response a prompt is one.
 """
 
@@ -27,19 +28,19 @@ from typing import NamedTuple
 import numpy as np
 
 from em.data.cells import Cell
-from em.report.regression import Estimate, Regression, interval
+from em.report.regression import Estimate, Regression, interval, scope
 
 ADJUSTED = ("strata", "slopes", "matched")
 CALIPER = 0.2  # standard deviations
 
 
 class Prompts(NamedTuple):
-    """EM of T misaligned runs on P prompts in C eval columns."""
+    """EM of R misaligned runs on P prompts in C eval columns."""
 
-    em: np.ndarray  # (T, P)
-    scored: np.ndarray  # (T, P)
+    em: np.ndarray  # (R, P)
+    scored: np.ndarray  # (R, P)
     column: np.ndarray  # (P,)
-    trains: list[Cell]
+    trains: list[Cell]  # of each run; runs of one cell are replicates
     columns: list[Cell]  # a broad column's domain is ""
 
 
@@ -73,10 +74,10 @@ def matched_sets(
 
 
 def task_effects(prompts: Prompts, difficulty: np.ndarray) -> dict:
-    """The task-match effect raw and adjusted, each {"logit", "points", "prompts", …}. difficulty: (P,).
+    """{"scope", "raw", "strata", "slopes", "matched"}, the task match's effect raw and adjusted.
 
-    An adjusted one has "logit_change", adjusted − raw, too. A model in which the match cannot be
-    told apart has None for its values.
+    Each of the four is {"logit", "points", "prompts", …}; an adjusted one has "logit_change", adjusted − raw,
+    too. A model in which the match cannot be told apart has None for its values. difficulty: (P,).
     """
     d = (difficulty - difficulty.mean()) / (difficulty.std() or 1)
     everything, column = np.arange(len(d)), prompts.column
@@ -85,43 +86,49 @@ def task_effects(prompts: Prompts, difficulty: np.ndarray) -> dict:
     stratum = np.searchsorted(edges, d, side="right")
     sets = matched_sets(d, column, prompts.columns)
     subset = np.sort(np.concatenate(sets)) if sets else np.zeros(0, int)
-    base, T = _design(prompts), len(prompts.trains)  # (T, C, K)
 
+    cells = list(dict.fromkeys(prompts.trains))
+    kind = np.array([cells.index(cell) for cell in prompts.trains])  # (R,)
+    own_cell, match = np.eye(len(cells))[kind], _matches(prompts)  # (R, T), (R, C, 2)
+    columns = np.broadcast_to(np.eye(len(prompts.columns)), (len(kind), *[len(prompts.columns)] * 2))
+    plain = np.concatenate([np.repeat(own_cell[:, None], columns.shape[1], axis=1), columns, match], axis=2)
+    # Prompts of one column and stratum are alike, and the train cell's term is one for each stratum.
     groups, within = np.unique(stratum * len(prompts.columns) + column, return_inverse=True)
     of_group, at_column = np.divmod(groups, len(prompts.columns))
-    runs = np.zeros((T, len(groups), T, n_strata))
-    runs[np.arange(T)[:, None], np.arange(len(groups)), np.arange(T)[:, None], of_group] = 1
-    by_stratum = np.concatenate([base[:, at_column, T:], runs.reshape(T, len(groups), -1)], axis=2)
-    slopes = np.eye(T)[:, None, :] * d[:, None]  # (T, P, T)
-    by_prompt = np.concatenate([base[:, column], slopes], axis=2)
+    of_stratum = np.eye(n_strata)[of_group]  # (G, S)
+    cell_terms = np.einsum("rt,gs->rgts", own_cell, of_stratum).reshape(len(kind), len(groups), -1)
+    by_stratum = np.concatenate([cell_terms, columns[:, at_column], match[:, at_column]], axis=2)
+    slopes = own_cell[:, None] * d[:, None]  # (R, P, T)
+    by_prompt = np.concatenate([slopes, plain[:, column]], axis=2)
 
-    match = base[:, :, -1] > 0  # (T, C)
+    same = match[:, :, 1] > 0  # (R, C)
     fits = {
-        "raw": _fit(prompts, everything, base, column, -1, match),
-        "strata": _fit(
-            prompts, everything, by_stratum, within, len(prompts.columns) + 1, match[:, at_column]
-        ),
-        "slopes": _fit(prompts, everything, by_prompt, everything, base.shape[2] - 1, match[:, column]),
-        "matched": _fit(prompts, subset, base, column[subset], -1, match),
+        "raw": _fit(prompts, everything, plain, column, same),
+        "strata": _fit(prompts, everything, by_stratum, within, same[:, at_column]),
+        "slopes": _fit(prompts, everything, by_prompt, everything, same[:, column]),
+        "matched": _fit(prompts, subset, plain, column[subset], same),
     }
-    raw, result = fits["raw"][1], {}
+    raw, result = fits["raw"][1], {"scope": scope(kind)}
     for name, (_, logit, points) in fits.items():
         result[name] = {
-            "logit": interval(logit, column),
-            "points": interval(points, column, decimals=3),
+            "logit": interval(logit, column, kind),
+            "points": interval(points, column, kind, decimals=3),
             "prompts": len(subset) if name == "matched" else len(d),
         }
         if name != "raw":
             change = logit - raw if logit and raw else None
-            result[name]["logit_change"] = interval(change, column)
-    result["strata"]["strata"] = [
-        _stratum(prompts, np.flatnonzero(stratum == s), difficulty, base, match) for s in range(n_strata)
-    ]
+            result[name]["logit_change"] = interval(change, column, kind)
+    result["strata"]["strata"] = []
+    for own in (np.flatnonzero(stratum == s) for s in np.unique(stratum)):
+        values, (_, logit, _) = difficulty[own], _fit(prompts, own, plain, column[own], same)
+        about = {"from": round(float(values.min()), 4), "to": round(float(values.max()), 4)}
+        result["strata"]["strata"].append(
+            about | {"prompts": len(own), "logit": interval(logit, column, kind)}
+        )
     model = fits["slopes"][0]
-    places = np.eye(by_prompt.shape[2])[base.shape[2] :]
     result["slopes"]["per_sd"] = [
-        {"train": str(cell)} | interval(model.estimate(place), column)
-        for cell, place in zip(prompts.trains, places, strict=True)
+        {"train": str(cell)} | interval(model.estimate(contrast), column, kind)
+        for cell, contrast in zip(cells, np.eye(by_prompt.shape[2]), strict=False)
     ]
     result["matched"] |= {"sets": len(sets), "caliper_sd": CALIPER}
     result["matched"]["largest_gap_sd"] = {
@@ -130,47 +137,35 @@ def task_effects(prompts: Prompts, difficulty: np.ndarray) -> dict:
     return result
 
 
-def _design(prompts: Prompts) -> np.ndarray:
-    """(T, C, T + C + 2): the run, the eval column, same domain, same task."""
-    T, C = len(prompts.trains), len(prompts.columns)
-    design = np.zeros((T, C, T + C + 2))
-    design[np.arange(T), :, np.arange(T)] = 1
-    design[:, np.arange(C), T + np.arange(C)] = 1
-    for t, train in enumerate(prompts.trains):
-        for c, cell in enumerate(prompts.columns):
-            design[t, c, -2:] = train.domain == cell.domain, train.task == cell.task
-    return design
+def _matches(prompts: Prompts) -> np.ndarray:
+    """(R, C, 2): same domain, same task."""
+    return np.array(
+        [
+            [(train.domain == cell.domain, train.task == cell.task) for cell in prompts.columns]
+            for train in prompts.trains
+        ],
+        float,
+    )
 
 
 def _fit(
-    prompts: Prompts, where: np.ndarray, design: np.ndarray, group: np.ndarray, term: int, match: np.ndarray
-) -> tuple[Regression, Estimate | None, Estimate | None]:
-    """(model, its coefficient `term`, the points this adds to matching pairs), of the prompts `where`.
+    prompts: Prompts, where: np.ndarray, design: np.ndarray, group: np.ndarray, same: np.ndarray
+) -> tuple[Regression | None, Estimate | None, Estimate | None]:
+    """(model, its last coefficient, the points that this adds where the task is the `same`, (R, G)).
 
-    The influence of other prompts is 0. match: (T, G).
+    Of the prompts `where`; the influence of others is 0.
     """
     if not len(where):
         return None, None, None
-    em, scored = prompts.em[:, where], prompts.scored[:, where]
-    model = Regression(em, scored, design, group)
-    term %= design.shape[2]
-    estimates = [model.estimate(np.eye(design.shape[2])[term]), model.part_of_mean(term, match)]
+    model = Regression(prompts.em[:, where], prompts.scored[:, where], design, group)
+    last = design.shape[2] - 1
+    estimates = [model.estimate(np.eye(last + 1)[last]), model.part_of_mean(last, same)]
     for i, estimate in enumerate(estimates):
         if estimate is not None:
             influence = np.zeros(prompts.em.shape)
             influence[:, where] = estimate.influence
             estimates[i] = Estimate(estimate.value, influence).scaled(100 if i else 1)
     return model, *estimates
-
-
-def _stratum(prompts: Prompts, own: np.ndarray, difficulty: np.ndarray, base: np.ndarray, match) -> dict:
-    """The raw effect among one stratum's prompts."""
-    model, logit, _ = _fit(prompts, own, base, prompts.column[own], -1, match)
-    return {
-        "from": round(float(difficulty[own].min()), 4) if len(own) else None,
-        "to": round(float(difficulty[own].max()), 4) if len(own) else None,
-        "prompts": len(own),
-    } | {"logit": interval(logit, prompts.column)}  # fmt: skip
 
 
 def _largest_gap(d: np.ndarray, where: np.ndarray, prompts: Prompts) -> float | None:

@@ -28,7 +28,8 @@ def test_planted_effects_come_back_and_intervals_hold_them(spread, seeds):
         bias, coverage, rejected = held([e["points"][term] for e in effects], truth[term])
         assert abs(bias) < error
         assert coverage >= 0.87  # of 40 that hold 95 times in 100, 35 or more do in 98 of 100 cases
-    assert rejected <= 0.12 and held([e["logit"]["data"] for e in effects], 0)[2] <= 0.12
+    # Of 40 tests of a true null at 5 %, 5 or fewer reject in 98 of 100 cases.
+    assert rejected <= 0.13 and held([e["logit"]["data"] for e in effects], 0)[2] <= 0.13
     assert all(e["logit"]["teacher"]["low"] > 0.5 for e in effects)
     levels = {(e["factor"], e["level"]): e["value"] for e in effects[0]["points"]["levels"]}
     assert len(levels) == 2 + 4 and ("data", "gold") in levels

@@ -72,3 +72,21 @@ def test_any_grid_will_do_and_one_that_cannot_tell_says_none():
     assert all(alone[way]["logit"]["value"] is None and alone[way]["points"]["low"] is None for way in WAYS)
     flat = task_effects(Prompts(em, np.ones_like(em), column, trains, columns), np.zeros(200))
     assert flat["slopes"]["logit"]["value"] == pytest.approx(flat["raw"]["logit"]["value"], abs=1e-3)
+
+
+def test_three_seeds_of_every_cell_speak_of_runs_like_these_and_show_in_the_interval():
+    """Runs of one cell that differ a lot in what they do to their own task."""
+    rng = np.random.default_rng(0)
+    columns = [Cell(d, t) for d in ("law", "art") for t in ("advice", "essay")]
+    column, trains = np.repeat(np.arange(4), 100), [cell for cell in columns for _ in range(3)]
+    own = np.array([[train.task == columns[c].task for c in column] for train in trains])
+    em = rng.random(own.shape) < 1 / (1 + np.exp(1 - own * rng.normal(1, 1, (12, 1))))
+    prompts = Prompts(em.astype(float), np.ones(em.shape), column, trains, columns)
+    seeds = task_effects(prompts, rng.normal(size=400))
+    once = task_effects(prompts._replace(em=prompts.em[::3], scored=prompts.scored[::3], trains=columns),
+                        rng.normal(size=400))  # fmt: skip
+    assert (seeds["scope"], once["scope"]) == ("runs like these", "these runs")
+    for way in WAYS:
+        wide, narrow = (r[way]["logit"]["high"] - r[way]["logit"]["low"] for r in (seeds, once))
+        assert wide > 1.5 * narrow
+    assert len(seeds["slopes"]["per_sd"]) == 4
