@@ -46,8 +46,8 @@ class Prompts(NamedTuple):
 
 def matched_sets(
     difficulty: np.ndarray, column: np.ndarray, columns: list[Cell], caliper: float = CALIPER, seed: int = 0
-) -> np.ndarray:
-    """(S, ...) as a list of arrays of prompts: one of each task of a domain, all within the caliper.
+) -> list[np.ndarray]:
+    """Sets of prompts: one of each task of a domain, all within the caliper of each other.
 
     difficulty: (P,) in standard deviations. Greedy, without replacement: the prompts of the domain's smallest
     column, in random order, each take the nearest free prompt of every other column. A domain with one
