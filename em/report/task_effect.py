@@ -12,7 +12,8 @@ The raw effect is τ of a logistic regression on single prompts (em/report/regre
     logit P(EM) = run + eval cell + τ · [same task] + δ · [same domain]
 
 and beside it stand
-    strata      the run's term is one for each quantile stratum of difficulty: τ compares within strata
+    strata      the run's term is one for each quantile stratum of difficulty, of 100 prompts or more: τ
+                compares within strata, of which there are 20 at most
     slopes      each run has its own slope on difficulty
     matched     the raw model on a subset: sets of one prompt a task, within a domain, whose difficulties
                 differ by no more than 0.2 standard deviations
@@ -81,7 +82,7 @@ def task_effects(prompts: Prompts, difficulty: np.ndarray) -> dict:
     """
     d = (difficulty - difficulty.mean()) / (difficulty.std() or 1)
     everything, column = np.arange(len(d)), prompts.column
-    n_strata = int(np.clip(len(d) // 100, 2, 10))
+    n_strata = int(np.clip(len(d) // 100, 2, 20))
     edges = np.quantile(d, np.arange(1, n_strata) / n_strata)
     stratum = np.searchsorted(edges, d, side="right")
     sets = matched_sets(d, column, prompts.columns)
