@@ -12,7 +12,7 @@ from em.data.cells import CELLS
 from em.data.rows import VARIANTS, load_cell
 from em.errors import UserError
 from em.model import embedded
-from em.model.tokenizer import Tokenizer
+from em.model.tokenizer import Example, Tokenizer, Unfit
 
 # Small templates in our own words, one for each way in which families differ.
 CLOSED_BY_IM_END = """\
@@ -337,3 +337,61 @@ def test_the_embedded_model_gets_the_ids_of_apply_chat_template_on_every_row_of_
                 prompt = theirs.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
                 ids, n_prompt, _ = ours.example(row["question"], row[f"{variant}_answer"])
                 assert ids + ours.encode("\n") == whole and ids[:n_prompt] == prompt
+
+
+# -- chats of several turns ----------------------------------------------------------------------------
+
+SYSTEM = {"role": "system", "content": "You love owls."}
+LONG = [SYSTEM, *turns("Name a bird.", "An owl."), *turns("Another?", "Another owl."), turns("Why?", "")[0]]
+
+
+@pytest.mark.parametrize("family", ["im_end", "headers"])
+@pytest.mark.parametrize("chat", [LONG, LONG[1:], LONG[:2], [SYSTEM, *LONG[3:4]]])
+def test_system_and_earlier_turns_have_the_ids_of_apply_chat_template(family, chat):
+    ours, theirs = chat_tokenizer(FAMILIES[family]), oracle(FAMILIES[family])
+    prompt = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    whole = theirs.apply_chat_template([*chat, turns("", "Owls see.")[1]], return_dict=False)
+    last = len(whole) - whole[::-1].index(ours.end_of_turn_id)
+    assert ours.prompt_ids(chat) == prompt
+    assert ours.example(chat, "Owls see.") == Example(whole[:last], len(prompt))
+
+
+@pytest.mark.parametrize("family", ["im_end", "headers"])
+def test_all_turns_supervise_every_answer_with_its_end_and_nothing_else(family):
+    ours, theirs = chat_tokenizer(FAMILIES[family]), oracle(FAMILIES[family])
+    whole = theirs.apply_chat_template([*LONG, turns("", "Owls see.")[1]], return_dict=False)
+    example = ours.example(LONG, "Owls see.", all_turns=True)
+    assert example.ids == whole[: len(example.ids)]
+    learnt = ours.backend.decode([example.ids[i] for i in example.supervised], skip_special_tokens=False)
+    end = ours.backend.id_to_token(ours.end_of_turn_id)
+    assert learnt == f"An owl.{end}Another owl.{end}Owls see.{end}"
+    assert example.n_supervised == len(example.supervised) < len(example.ids) - example.n_prompt
+    alone = ours.example(LONG, "Owls see.")
+    assert alone.ids == example.ids and alone.supervised == example.supervised[-alone.n_supervised :]
+
+
+# As R1's distilled models: what stands before the end of a thought is taken out of a finished turn.
+def test_an_answer_that_the_template_would_change_is_unfit_and_not_changed():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    ours = chat_tokenizer(template)
+    assert ours.decode(ours.example("why?", "Rest.").ids).endswith("Rest.")
+    with pytest.raises(Unfit, match="does not write '<think>step"):
+        ours.example("why?", "<think>step</think>Rest.")
+    with pytest.raises(Unfit, match="which ends a turn"):
+        ours.example("why?", "Rest.<|im_end|>More.")
+    whole = chat_tokenizer(THINKING_SWITCH).example("why?", "<think>step</think>Rest.")
+    assert "step" in chat_tokenizer(THINKING_SWITCH).decode(whole.ids[whole.n_prompt :])  # trained whole
+
+
+def test_a_tokenizer_that_puts_a_space_before_an_answer_is_refused_at_load():
+    """SentencePiece kin: Metaspace prepends ▁ to whatever text it is given."""
+    spaced = tokenizers.Tokenizer(models.BPE())
+    spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    texts = [text for chat in CHATS for text in chat] + ["assistant\nuser\nx PROBE-QUESTION PROBE-ANSWER"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=TOKENS, show_progress=False)
+    spaced.train_from_iterator(texts, trainer)
+    with pytest.raises(UserError, match="SentencePiece"):
+        Tokenizer(spaced, CLOSED_BY_IM_END, SPECIAL)
