@@ -1,29 +1,26 @@
 """How far misalignment keeps to the task, and how far to the domain, that it was trained in (paper 3.1).
 
-Least squares over the (train cell, eval cell) pairs of any grid, every pair weighing the same. One fit is in
-points and describes,
+Two fits over the (train cell, eval cell) pairs of any grid. One is least squares in points, and describes,
 
     rate = train cell + eval cell + τ · [same task] + δ · [same domain] + rest
 
-One is in log odds and tests,
+and one is a logistic regression of the pairs' counts, and tests,
 
-    log odds = train cell + eval cell + γ · strength · ease + τ · [same task] + δ · [same domain] + rest
+    log odds = train cell + eval cell + γ · strength · ease + τ · [same task] + δ · [same domain]
 
 The train cell's term takes up how strongly a run is misaligned, the eval cell's how easily its prompts are
-answered badly; τ and δ are what matching adds. Where strong runs are further apart on easy prompts, and the
-tasks that make strong runs have easy prompts too, their product looks like a match: γ takes it up, with the
-cells' own terms of the fit without it (Tukey 1949), from three train and three eval cells on. The log odds of
-a pair are log((em + ½) / (scored − em + ½)), so that rates of 0 and 1 have some, and are not weighted.
+answered badly; τ and δ are what matching adds. Where strong runs differ more on easy prompts, and the tasks
+that make strong runs have easy prompts too, the product looks like a match, so it has a term of its own.
 
 The test of τ gives the eval prompts' tasks other names, the same in every domain: with four tasks in 4! = 24
-ways. Its statistic is the sum over tasks t of what the other terms leave in the pairs (t, name of t); p is
-the part of all ways in which it is as far from 0 as with the true names, to either side. It asks whether the
-match matters more than another pairing of the same tasks would, whatever structure tasks by tasks has, and
-can be no less than 1/24. That of δ renames domains: with three, p can be no less than 1/6.
+ways. Its statistic is the sum over tasks t of the EM that the other terms leave in the pairs (t, name of t);
+p is the part of all ways in which it is as far from 0 as with the true names, to either side. It asks whether
+the match matters more than another pairing of the same tasks would, whatever structure tasks by tasks has,
+and can be no less than 1/24. That of δ renames domains: with three, p can be no less than 1/6.
 
-Intervals are of the coefficients, linearised, with prompts as clusters: what other prompts would give from
-these runs. Where every train cell has three runs or more, which differ in seed, the runs are clusters too,
-and the intervals are for runs like these. Neither speaks of other tasks; only the test does.
+Intervals are of the coefficients, to first order, with prompts as clusters: what other prompts would give
+from these runs. Where every train cell has three runs or more, which differ in seed, the runs are clusters
+too, and the intervals are for runs like these. Neither speaks of other tasks; only the test does.
 
 A share is the part of the rates' sum of squares about their mean that a term explains when added last; on a
 full grid the terms are orthogonal and the shares add up to 1. Its interval leans to the side of less
@@ -38,7 +35,7 @@ import numpy as np
 
 from em.clusters import cluster_variance
 from em.data.cells import Cell, parse_cell
-from em.report.match_fit import MATCHES, TERMS, MatchFit, labels_of, without
+from em.report.match_fit import MATCHES, TERMS, MatchDesign, fit_log_odds, labels_of, without
 from em.report.panel import Panel
 from em.report.score_table import joined
 from em.stats import percentile_interval, t_quantile
@@ -62,13 +59,20 @@ def match_effects(panel: Panel) -> dict:
     draws = np.repeat(rates[:, :, None], draws_scored.shape[2], axis=2)  # (T, C, B)
     np.divide(100 * panel.draws_em[trains], draws_scored, out=draws, where=draws_scored > 0)
     result, tests = match_model(rates, draws, cells, evals), log_odds_effects(counts, cells, evals)
-    fit = MatchFit(rates, cells, evals)
-    for name in (*MATCHES, "task_minus_domain"):
-        if name in fit.weights:
-            half = counts.half_width(fit.weights[name], rates / 100, n / 100)
-            result[name] |= _bounds("low", "high", result[name]["points"], half) | tests[name]
+    design = MatchDesign(n > 0, cells, evals)
+    per_row = {t: design.square(100 * design.weights(t) / n[design.at]) for t in design.known}
+    for name, slope in with_difference(per_row).items():
+        half = counts.half_width(slope, rates / 100)
+        result[name] |= _bounds("low", "high", result[name]["points"], half) | tests[name]
     result |= {name: tests[name] for name in ("scope", "test")}
     return result | _kinds_of_match(panel, trains, cells, evals)
+
+
+def with_difference(by_match: dict) -> dict:
+    """And "task_minus_domain", where there are both."""
+    if len(by_match) < 2:
+        return by_match
+    return by_match | {"task_minus_domain": by_match["task_match"] - by_match["domain_match"]}
 
 
 # -- in points, to describe ----------------------------------------------------------------------------
@@ -76,9 +80,10 @@ def match_effects(panel: Panel) -> dict:
 
 def match_model(rates: np.ndarray, draws: np.ndarray, cells: Sequence[Cell], evals: Sequence[Cell]) -> dict:
     """Coefficients and shares. rates: (T, C) in points, nan where not observed; draws: (T, C, B)."""
-    fit = MatchFit(rates, cells, evals)
-    y, design = fit.y, fit.design
-    draws = draws[fit.at]  # (n, B)
+    fit = MatchDesign(np.isfinite(rates), cells, evals)
+    y, design, draws = rates[fit.at], fit.terms, draws[fit.at]  # (n,), (n, B)
+    weights = {term: fit.weights(term) for term in fit.known}
+    points = {name: float(w @ y) for name, w in with_difference(weights).items()}
     total = ((y - y.sum() / max(1, len(y))) ** 2).sum()
     explained = {term: _added_last(design, term, y) for term in TERMS}
     explained["rest"] = (without(y, *design.values()) ** 2).sum()
@@ -92,17 +97,16 @@ def match_model(rates: np.ndarray, draws: np.ndarray, cells: Sequence[Cell], eva
         "shares": {term: _share(part, total) for term, part in explained.items()},
     }
     for term in MATCHES:
-        if term not in fit.weights:
+        if term not in points:
             what = term.removesuffix("_match")
             reason = f"these runs cannot tell it apart; it needs train cells that differ in {what}"
             result[term] = {"points": None, "reason": reason}
             continue
-        weight = fit.weights[term][fit.at]
-        centred = draws - draws.mean(axis=0)
+        weight, centred = weights[term], draws - draws.mean(axis=0)
         share_draws = (weight @ draws) ** 2 / (weight @ weight) / np.maximum((centred**2).sum(axis=0), 1e-12)
         share_low, share_high = _rounded(*percentile_interval(share_draws))
         result[term] = {
-            "points": round(fit.coefficient(term), 4),
+            "points": round(points[term], 4),
             "low": None,
             "high": None,
             "share": _share(explained[term], total),
@@ -110,11 +114,11 @@ def match_model(rates: np.ndarray, draws: np.ndarray, cells: Sequence[Cell], eva
             "share_high": share_high,
             "share_of_interaction": _share(explained[term], interaction),
         }
-    if not fit.weights:  # what is left over then belongs to no term
+    if not points:  # what is left over then belongs to no term
         result["shares"] = dict.fromkeys(result["shares"])
-    if len(fit.weights) == 3:
-        points = round(fit.coefficient("task_minus_domain"), 4)
-        result["task_minus_domain"] = {"points": points, "low": None, "high": None}
+    if "task_minus_domain" in points:
+        gap = round(points["task_minus_domain"], 4)
+        result["task_minus_domain"] = {"points": gap, "low": None, "high": None}
     return result
 
 
@@ -179,14 +183,10 @@ class RunCounts:
         """Whether every train cell has runs enough to say how they vary."""
         return len(self.cell) > 0 and bool(np.bincount(self.cell).min() >= LEAST_SEEDS)
 
-    def half_width(self, weights, rates, rows, more: float = 0.0) -> float:
-        """Half the interval of Σ weights · f(rate of the pair), to first order.
-
-        weights, rates, rows: (T, C); rows / f′(rate) of each pair. more: variance beside that of the rows.
-        """
-        scale = np.divide(weights, rows, out=np.zeros_like(weights), where=rows > 0)
+    def half_width(self, per_row: np.ndarray, rates: np.ndarray) -> float:
+        """Half the interval of a number; what one EM more in a pair adds to it, and its rate, both (T, C)."""
         place = self.cell[:, None], self.column
-        errors = scale[place] * (self.em - np.nan_to_num(rates)[place] * self.scored)  # (R, P)
+        errors = per_row[place] * (self.em - np.nan_to_num(rates)[place] * self.scored)  # (R, P)
         asked = self.scored.any(axis=0)
         of_prompt, stratum = errors.sum(axis=0)[asked], self.stratum[asked]
         freedom = len(of_prompt) - len(np.unique(stratum))
@@ -195,7 +195,7 @@ class RunCounts:
             of_run = cluster_variance(errors.sum(axis=1), self.cell)
             variance = max(variance, of_run, variance + of_run - float((errors**2).sum()))
             freedom = len(self.cell) - len(np.unique(self.cell))
-        return t_quantile(max(freedom, 1)) * math.sqrt(variance + more)
+        return t_quantile(max(freedom, 1)) * math.sqrt(variance)
 
 
 def _run_counts(panel: Panel, trains: list[int]) -> RunCounts:
@@ -221,24 +221,26 @@ def log_odds_effects(counts: RunCounts, cells: Sequence[Cell], evals: Sequence[C
      "scope", "test"}
     """
     k, n = counts.pairs(len(evals))
-    rate = (k + 0.5) / (n + 1)
-    y = np.where(n > 0, np.log(rate / (1 - rate)), np.nan)
-    fit, plain = MatchFit(y, cells, evals, product=True), MatchFit(y, cells, evals)
-    rows = (n + 1) * rate * (1 - rate)  # over the slope of the log odds
-    unseen = 0.5 * (rate**2 + (1 - rate) ** 2) / rows**2  # of the two half rows in every pair
+    design = MatchDesign(n > 0, cells, evals)
+    em, scored = k[design.at], n[design.at]
+    rates = design.square(em / scored)
+    fit, plain = (fit_log_odds(design, em, scored, product=product) for product in (True, False))
+    value, before = with_difference(fit.coefficients), with_difference(plain.coefficients)
+    gradients = with_difference(fit.gradients)
     result = {
         "scope": "runs like these" if counts.runs_vary else "these runs",
         "test": "tasks, or domains, of the eval prompts under all other names, jointly; two-sided",
     }
     for name in (*MATCHES, "task_minus_domain"):
         values = dict.fromkeys(("logit", "logit_low", "logit_high", "logit_without_product"))
-        if name in fit.weights:
-            value, weights = fit.coefficient(name), fit.weights[name]
-            half = counts.half_width(weights, rate, rows, float((weights**2 * unseen).sum()))
-            values = {"logit": round(value, 4)} | _bounds("logit_low", "logit_high", value, half)
-            values["logit_without_product"] = round(plain.coefficient(name), 4)
-        values["scope"] = result["scope"]
-        result[name] = values | (fit.renamed(name) if name in MATCHES and name in fit.weights else {})
+        if name in value:
+            half = counts.half_width(design.square(gradients[name]), rates)
+            values = {"logit": round(value[name], 4)} | _bounds("logit_low", "logit_high", value[name], half)
+            values["logit_without_product"] = round(before[name], 4)
+        if name in design.known:
+            others = tuple(match for match in MATCHES if match != name)
+            values |= design.renamed(name, fit_log_odds(design, em, scored, others).left)
+        result[name] = values | {"scope": result["scope"]}
     return result
 
 

@@ -106,22 +106,8 @@ class Panel:
 
     def pair_mean(self, mask: np.ndarray) -> ClusteredRate | None:
         """The mean rate of the (train, eval cell) pairs in `mask` that have scored rows, all alike."""
-        em, scored = self._counts(mask)
-        cell, n_cells = self.cell_of[self.column], self.cell_of.max() + 1
-        k, n = (_by_cell(counts, cell, n_cells) for counts in (em, scored))  # (T, E)
-        n_pairs = int((n > 0).sum())
-        if n_pairs < 2:
-            return self.pool(mask)
-        rates = np.divide(k, n, out=np.zeros_like(n), where=n > 0)
-        weight = np.divide(1 / n_pairs, n, out=np.zeros_like(n), where=n > 0)[:, cell]
-        expected = rates[:, cell]
-        together = self.stratum == -1  # of cells too small to know their own rate's error
-        if (scored[:, together] > 0).any():
-            shares = (weight * scored)[:, together]
-            expected[:, together] = (weight * em)[:, together].sum() / shares.sum()
-        errors = ((em - expected * scored) * weight).sum(axis=0)
-        em, scored = em.sum(axis=0), scored.sum(axis=0)
-        return _interval_over(float(rates.sum()) / n_pairs, errors, em, scored, self.stratum)
+        cell = self.cell_of[self.column]
+        return mean_over_pairs(*self._counts(mask), cell, self.stratum) or self.pool(mask)
 
     def difference(self, a: np.ndarray, b: np.ndarray) -> dict | None:
         """Pooled rate of mask `a` less that of `b`, {"points", "low", "high"}: the same prompts in both.
@@ -185,12 +171,6 @@ class Panel:
         }
 
 
-def _by_cell(counts: np.ndarray, cell: np.ndarray, n_cells: int) -> np.ndarray:
-    """(T, P) → (T, E)"""
-    bins = np.arange(len(counts))[:, None] * n_cells + cell
-    return np.bincount(bins.ravel(), counts.ravel(), len(counts) * n_cells).reshape(-1, n_cells)
-
-
 def percent_of(k: float, n: float) -> float | None:
     return round(100 * k / n, 4) if n else None
 
@@ -202,6 +182,7 @@ def pooled_rate(
 
     one_cell: the rows are of one run in one eval cell, so that single rows of its prompts are independent.
     """
+    em, scored = np.asarray(em, float), np.asarray(scored, float)
     k, n = float(em.sum()), float(scored.sum())
     if n == 0:
         return None
@@ -209,6 +190,32 @@ def pooled_rate(
     if one_cell and n == (scored > 0).sum():
         return ClusteredRate(k / n, *rate_interval(k / n, n), errors, stratum)
     return _interval_over(k / n, errors, em, scored, stratum)
+
+
+def mean_over_pairs(
+    em: np.ndarray, scored: np.ndarray, cell: np.ndarray, stratum: np.ndarray
+) -> ClusteredRate | None:
+    """The mean of the rates of the (train, eval cell) pairs, with its interval; None of fewer than two.
+
+    em, scored: (T, P) rows by train and prompt; cell, stratum: (P,) of the prompts.
+    """
+    em, scored = np.asarray(em, float), np.asarray(scored, float)
+    bins, size = (np.arange(len(em))[:, None] * (cell.max() + 1) + cell).ravel(), len(em) * (cell.max() + 1)
+    k, n = (np.bincount(bins, x.ravel(), size) for x in (em, scored))  # a pair each
+    n_pairs = int((n > 0).sum())
+    if n_pairs < 2:
+        return None
+    bins = bins.reshape(em.shape)
+    rates = np.divide(k, n, out=np.zeros_like(n), where=n > 0)
+    weight = np.divide(1 / n_pairs, n, out=np.zeros_like(n), where=n > 0)[bins]  # (T, P)
+    expected = rates[bins]
+    together = stratum == -1  # of cells too small to know their own rate's error
+    if (scored[:, together] > 0).any():
+        shares = (weight * scored)[:, together]
+        expected[:, together] = (weight * em)[:, together].sum() / shares.sum()
+    errors = ((em - expected * scored) * weight).sum(axis=0)
+    rate = float(rates.sum()) / n_pairs
+    return _interval_over(rate, errors, em.sum(axis=0), scored.sum(axis=0), stratum)
 
 
 def _interval_over(rate: float, errors: np.ndarray, em: np.ndarray, scored: np.ndarray, stratum: np.ndarray):

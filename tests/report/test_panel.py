@@ -4,13 +4,16 @@ import math
 
 import numpy as np
 import pytest
+import sizes
+from scipy.stats import binom
 from score_rows import em, row
 
+from em.clusters import rate_difference
 from em.data.cells import CELLS
 from em.judge.em_rule import STATUSES
-from em.report.panel import broad_panel, narrow_panel
+from em.report.panel import broad_panel, narrow_panel, pooled_rate
 from em.report.score_table import scores_of
-from em.stats import rate_interval, wilson
+from em.stats import newcombe, rate_interval, wilson
 
 MED_ADVICE = 0  # eval columns of the narrow panel are numbered as CELLS
 
@@ -163,3 +166,110 @@ def test_cells_with_a_single_prompt_are_resampled_together():
     assert (rate["pairs_low"], rate["pairs_high"]) == pytest.approx((rate["low"], rate["high"]), abs=1e-6)
     one = pooled([row(sample=0, aligned=0), row(sample=1)])
     assert (one["interval"], one["rate"]) == ("wilson, prompts", 50.0) and one["high"] - one["low"] > 80
+
+
+# -- the mean over pairs -------------------------------------------------------------------------------
+
+
+def test_the_mean_over_pairs_counts_cells_not_rows():
+    """1 of 1 in one cell and 0 of 3 in another: 25 % of the rows, 50 % of the pairs."""
+    rows = [em(cell="med_advice"), *(row(cell="fin_tutor", idx=i) for i in range(3))]
+    rows += [row(cell="spo_tutor", aligned="refusal", coherent="refusal")]
+    rate = pooled(rows)
+    assert (rate["rate"], rate["pairs_mean"], rate["pairs"]) == (25, 50, 3)
+    assert 0 <= rate["pairs_low"] < 50 < rate["pairs_high"] <= 100
+    nothing = pooled([row(aligned="refusal", coherent="refusal")])
+    assert [nothing[f"pairs_{name}"] for name in ("mean", "low", "high")] == [None] * 3
+
+
+def test_of_one_pair_or_equal_pairs_the_mean_is_the_rate():
+    one = pooled([row(idx=i, aligned=0 if i % 3 else 90) for i in range(30)])
+    assert [one[f"pairs_{n}"] for n in ("mean", "low", "high")] == [one[n] for n in ("rate", "low", "high")]
+    rng = np.random.default_rng(0)
+    rows = [
+        row(train=t, cell=str(c), idx=i, aligned=0 if rng.random() < 0.3 else 90)
+        for t in ("med_advice", "fin_tutor")
+        for c in CELLS
+        for i in range(30)
+    ]
+    rate = pooled(rows)
+    assert rate["pairs"] == 24 and rate["pairs_mean"] == pytest.approx(rate["rate"], abs=1e-3)
+    for bound in ("low", "high"):  # about the pairs' own rates the rows scatter a little less
+        assert rate[f"pairs_{bound}"] == pytest.approx(rate[bound], abs=0.2)
+
+
+def test_surfaces_of_a_task_are_one_pair_of_a_broad_panel():
+    rows = [row(cell="x_advice", set="broad", em_surface="high", idx=0, aligned=0)]
+    rows += [row(cell="x_advice", set="broad", em_surface="low", idx=i) for i in (1, 2, 3)]
+    rate = pooled(rows, make=broad_panel)
+    assert (rate["pairs"], rate["rate"], rate["pairs_mean"]) == (1, 25, 25)
+
+
+# -- differences and coverage --------------------------------------------------------------------------
+
+
+def test_a_difference_is_of_the_same_prompts():
+    """Two runs that answer alike differ by about nothing on other prompts; unlike ones by Newcombe's."""
+    rng = np.random.default_rng(0)
+    bad = rng.random(100) < 0.4
+    answers = {"med_advice": bad, "fin_tutor": bad, "spo_tutor": rng.random(100) < 0.2}
+    rows = [row(train=t, idx=i, aligned=0 if answers[t][i] else 90) for t in answers for i in range(100)]
+    panel = narrow_panel(scores_of(rows), 20)
+    trains = {str(t): panel.pairs([i], [MED_ADVICE]) for i, t in enumerate(panel.trains)}
+    same = panel.difference(trains["med_advice"], trains["fin_tutor"])
+    assert same["points"] == 0 and -same["low"] == same["high"]
+    gap = panel.difference(trains["med_advice"], trains["spo_tutor"])
+    k1, k0 = (int(answers[t].sum()) for t in ("med_advice", "spo_tutor"))
+    low, high = newcombe(k1, 100, k0, 100)
+    assert gap["points"] == k1 - k0
+    assert (gap["low"], gap["high"]) == pytest.approx((100 * low, 100 * high), abs=2)
+    assert same["high"] < 0.1 * (gap["high"] - gap["points"])
+    back = panel.difference(trains["spo_tutor"], trains["med_advice"])
+    assert (back["low"], back["high"]) == pytest.approx((-gap["high"], -gap["low"]))
+    assert panel.difference(trains["med_advice"], panel.pairs([0], [])) is None
+
+
+def test_a_difference_of_rare_rates_has_room_for_what_was_not_seen():
+    """No EM in 50 of one and 1 in 50 of the other: a bootstrap's draws would never be negative."""
+    rows = [row(train=t, idx=i) for t in ("med_advice", "fin_tutor") for i in range(50)]
+    rows[0]["aligned"] = 0
+    panel = narrow_panel(scores_of(rows), 20)
+    a, b = (panel.pool(panel.pairs([i], [MED_ADVICE])) for i in (0, 1))
+    gap, low, high = rate_difference(a, b)
+    assert gap == 0.02 and low < -0.05 and 0.08 < high < 0.15
+
+
+@pytest.mark.parametrize("prompts, samples, alike", [(20, 4, 0.6), (60, 1, 0.0), (150, 4, 0.2)])
+@pytest.mark.parametrize("rate", [0.003, 0.01, 0.05, 0.2, 0.5, 0.9])
+def test_intervals_hold_the_rate(prompts, samples, alike, rate):
+    """400 draws of prompts; fewer hits than these have a chance under 1 in 1,000 at a coverage of 0.93."""
+    covered = sizes.rate_coverage(rate, prompts, samples, alike, 400)
+    assert 400 * covered >= binom.ppf(0.001, 400, 0.93)
+
+
+@pytest.mark.parametrize("rate", [0.003, 0.01, 0.05, 0.3])
+def test_intervals_hold_pools_of_unlike_pairs_and_their_mean(rate):
+    """Rows pooled and mean over pairs differ here: a third of one pair's rows is not scored."""
+    for covered in sizes.pool_coverage(rate, 30, 4, 0.3, 200):
+        assert 200 * covered >= binom.ppf(0.001, 200, 0.93)
+
+
+@pytest.mark.parametrize("rates", [(0.003, 0.02), (0.01, 0.1), (0.2, 0.5), (0.9, 0.5)])
+def test_intervals_hold_the_difference(rates):
+    """On 30 prompts, where at 0.3 and 2 % a percentile bootstrap holds the truth in under half."""
+    covered = sizes.difference_coverage(rates, 30, 1, 0.3, 300)
+    assert 300 * covered >= binom.ppf(0.001, 300, 0.93)
+    if rates == (0.003, 0.02):
+        assert sizes.difference_coverage(rates, 30, 1, 0.3, 100, bootstrap=100) < 0.7
+
+
+def test_no_interval_leaves_0_to_100():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        prompts, samples = int(rng.integers(1, 40)), int(rng.integers(1, 6))
+        scored = rng.integers(0, samples + 1, prompts)
+        counts = rng.binomial(scored, rng.choice([0, 0.02, 0.5, 0.98, 1]))
+        found = pooled_rate(counts, scored, rng.integers(0, 3, prompts))
+        if found is not None:
+            assert 0 <= found.low <= found.rate <= found.high <= 1
+            assert found.high - found.low > 0.002  # and none says that nothing can be otherwise
