@@ -30,7 +30,7 @@ from em import parallel
 from em.cli import command_line, knob
 from em.data import authors, lineage
 from em.data.chats import chat_of, system_name, system_text
-from em.data.rows import default_data, load_broad, load_cells, split
+from em.data.rows import default_data, load_broad, load_cells, load_grid, split
 from em.errors import MissingFile, UserError
 from em.estimate.gpus import GPUS
 from em.files import json_digest, read_json_lines, write_json_lines
@@ -258,7 +258,7 @@ def evaluate(cfg: Config, subject: Subject, model, tokenizer, judge: Judge | Non
             with lora.stack(model, *stack, frozen=True):
                 rows = generate(cfg, path, subject.label, prompts, n, model, tokenizer)
             scored += judge_rows(judge, rows, out / f"scores_{kind}.jsonl")
-        summary = write_report(scores_of(scored), out / "report")["summary"]
+        summary = write_report(scores_of(scored, grid=load_grid(subject.data)), out / "report")["summary"]
         return f"{summary}\n{out / 'report'}: tables and figures; browse.html there shows the responses"
     finally:
         if folder:
@@ -486,6 +486,7 @@ def label(cfg: LabelConfig) -> None:
 class ReportConfig:
     scores: tuple[str, ...] = knob((), "JSONL or .jsonl.gz files of score rows, or of margin rows", "what")
     out: str = knob("runs/report", "folder to write", "what")
+    data: str | None = knob(None, "grid whose order of names and short names tables have", "what")
 
 
 def report(cfg: ReportConfig) -> None:
@@ -497,7 +498,8 @@ def report(cfg: ReportConfig) -> None:
     if margins:
         print(margin_report(read_margins(margins), Path(cfg.out)))
     if scores:
-        print(write_report(read_scores(scores), cfg.out)["summary"])
+        grid = load_grid(cfg.data) if cfg.data else None
+        print(write_report(read_scores(scores, grid), cfg.out)["summary"])
     print(f"{cfg.out}: tables and figures" + ("; browse.html there shows the responses" if scores else ""))
 
 
