@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from em.cli import command_line, knob
+from em.data.cells import grid_of
 from em.files import write_csv, write_json
 from em.paper.counts import Counts, read_counts
 from em.paper.measures import Sets, measure, same
@@ -48,19 +49,18 @@ def write_authors(models: dict[str, Sets], out: Path) -> list[str]:
     for model, sets in models.items():
         name, tables, folder = NAMES.get(model, model), tables_of(sets), out / model
         title = f"{name}, the authors' judged rows; intervals: the widest that the counts allow"
+        grid = grid_of(sets["narrow"].trains)
         for table in tables.values():
             write_json(folder / f"{table['name']}.json", table)
             write_csv(folder / f"{table['name']}.csv", table["entries"])
-            figures.table_figure(table, title, folder / f"{table['name']}.png")
-        figures.transfer_figure(tables, title, folder / "transfer.png")
+            figures.table_figure(table, title, grid, folder / f"{table['name']}.png")
+        figures.transfer_figure(tables, title, grid, folder / "transfer.png")
         effects = effects_of(sets["narrow"])
         write_json(folder / "effects.json", effects)
         figures.effects_figure(effects, title, folder / "effects.png")
         of_model = statements(model, sets)
         stated += of_model
-        lines += [
-            f"{name}, {row['figure']}: {row['what']}: {_text(row)}: {row['verdict']}" for row in of_model
-        ]
+        lines += [f"{name}, {row['figure']}: {_text(row)}" for row in of_model]
     write_json(out / "statements.json", stated)
     write_csv(out / "statements.csv", stated)
     if len(models) == 2:

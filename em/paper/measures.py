@@ -37,17 +37,28 @@ def _pool(entry: dict) -> dict:
     return {"value": entry["rate"], "low": entry["low"], "high": entry["high"]}
 
 
-def _minus(a: dict, b: dict) -> dict:
-    """a − b with the interval of two that are told apart by nothing but their own (MOVER)."""
+def minus(a: dict, b: dict) -> dict:
+    """a − b, with an interval from those of both (MOVER, Zou and Donner 2008), or none where one has none."""
     if None in (a["value"], b["value"]):
         return {"value": None, "low": None, "high": None}
+    if None in (a["low"], b["low"]):
+        return {"value": round(a["value"] - b["value"], 4), "low": None, "high": None}
     value = a["value"] - b["value"]
     low = value - math.hypot(a["value"] - a["low"], b["high"] - b["value"])
     high = value + math.hypot(a["high"] - a["value"], b["value"] - b["low"])
     return {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
-def _share(k: int, n: int) -> dict:
+def average(found: list[dict]) -> dict | None:
+    """Mean of values and of their bounds: an interval that holds however the values hang together."""
+    if not found:
+        return None
+    if any(entry["low"] is None for entry in found):
+        return {"value": sum(e["value"] for e in found) / len(found), "low": None, "high": None}
+    return {k: round(sum(e[k] for e in found) / len(found), 4) for k in ("value", "low", "high")}
+
+
+def share(k: int, n: int) -> dict:
     """k of n rows of a matrix in percent, with Wilson's interval: other rows might have done otherwise."""
     low, high = wilson(k, n)
     return {
@@ -61,19 +72,18 @@ def _share(k: int, n: int) -> dict:
 def _own_task_highest(counts: Counts) -> dict:
     """Train tasks whose highest eval task, rows pooled, is their own."""
     trained, asked = counts.tasks()
-    names = list(dict.fromkeys(asked))
-    rates = [
-        [counts.rate((trained == row)[:, None] & (asked == column))["rate"] for column in names]
-        for row in names
-    ]
-    return _share(int(sum(np.argmax(row) == i for i, row in enumerate(rates))), len(names))
+    names, own = [task for task in dict.fromkeys(asked) if task in trained], 0
+    for row in names:
+        rates = [counts.rate((trained == row)[:, None] & (asked == column))["rate"] or 0 for column in names]
+        own += names[int(np.argmax(rates))] == row
+    return share(own, len(names))
 
 
 def _strongest_other_cell(counts: Counts) -> dict:
     """Trained cells whose highest rate outside the cell itself is in their own task."""
     same_task = same(counts, "task")
     others = np.where(same_task & same(counts, "domain"), -1, np.nan_to_num(counts.rates, nan=-1))
-    return _share(int(same_task[np.arange(len(others)), others.argmax(axis=1)].sum()), len(others))
+    return share(int(same_task[np.arange(len(others)), others.argmax(axis=1)].sum()), len(others))
 
 
 def _tutor(counts: Counts) -> dict:
@@ -100,7 +110,7 @@ MEASURES = {  # name: (function, the set it reads)
     "other_domain": (lambda counts: _pool(counts.rate(~same(counts, "domain"))), "narrow"),
     "domain_gap": (_gap("domain"), "narrow"),
     "task_gap_minus_domain_gap": (
-        lambda counts: _minus(_gap("task")(counts), _gap("domain")(counts)),
+        lambda counts: minus(_gap("task")(counts), _gap("domain")(counts)),
         "narrow",
     ),
     "strongest_other_cell": (_strongest_other_cell, "narrow"),

@@ -4,9 +4,10 @@
 em/experiments/claims.py. A stated figure is a value, a range, or a direction (one bound open). Where the
 paper has words only, `words` says how we read them.
 
-    agrees        the interval contains the value, or meets the range, and is narrow: within ±10 points (±0.1
-                  of a ratio or a correlation) of its middle; of a direction: all of it is on that side
-    differs       the interval excludes it
+    agrees        the interval contains the stated value, or the value lies in the stated range, and the
+                  interval is no wider than ±10 points (±0.1 of a ratio or a correlation); of a direction: the
+                  whole interval is on that side
+    differs       the interval excludes the value, the range or the side
     not resolved  anything else: too few rows to tell
     not measured  there is no interval
 """
@@ -25,7 +26,7 @@ NARROW = {"%": 10.0, "points": 10.0, "ratio": 0.1, "r": 0.1}  # half of the wide
 
 
 def verdict(stated: dict, ours: dict | None) -> str:
-    """stated: "low" and "high", None where open, and "unit"; ours: "low" and "high" of an interval."""
+    """stated: "low" and "high", None where open, and "unit"; ours: "value", and "low", "high" around it."""
     low, high = stated.get("low"), stated.get("high")
     if ours is None or ours.get("low") is None or (low is None and high is None):
         return NOT_MEASURED
@@ -34,8 +35,9 @@ def verdict(stated: dict, ours: dict | None) -> str:
     if low is None or high is None:
         inside = ours["low"] >= low if high is None else ours["high"] <= high
         return "agrees" if inside else "not resolved"
-    narrow = NARROW.get(stated["unit"], 0.1 * abs(high))  # α*, a norm: relative
-    return "agrees" if ours["high"] - ours["low"] <= 2 * narrow else "not resolved"
+    widest = NARROW.get(stated["unit"], 0.1 * abs(high))  # α*, a norm: relative
+    inside = low == high or low <= ours["value"] <= high
+    return "agrees" if inside and ours["high"] - ours["low"] <= 2 * widest else "not resolved"
 
 
 def read_items() -> list[dict]:
