@@ -62,8 +62,8 @@ def test_a_grid_of_any_shape_goes_from_training_to_the_report(
     runs = [run for run in runs if run.name != "base_margins"]
     assert len(runs) == cells
     assert set(read_json(runs[0] / "margins.json")["cells"]) == {f"{d}_{t}" for d in domains for t in tasks}
-    assert evaluation("--run", *runs, *FEW, "--cache", tmp_path / "cache.jsonl") == 0
-    scores = [run / "eval" / "scores_narrow.jsonl" for run in runs]
+    assert evaluation("--run", *runs[:2], *FEW, "--cache", tmp_path / "cache.jsonl") == 0
+    scores = [run / "eval" / "scores_narrow.jsonl" for run in runs[:2]]
     assert evaluation("report", "--scores", *scores, "--out", tmp_path / "report", "--data", data) == 0
     (report,) = (path for path in (tmp_path / "report").iterdir() if path.is_dir())
     matrix = read_json(report / "narrow_cells.json")

@@ -158,7 +158,8 @@ def model_report(table: ScoreTable, draws: int = DRAWS, before: ScoreTable | Non
     if not table.narrow.all():
         panels["broad"] = panel = broad_panel(table, draws)
         n = len(SURFACES)
-        by_task = {t: [n * i + s for s in range(n)] for i, t in enumerate(table.tasks)}
+        asked = set(np.unique(table.task[~table.narrow]).tolist())
+        by_task = {t: [n * i + s for s in range(n)] for i, t in enumerate(table.tasks) if i in asked}
         add("broad_cells", panel, cells | base, by_task)
         add("broad_tasks", panel, tasks | base, by_task)
         add("broad_domains", panel, domains | base, by_task)
