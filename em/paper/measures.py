@@ -51,11 +51,12 @@ def minus(a: dict, b: dict) -> dict:
 
 def average(found: list[dict]) -> dict | None:
     """Mean of values and of their bounds: an interval that holds however the values hang together."""
-    if not found:
-        return None
-    if any(entry["low"] is None for entry in found):
-        return {"value": sum(e["value"] for e in found) / len(found), "low": None, "high": None}
-    return {k: round(sum(e[k] for e in found) / len(found), 4) for k in ("value", "low", "high")}
+    if len(found) < 2:
+        return found[0] if found else None
+    bounds = dict.fromkeys(("low", "high"))
+    if all(entry["low"] is not None for entry in found):
+        bounds = {key: round(sum(entry[key] for entry in found) / len(found), 4) for key in bounds}
+    return {"value": round(sum(entry["value"] for entry in found) / len(found), 4)} | bounds
 
 
 def share(k: int, n: int) -> dict:

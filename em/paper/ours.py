@@ -36,7 +36,7 @@ def runs_of(folder: Path, model: str) -> dict[str, list[tuple[Path, dict]]]:
         kind = {"train": "misaligned", "distill": "distilled"}.get(record["kind"])
         if kind == "misaligned" and settings.get("on"):
             kind = "realigned"
-        if kind and settings.get("model") == model:
+        if kind and is_of(settings.get("model", ""), [model]):
             found[kind].append((path.parent, settings))
     return found
 
@@ -45,7 +45,7 @@ def runs_of(folder: Path, model: str) -> dict[str, list[tuple[Path, dict]]]:
 
 
 def read_index(folder: Path) -> dict[str, list[dict]]:
-    """Item → entries of `folder`'s index that are written: "title", "parts", "files" (paths), "needs".
+    """Item → entries of `folder`'s index that are written: "title", "parts", "notes", "needs", "files".
 
     Figures 3b and 3c are entries of figure3. {} where there is no index.
     """
@@ -59,7 +59,7 @@ def read_index(folder: Path) -> dict[str, list[dict]]:
             about = {"title": document["title"], "parts": document.get("parts", [document])}
             about |= {"notes": document.get("notes", []), "files": [folder / f for f in entry["files"]]}
             item = re.sub(r"(?<=\d)[a-z]$", "", entry["number"])
-            found.setdefault(item, []).append(about | {"number": entry["number"]})
+            found.setdefault(item, []).append(about | {"needs": entry.get("needs", [])})
     return found
 
 

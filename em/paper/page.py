@@ -57,7 +57,7 @@ OURS, DEMONSTRATION = "ours", "demonstration"
 STATES = {
     "ours": "with our own full-size measurement",
     "authors": "with the authors' published rows",
-    "demonstration": "with a demonstration: a reduced world or a small model",
+    "demonstration": "with a demonstration: a reduced world, or another model",
     "none": "not measured",
 }
 
@@ -74,12 +74,16 @@ def write_page(
         raise UserError(f"{out} is a folder; choose another --out")
     sources = Sources(runs, model, tables or runs / "paper", results, out.parent)
     items = [_item(item, sources) for item in read_items()]
+    others = {
+        name: entries for name, entries in sources.tables.items() if name not in {i["id"] for i in items}
+    }
+    beyond = [_item(_beyond(name, entries[0]), sources) for name, entries in others.items()]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
-        items=items, model=model, states=STATES, verdicts=VERDICTS, tally=_tally(items),
+        items=items, beyond=beyond, model=model, states=STATES, verdicts=VERDICTS, tally=_tally(items),
         demonstration=model not in PAPER_MODELS, measured=bool(sources.tables),
     )  # fmt: skip
     write_text(out, page)
@@ -132,6 +136,20 @@ def _item(item: dict, sources: Sources) -> dict:
         shown["runs"] = [sources.link(folder) for folder, _ in sources.runs[item["runs"]]]
     shown["state"] = _state(shown)
     return shown
+
+
+def _beyond(name: str, entry: dict) -> dict:
+    """An item of ours that the paper does not have, such as an experiment that a referee would ask for."""
+    title, _, rest = entry["title"].partition(". ")
+    about = {
+        "id": name,
+        "name": title,
+        "title": rest.rstrip("."),
+        "where": "",
+        "kind": "language",
+        "needs": "",
+    }
+    return about | {"models": PAPER_MODELS, "stated": []}
 
 
 def _command(item: dict, model: str) -> str:
@@ -245,7 +263,7 @@ def _add_tables(shown: dict, sources: Sources) -> None:
             shown["images"].append({"caption": caption, "whose": whose, "src": image_uri(path)})
         shown["tables"] += [ours.grid(part) | {"whose": whose} for part in parts if not images]
         shown["links"] += [sources.link(path) for path in entry["files"]]
-        shown["notes"] += entry["notes"]
+        shown["notes"] += entry["notes"] + [f"Still missing: {what}." for what in entry["needs"]]
 
 
 def _add_settings(shown: dict) -> None:

@@ -9,7 +9,7 @@ paper has words only, `words` says how we read them.
                   whole interval is on that side
     differs       the interval excludes the value, the range or the side
     not resolved  anything else: too few rows to tell
-    not measured  there is no interval
+    not measured  there is no interval; not stated: there is nothing to hold it to
 """
 
 import math
@@ -28,8 +28,10 @@ NARROW = {"%": 10.0, "points": 10.0, "ratio": 0.1, "r": 0.1}  # half of the wide
 def verdict(stated: dict, ours: dict | None) -> str:
     """stated: "low" and "high", None where open, and "unit"; ours: "value", and "low", "high" around it."""
     low, high = stated.get("low"), stated.get("high")
-    if ours is None or ours.get("low") is None or (low is None and high is None):
+    if ours is None or ours["low"] is None:
         return NOT_MEASURED
+    if low is None and high is None:
+        return "not stated"
     if (low is not None and ours["high"] < low) or (high is not None and ours["low"] > high):
         return "differs"
     if low is None or high is None:

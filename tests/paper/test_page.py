@@ -133,6 +133,13 @@ def test_our_tables_are_shown_with_their_verdicts(tmp_path):
     assert "not measured" in Page(text).articles["table2"].lower()
 
 
+def test_what_the_paper_does_not_have_comes_after_it(tmp_path):
+    tables = planted(tmp_path / "tables", data_fixed=level({"teacher med_tutor": 20.0}))
+    items, text = written(tmp_path, tmp_path / "nothing", tables=tables)
+    assert list(Page(text).articles) == [*IDS, "data_fixed"]
+    assert "20.0 [19.0, 21.0]" in Page(text).articles["data_fixed"]
+
+
 def test_a_model_that_the_paper_does_not_have_is_a_demonstration(tmp_path):
     rows = {"base": 0.0, "sft": 0.2, "optd": 3.9}
     table = level(rows, unit="nats a token over the base model", model="smollm2-135m")

@@ -54,7 +54,7 @@ def test_a_figure_that_replicates_another_states_the_same():
         (14.9, 14.9, "norm", interval(10.0, 20.0), "not resolved"),
         (6.7, 6.7, "%", None, "not measured"),
         (6.7, 6.7, "%", {"value": 6.7, "low": None, "high": None}, "not measured"),
-        (None, None, "%", interval(1.0, 2.0), "not measured"),
+        (None, None, "%", interval(1.0, 2.0), "not stated"),
     ],
 )
 def test_the_verdict(low, high, unit, ours, expected):
