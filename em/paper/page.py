@@ -55,9 +55,9 @@ def main(cfg: Config) -> None:
 
 OURS, DEMONSTRATION = "ours", "demonstration"
 STATES = {
-    "ours": "with our own full-size measurement",
-    "authors": "with the authors' published rows",
-    "demonstration": "with a demonstration: a reduced world, or another model",
+    "ours": "ours, at full size",
+    "authors": "the authors' published rows",
+    "demonstration": "a demonstration: a reduced world, or another model",
     "none": "not measured",
 }
 
@@ -84,7 +84,8 @@ def write_page(
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
         items=items, beyond=beyond, model=model, states=STATES, verdicts=VERDICTS, tally=_tally(items),
-        demonstration=model not in PAPER_MODELS, measured=bool(sources.tables),
+        effects=_effects(results / "authors"), measured=bool(sources.tables),
+        demonstration=model not in PAPER_MODELS,
     )  # fmt: skip
     write_text(out, page)
     return items
@@ -350,6 +351,26 @@ def _tally(items: list[dict]) -> dict[str, dict[str, int]]:
         whose: {verdict: said.count(verdict) for verdict in dict.fromkeys([*VERDICTS, *said])}
         for whose, said in found.items()
     }
+
+
+_LOGIT = {"value": "", "low": "_low", "high": "_high"}
+
+
+def _effects(folder: Path) -> list[dict]:
+    """What matching the task and the domain adds in the authors' rows, a row a model."""
+    rows = []
+    for path in sorted(folder.glob("*/effects.json"), reverse=True):
+        found, row = read_json(path), {"model": path.parent.name}
+        for name in ("task_match", "domain_match", "task_minus_domain"):
+            effect = found[name]
+            row[name] = number_text({**effect, "value": effect["points"]}, "points")
+            row[f"{name}_logit"] = (
+                f"{effect['logit']:.2f} [{effect['logit_low']:.2f}, {effect['logit_high']:.2f}]"
+            )
+            if "p" in effect:
+                row[f"{name}_p"] = f"p = {effect['p']:.2g}, of {effect['permutations']} ways"
+        rows.append(row)
+    return rows
 
 
 if __name__ == "__main__":
