@@ -185,15 +185,24 @@ def _statement(stated: dict, item: dict, sources: Sources) -> dict:
     return row
 
 
+_DIRECTION = {
+    "agrees": "same direction",
+    "differs": "opposite direction",
+    "not resolved": "direction not resolved",
+}
+
+
 def _measured(stated: dict, item: dict, sources: Sources) -> dict | None:
-    """From the tables of compare. Margins, in nats, can only be held to a side."""
+    """From the tables of compare. Another model than the paper's, or margins, are held to a side only."""
     found = ours.measured(stated["measure"], item["id"], sources.tables)
     if found is None:
         return None
-    same_unit, side = found["unit"] in ("%", "r"), None in (stated["low"], stated["high"])
-    said = verdict(stated, found) if same_unit or side else "another measure"
-    text = number_text(found, stated["unit"] if same_unit else "nats")
+    same_unit, said = found["unit"] in ("%", "r"), verdict(stated, found)
     whose = OURS if same_unit and ours.is_of(found["model"], item["models"]) else DEMONSTRATION
+    if whose == DEMONSTRATION:
+        side = None in (stated["low"], stated["high"])
+        said = _DIRECTION.get(said, said) if side else "a level, not compared"
+    text = number_text(found, stated["unit"] if same_unit else "nats")
     return {"text": text, "verdict": said, "whose": whose, "model": found["model"]}
 
 
@@ -363,10 +372,9 @@ def _effects(folder: Path) -> list[dict]:
         found, row = read_json(path), {"model": path.parent.name}
         for name in ("task_match", "domain_match", "task_minus_domain"):
             effect = found[name]
-            row[name] = number_text({**effect, "value": effect["points"]}, "points")
-            row[f"{name}_logit"] = (
-                f"{effect['logit']:.2f} [{effect['logit_low']:.2f}, {effect['logit_high']:.2f}]"
-            )
+            row[name] = number_text(effect | {"value": effect["points"]}, "points")
+            logit = {key: effect.get(f"logit{end}") for key, end in _LOGIT.items()}
+            row[f"{name}_logit"] = number_text(logit, "log odds")
             if "p" in effect:
                 row[f"{name}_p"] = f"p = {effect['p']:.2g}, of {effect['permutations']} ways"
         rows.append(row)

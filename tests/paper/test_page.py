@@ -146,7 +146,7 @@ def test_a_model_that_the_paper_does_not_have_is_a_demonstration(tmp_path):
     tables = planted(tmp_path / "tables", table1=table)
     items, text = written(tmp_path, tmp_path / "nothing", model="smollm2-135m", tables=tables)
     item, row = row_of(items, "table1", "optd − sft")
-    assert item["state"] == "demonstration" and row["ours"]["verdict"] == "agrees"  # a direction
+    assert item["state"] == "demonstration" and row["ours"]["verdict"] == "same direction"
     assert row["ours"]["text"].startswith("+3.70 nats")
     assert "no evidence for or against the paper" in " ".join(text.split())
 
