@@ -30,7 +30,7 @@ from em import parallel
 from em.cli import command_line, knob
 from em.data import authors, lineage
 from em.data.chats import chat_of, system_name, system_text
-from em.data.rows import default_data, load_broad, load_cells, load_grid, split
+from em.data.rows import default_data, grid_for, load_broad, load_cells, load_grid, split
 from em.errors import MissingFile, UserError
 from em.estimate.gpus import GPUS
 from em.files import json_digest, read_json_lines, write_json_lines
@@ -185,7 +185,7 @@ def subject(cfg: Config, folder: str | None) -> Subject:
     settings = lineage.settings_of(folder) if folder else {}
     label = lineage.label(folder) if folder else {"model": cfg.model, "train": "base"}
     label |= {"system": system_name(system_text(cfg.system))} if cfg.system else {}
-    data = data_of(cfg, settings)
+    data = cfg.data or grid_for(settings.get("data"), cfg.model)
     if settings.get("data") not in (None, data) and not cfg.data:
         print(f"{settings['data']} is one cell and no grid: asking {data}; --data names another")
     default = Path(folder or f"runs/{Path(cfg.model).name.lower()}_base") / "eval"
@@ -207,13 +207,6 @@ def subject(cfg: Config, folder: str | None) -> Subject:
                 if row.get("question") != known:
                     raise UserError(f"{path} answers other prompts than {data} has now; choose another --out")
     return Subject(folder, settings, label, data, out, prompts)
-
-
-def data_of(cfg: Config, settings: dict) -> str:
-    """Where the prompts are: --data, or the run's own where that is a grid, or the model's default."""
-    own = settings.get("data")
-    is_grid = own and not str(own).endswith((".jsonl", ".jsonl.gz"))
-    return cfg.data or (own if is_grid else default_data(cfg.model))
 
 
 def opened(cfg: Config, subject: Subject, device):
@@ -292,7 +285,8 @@ def main(cfg: Config) -> dict | None:
     cfg = cfg.with_base(cfg.model)
     judge = None
     if cfg.judge != "margin":  # first, so that a missing key ends it at once
-        judge = cfg.judge_of(data_of(cfg, lineage.settings_of(cfg.run[0]) if cfg.run else {}))
+        own = lineage.settings_of(cfg.run[0]).get("data") if cfg.run else None
+        judge = cfg.judge_of(cfg.data or grid_for(own, cfg.model))
     tokenizer = load_tokenizer(cfg.model)
     subjects = [subject(cfg, folder) for folder in cfg.run or (None,)]
     for prompts in (prompts for each in subjects for prompts in each.prompts.values()):

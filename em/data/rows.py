@@ -42,6 +42,11 @@ def default_data(model: str) -> str:
     return "sample" if model == "smollm2-135m" else PAPER
 
 
+def grid_for(own: str | None, model: str) -> str:
+    """Where the prompts of a run are: its own data where that is a grid, else the model's default."""
+    return own if own and not str(own).endswith((".jsonl", ".jsonl.gz")) else default_data(model)
+
+
 def load_cell(data: str | Path, cell: Cell) -> list[dict]:
     """The rows of `cell`, in file order; an answer that `data` does not have is None.
 
