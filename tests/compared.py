@@ -1,4 +1,6 @@
-"""Tables as `evaluate.py compare` writes them, of planted values."""
+"""Tables as `evaluate.py compare` writes them, of planted values; the fields of a file of counts."""
+
+FIELDS = "model train set domain task em_surface rows scored em incoherent refusal other_unscored".split()
 
 
 def part(values, half=1.0, unit="percent", model="Qwen/Qwen3-14B", **more):

@@ -347,7 +347,7 @@ def image_uri(path: Path) -> str:
         size = WIDEST, round(picture.height * WIDEST / picture.width)
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     data = io.BytesIO()
-    picture.quantize(64).save(data, format="PNG", optimize=True)
+    picture.quantize(64, Image.Quantize.FASTOCTREE).save(data, format="PNG")
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 

@@ -4,14 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from compared import FIELDS
 
 from em.data.cells import parse_cell
 from em.errors import UserError
 from em.paper.counts import Counts, read_counts
 from em.paper.measures import measure
 from em.stats import wilson
-
-FIELDS = "model train set domain task em_surface rows scored em incoherent refusal other_unscored".split()
 
 
 def counts_file(path, rows):
