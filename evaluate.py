@@ -43,8 +43,8 @@ from em.judge.rubric import FOLDER, Rubrics
 from em.label.labels import Labels
 from em.label.server import LabelServer
 from em.lock import FolderLock
-from em.model import lora
-from em.model.checkpoint import load_model, load_tokenizer
+from em.model import hub, lora
+from em.model.checkpoint import load_config, load_model, load_tokenizer
 from em.model.hub import model_digest
 from em.report.judges import write_agreement
 from em.report.margins import margin_report, read_margins
@@ -59,8 +59,16 @@ from em.training.margin import answer_pairs, cell_margins, start_margins
 
 @dataclass
 class Config(JudgeOptions):
-    run: tuple[str, ...] = knob((), "run folders of train.py or distill.py", "what")
-    model: str | None = knob(None, "base model to evaluate, where no --run is named", "what")
+    run: tuple[str, ...] = knob(
+        (), "run folders of train.py or distill.py, PEFT folders, or hub ids of adapters", "what"
+    )
+    cell: str | None = knob(
+        None, "what a --run from elsewhere was trained on (default: unknown, adapter)", "what", setting=False
+    )
+    revision: str | None = knob(None, "branch, tag or commit of a --run from the hub", "what", setting=False)
+    model: str | None = knob(
+        None, "base model: to evaluate it alone, or the one that the runs are on (default: their own)", "what"
+    )
     on: str = knob("all", "set of prompts to answer", "what", ("narrow", "broad", "all"))
     judge: str = knob(
         "gemini", "measure of misalignment: a judge's scores of responses, or margins of known answers",
@@ -183,12 +191,14 @@ class Subject(NamedTuple):
 def subject(cfg: Config, folder: str | None) -> Subject:
     """UserError for prompts that cannot be had, and for responses that are there to other prompts."""
     settings = lineage.settings_of(folder) if folder else {}
-    label = lineage.label(folder) if folder else {"model": cfg.model, "train": "base"}
+    label = lineage.label(folder, cfg.cell) if folder else {"model": None, "train": "base"}
+    label["model"] = hub.canonical(cfg.model)
     label |= {"system": system_name(system_text(cfg.system))} if cfg.system else {}
     data = cfg.data or grid_for(settings.get("data"), cfg.model)
     if settings.get("data") not in (None, data) and not cfg.data:
         print(f"{settings['data']} is one cell and no grid: asking {data}; --data names another")
-    default = Path(folder or f"runs/{Path(cfg.model).name.lower()}_base") / "eval"
+    base = Path("runs") / f"{Path(cfg.model).name.lower()}_base"
+    default = (lineage.home(folder) if folder else base) / "eval"
     if cfg.system:
         default = default.with_name(f"eval_system_{json_digest(label['system'])[:8]}")
     out, prompts = Path(cfg.out or default), {}
@@ -230,15 +240,15 @@ def evaluate(cfg: Config, subject: Subject, model, tokenizer, judge: Judge | Non
         lora.load_adapter(model, "run", folder)
     try:
         if cfg.judge == "margin":
-            on, before, digests = subject.settings.get("on"), (), {"on_digest": None}
-            if on:
-                lora.load_adapter(model, "start", on)
-                before, digests = ("start",), {"on_digest": lineage.adapter_digest(on)}
+            start, before, digests = lineage.start_of(folder) if folder else None, (), {"on_digest": None}
+            if start:
+                lora.load_adapter(model, "start", folder, ranks=start[0])
+                before, digests = ("start",), {"on_digest": start[1]}
             digests["model_digest"] = model_digest(cfg.model)
             pairs = answer_pairs(
                 load_cells(subject.data), tokenizer, cfg.limit, system=system_text(cfg.system)
             )
-            beside = Path(folder or out.parent).parent
+            beside = (lineage.home(folder) if folder else out.parent).parent
             rows = margin_rows(subject.label, pairs, model, (before, stack), digests, beside)
             if before:
                 lora.remove_adapter(model, "start")
@@ -251,43 +261,42 @@ def evaluate(cfg: Config, subject: Subject, model, tokenizer, judge: Judge | Non
             with lora.stack(model, *stack, frozen=True):
                 rows = generate(cfg, path, subject.label, prompts, n, model, tokenizer)
             scored += judge_rows(judge, rows, out / f"scores_{kind}.jsonl")
-        summary = write_report(scores_of(scored, grid=load_grid(subject.data)), out / "report")["summary"]
+        grid = None
+        with contextlib.suppress(UserError):  # data of broad prompts alone have none
+            grid = load_grid(subject.data)
+        summary = write_report(scores_of(scored, grid=grid), out / "report")["summary"]
         return f"{summary}\n{out / 'report'}: tables and figures; browse.html there shows the responses"
     finally:
         if folder:
             lora.remove_adapter(model, "run")
 
 
-def dry_run(cfg: Config, names: dict[str, str]) -> dict:
-    """What the runs `names`, each with its model, or the base model need on `cfg.gpu`, printed."""
+def dry_run(cfg: Config) -> dict:
+    """What the runs, or the base model, need on `cfg.gpu`, printed."""
     from em.estimate import runs, sheet  # an import of a second
 
-    cfg = dataclasses.replace(cfg, model=next(iter(names.values()), cfg.model or "qwen2.5-14b"))
-    data = next((lineage.settings_of(folder).get("data") for folder in names), None)
+    cfg = dataclasses.replace(cfg, model=cfg.model or "qwen2.5-14b")
+    data = next((lineage.settings_of(folder).get("data") for folder in cfg.run), None)
     return sheet.show(runs.evaluation(cfg, cfg.data or data or default_data(cfg.model)))
 
 
 def main(cfg: Config) -> dict | None:
-    names = {folder: lineage.settings_of(folder)["model"] for folder in cfg.run}
-    if len(set(names.values())) > 1:
-        raise UserError(
-            f"--run names runs of several models ({', '.join(sorted(set(names.values())))}); one at a time"
-        )
-    if cfg.run and cfg.model:
-        raise UserError("--model evaluates a base model; with --run leave it out")
+    cfg = dataclasses.replace(cfg, run=tuple(hub.at_revision(name, cfg.revision) for name in cfg.run))
+    cfg = dataclasses.replace(cfg, model=lineage.base_of(cfg.run, cfg.model))
     if len(cfg.run) > 1 and cfg.out:
         raise UserError("--out is for one run; several write to <run>/eval each")
     if cfg.dry_run:
-        return dry_run(cfg, names)
+        return dry_run(cfg)
     device = parallel.start(cfg.device)
     default = "qwen2.5-14b" if device.type == "cuda" else "smollm2-135m"
-    cfg = dataclasses.replace(cfg, model=next(iter(names.values()), cfg.model or default))
+    cfg = dataclasses.replace(cfg, model=cfg.model or default)
     cfg = cfg.with_base(cfg.model)
     judge = None
     if cfg.judge != "margin":  # first, so that a missing key ends it at once
         own = lineage.settings_of(cfg.run[0]).get("data") if cfg.run else None
         judge = cfg.judge_of(cfg.data or grid_for(own, cfg.model))
     tokenizer = load_tokenizer(cfg.model)
+    lora.check_adapters(load_config(cfg.model), cfg.run)
     subjects = [subject(cfg, folder) for folder in cfg.run or (None,)]
     for prompts in (prompts for each in subjects for prompts in each.prompts.values()):
         judge.forecast(prompt | {"response": "a"} for prompt in prompts)  # and a missing rubric
