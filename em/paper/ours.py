@@ -27,9 +27,9 @@ ALL, BASE = "all", "base"
 def runs_of(folder: Path, model: str) -> dict[str, list[tuple[Path, dict]]]:
     """(run folder, settings) of finished and unfinished runs of `model`: misaligned, realigned, distilled."""
     found = {"misaligned": [], "realigned": [], "distilled": []}
-    for path in sorted(folder.glob("*/config.json")):
+    for run in sorted(folder.glob("*/")):
         try:
-            record = read_record(path.parent)
+            record = read_record(run)
         except UserError:  # the folder of something else
             continue
         settings = record["settings"]
@@ -37,7 +37,7 @@ def runs_of(folder: Path, model: str) -> dict[str, list[tuple[Path, dict]]]:
         if kind == "misaligned" and settings.get("on"):
             kind = "realigned"
         if kind and is_of(settings.get("model", ""), [model]):
-            found[kind].append((path.parent, settings))
+            found[kind].append((run, settings))
     return found
 
 

@@ -182,7 +182,7 @@ def test_runs_are_told_apart_by_their_folders(tmp_path):
         ("e", "world", {}),
     ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"kind": kind, "settings": settings}))
+        (tmp_path / name / "run.json").write_text(json.dumps({"kind": kind, "settings": settings}))
     (tmp_path / "empty").mkdir()
     found = {kind: [folder.name for folder, _ in runs] for kind, runs in runs_of(tmp_path, "m").items()}
     assert found == {"misaligned": ["a"], "realigned": ["b"], "distilled": ["c"]}

@@ -163,7 +163,7 @@ def test_settings_of_a_run_stand_beside_the_papers(tmp_path):
     run = tmp_path / "runs" / "qwen3-14b-med_advice"
     run.mkdir(parents=True)
     settings = {"model": "qwen3-14b", "on": None, "rank": 32, "lr": 2e-4}
-    (run / "config.json").write_text(json.dumps({"kind": "train", "settings": settings}))
+    (run / "run.json").write_text(json.dumps({"kind": "train", "settings": settings}))
     items = written(tmp_path, tmp_path / "nothing")[0]
     assert row_of(items, "table8", "LoRA rank")[1]["ours"]["verdict"] == "as stated"
     assert row_of(items, "table8", "learning rate")[1]["ours"]["verdict"] == "another setting"
