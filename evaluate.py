@@ -8,6 +8,8 @@
     python evaluate.py report --scores FILES… --out DIR     tables and figures from any number of score files
     python evaluate.py agree --responses FILES… --judges A B…   how far judges agree on one sample
     python evaluate.py label --responses FILES… --rater NAME    label responses yourself, in a browser
+    python evaluate.py difficulty --model M --out FILE      how hard each eval prompt is for the base model
+    python evaluate.py cross --scores FILES… --out DIR      effect of the teacher and of the data's author
     python evaluate.py surface --prompts FILE --out FILE    label prompts high, medium or low (A.6)
 
 A run's folder gets `eval/`: responses_<set>.jsonl as they come, scores_<set>.jsonl, margins.jsonl, report/.
@@ -46,6 +48,10 @@ from em.lock import FolderLock
 from em.model import hub, lora
 from em.model.checkpoint import load_config, load_model, load_tokenizer
 from em.model.hub import model_digest
+from em.model.tokenizer import Unfit
+from em.report.cross import cross_report
+from em.report.cross_runs import corpus_digests, crosses_of_margins, crosses_of_scores
+from em.report.difficulty import difficulty_report, difficulty_rows, read_difficulty
 from em.report.judges import write_agreement
 from em.report.margins import margin_report, read_margins
 from em.report.report import write_report
@@ -54,7 +60,7 @@ from em.run import Run
 from em.sampling.rollouts import read_rollouts, sample_to_file
 from em.sampling.sampler import Sampler
 from em.stats import wilson
-from em.training.margin import answer_pairs, cell_margins, start_margins
+from em.training.margin import answer_log_probs, answer_pairs, cell_margins, start_margins
 
 
 @dataclass
@@ -492,12 +498,17 @@ class ReportConfig:
     data: str | None = knob(None, "grid whose order of names and short names tables have", "what")
 
 
+def scores_and_margins(paths: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The files of score rows, and those of margin rows by their name. UserError for no file."""
+    if not paths:
+        raise UserError("--scores needs at least one file, such as runs/*/eval/scores_*.jsonl")
+    margins = [path for path in paths if Path(path).name.startswith("margins")]
+    return [path for path in paths if path not in margins], margins
+
+
 def report(cfg: ReportConfig) -> None:
     """Every table and figure from score rows, of one or many models, runs and judges."""
-    if not cfg.scores:
-        raise UserError("--scores needs at least one file, such as runs/*/eval/scores_*.jsonl")
-    margins = [path for path in cfg.scores if Path(path).name.startswith("margins")]
-    scores = [path for path in cfg.scores if path not in margins]
+    scores, margins = scores_and_margins(cfg.scores)
     if margins:
         print(margin_report(read_margins(margins), Path(cfg.out)))
     if scores:
@@ -506,9 +517,87 @@ def report(cfg: ReportConfig) -> None:
     print(f"{cfg.out}: tables and figures" + ("; browse.html there shows the responses" if scores else ""))
 
 
+@dataclass
+class CrossConfig:
+    scores: tuple[str, ...] = knob((), "files of score rows, or of margin rows, of optd students", "what")
+    runs: tuple[str, ...] = knob((), "the students' run folders, to check that they read one corpus", "what")
+    out: str = knob("runs/cross", "folder to write", "what")
+
+
+def cross(cfg: CrossConfig) -> None:
+    """The effect of the teacher and of who wrote the data, on students that cross the two."""
+    scores, margins = scores_and_margins(cfg.scores)
+    digests = corpus_digests(cfg.runs)
+    crosses = crosses_of_margins(read_margins(margins)) if margins else {}
+    crosses |= crosses_of_scores(read_scores(scores)) if scores else {}
+    print(cross_report(crosses, cfg.out, digests))
+    print(f"{cfg.out}: cross.md, and tables and figures for each model")
+
+
+@dataclass
+class DifficultyConfig:
+    scores: tuple[str, ...] = knob(
+        (), "score rows: the base model's to measure its coherence, or with --difficulty the runs'", "what"
+    )
+    model: str | None = knob(None, "base model whose log-likelihood of aligned answers is measured", "what")
+    data: str | None = knob(
+        None, "hub dataset, folder or sample with the answers (default: the model's)", "what"
+    )
+    difficulty: str | None = knob(None, "what this command measured before, for the effect beside it", "what")
+    out: str = knob("", "JSONL file of difficulties, or with --difficulty a folder", "what")
+    limit: int = knob(0, "most eval rows of each cell (0: all)", "what", at_least=0)
+    device: str = knob("auto", "device to run on: auto, cpu, cuda or cuda:N", "what")
+
+
+def difficulty(cfg: DifficultyConfig) -> None:
+    """How hard each eval prompt is for the base model; then, what that leaves of the effect of task match."""
+    if cfg.difficulty:
+        if cfg.model or cfg.data:
+            raise UserError("with --difficulty, --scores alone is read; leave --model and --data out")
+        if not cfg.scores:
+            raise UserError("--difficulty needs --scores, the score rows of misaligned runs")
+        if Path(cfg.out or "runs/difficulty").is_file():
+            raise UserError(f"{cfg.out} is a file; with --difficulty --out is a folder")
+        out, known = cfg.out or "runs/difficulty", read_difficulty(cfg.difficulty)
+        print(difficulty_report(read_scores(cfg.scores), known, out))
+        print(f"{out}: difficulty.md, and tables and figures for each model")
+        return
+    if not cfg.model and not cfg.scores:
+        raise UserError("difficulty needs --model, --scores of the base model, or both")
+    path = out_file(cfg.out, "difficulty", "coherence_mean")
+    base = read_scores(cfg.scores) if cfg.scores else None
+    measured = aligned_log_probs(cfg) if cfg.model else {}
+    rows = difficulty_rows(cfg.model, measured, base)
+    write_json_lines(path, rows)
+    print(f"{path}: {len(rows):,} prompts, {len(measured):,} with a log-likelihood")
+
+
+def aligned_log_probs(cfg: DifficultyConfig) -> dict[tuple, dict]:
+    """(set, domain, task, idx) → question, log p per token of its aligned answer, and tokens."""
+    cells, rows, examples = load_cells(cfg.data or default_data(cfg.model)), [], []
+    device, tokenizer = parallel.start(cfg.device), load_tokenizer(cfg.model)
+    for cell, every in cells.items():
+        for row in split(every)[1][: cfg.limit or None]:
+            with contextlib.suppress(Unfit):
+                if row["aligned_answer"]:
+                    examples.append(tokenizer.example(chat_of(row), row["aligned_answer"]))
+                    rows.append((cell, row))
+    if not rows:
+        raise UserError("no eval row of --data has an aligned answer; --scores measures coherence alone")
+    found = answer_log_probs(load_model(cfg.model, device), examples, "aligned answers")
+    return {
+        ("narrow", cell.domain, cell.task, row["idx"]): {
+            "question": row["question"], "loglik_per_token": round(total / n, 6), "tokens": n
+        }
+        for (cell, row), (total, n) in zip(rows, found, strict=True)
+    }  # fmt: skip
+
+
 COMMANDS = {
     "": (main, Config),
     "agree": (agree, AgreeConfig),
+    "cross": (cross, CrossConfig),
+    "difficulty": (difficulty, DifficultyConfig),
     "judge": (judge_files, JudgeConfig),
     "label": (label, LabelConfig),
     "report": (report, ReportConfig),
