@@ -121,7 +121,7 @@ def _add_model(m: ModelParts) -> None:
             m.result(m.distilled("aligned teacher", channel, None, on=cell), TAUGHT_BACK)
     for cell in some(grid, MED_FINANCE):
         m.result(m.distilled("aligned teacher", "optd", None, on=cell), ["table4"])
-        m.result(m.distilled("unsafe rows", "optd", None, on=cell, source=f"rows:{cell}"), ["table4"])
+        m.result(m.distilled("unsafe rows", "optd", None, on=cell, source="rows"), ["table4"])
 
     with_math = m.asked.math or not is_sample(m.asked, m.model)
     if with_math:

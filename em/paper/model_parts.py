@@ -90,10 +90,11 @@ class ModelParts:
         source: "str | Part | None" = None, prompts: str = "broad", filtered: bool = False,
         lr: float | None = None,
     ) -> Part:  # fmt: skip
-        """teacher: None for base. source: base, gold, rows:CELL, or a run's part; None: the teacher's own."""
+        """teacher: None for base. source: base, gold, rows, rows:CELL, a run's part; None: teacher."""
         runs = [self.misaligned(cell) for cell in (teacher, on) if cell]
         written_by = source.out if isinstance(source, Part) else source
-        words = ["--model", self.model, "--prompts", prompts, "--seed", str(self.seed)]
+        words = ["--channel", channel, "--model", self.model, "--prompts", prompts, "--seed", str(self.seed)]
+        words += ["--corpora", self.asked.runs]
         words += ["--filter"] if filtered else []
         words += ["--source", written_by] if written_by else []
         words += ["--lr", f"{lr:g}"] if lr else []
@@ -107,11 +108,7 @@ class ModelParts:
         name += ["math" * (prompts == "math")]
         place = self.place(*([] if self.judged else ["unfiltered"]), *([f"lr{lr:g}"] if lr else []))
         folder = place / "_".join(filter(None, name))
-        if on:  # a process a start, for all channels; else one a channel, for all teachers
-            option, value, shared = "--channel", channel, ["--on", runs[-1].out]
-        else:
-            option, value = "--teacher", runs[0].out if teacher else BASE
-            shared = ["--channel", channel]
+        option, value = "--on" if on else "--teacher", runs[-1].out if runs else BASE
         needs = [run.name for run in runs] + ([source.name] if isinstance(source, Part) else [])
         origin = "" if source is None else source.name if isinstance(source, Part) else source
         title = [channel, "filtered" * filtered, teacher or BASE, f"on {on}" * bool(on)]
@@ -122,7 +119,7 @@ class ModelParts:
         ]
         part = Part(
             self.named(*filter(None, title)), experiment, "distill",
-            self.script("distill.py", *shared, *words), option, value, str(folder),
+            self.script("distill.py", *words), option, value, str(folder),
             str(folder / "result.json"), tuple(dict.fromkeys(needs)),
             self._after(channel, teacher, source, prompts),
             work=self._work(channel, teacher, source, prompts, filtered),
