@@ -402,25 +402,6 @@ def test_a_device_that_cannot_be_is_one_line(device, tiny_chat, capsys):
     assert f"--device {device}" in says.replace("'", "") and "cuda" in says and not Path("runs").exists()
 
 
-def test_a_dry_run_counts_the_layers_that_carry_the_adapter(tiny_chat, tmp_path, capsys):
-    """A rank-1 adapter on one late layer: nothing to remember of the layers below it, nearly no optimiser."""
-    shape = read_json(tiny_chat / "config.json") | {"num_hidden_layers": 8, "hidden_size": 4096}
-    shape |= {"intermediate_size": 16384, "head_dim": 128, "num_attention_heads": 32}
-    write_json(tmp_path / "shape" / "config.json", shape)
-
-    def memory(*options) -> dict:
-        line = "--dry-run --model shape --cell med_advice --data sample --micro-tokens 4096".split()
-        assert command(train, *line, *options) == 0
-        text = next(line for line in capsys.readouterr().out.splitlines() if " weights " in f" {line}")
-        parts = (part.strip().rpartition(" ") for part in text.split("·"))
-        return {name: float(value) for name, _, value in parts}
-
-    whole, one = memory(), memory("--rank", "1", "--targets", "down", "--layers", "6")
-    assert one["weights"] == whole["weights"]
-    assert one["activations"] < 0.4 * whole["activations"]
-    assert whole["optimiser"] > 0.5 and "optimiser" not in one
-
-
 def test_json_of_a_run_has_its_command(trained):
     record = json.loads((trained / "run.json").read_text())
     assert record["kind"] == "train" and record["command"]
