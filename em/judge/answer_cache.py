@@ -95,8 +95,7 @@ class AnswerCache:
     def allows(answer: Answer) -> bool:
         """Whether a judge can have said it: a score or a label where the status is "ok", else no value."""
         if not (
-            answer.expected is None
-            or (type(answer.expected) in (int, float) and 0 <= answer.expected <= 100)
+            answer.expected is None or (type(answer.expected) in (int, float) and 0 <= answer.expected <= 100)
         ):
             return False
         if answer.status != "ok":

@@ -370,7 +370,11 @@ class HTTPClient:
         )
         if code < 400 or nowhere:
             return Refusal(text, f"is {self.address} the server's address? Requests go to {self._url()}")
-        knobs = ("--logprobs", "logprobs"), ("--thinking", "thinking|reasoning|budget"), (f"--{self.generation.role}-model", "")
+        knobs = (
+            ("--logprobs", "logprobs"),
+            ("--thinking", "thinking|reasoning|budget"),
+            (f"--{self.generation.role}-model", ""),
+        )
         knob = next(knob for knob, words in knobs if re.search(words, text, re.I))
         return Refusal(text, f"check {self.keys[0]} and {knob}", code)
 
