@@ -16,7 +16,8 @@ import train
 from em.cli import command_line
 from em.data import lineage
 from em.data.cells import CELLS
-from em.data.rows import load_broad, load_cell, load_math
+from em.data.math_problems import load_math
+from em.data.rows import load_broad, load_cell
 from em.errors import UserError
 from em.experiments.comparison import inventory, read_numbers
 from em.files import unique_name, write_json
@@ -147,7 +148,7 @@ BAD = [
     ("margins", {"after": 1e308}, r"'after' cannot be 1e\+308; it is in nats"),
     ("margins", {"after": 10**400}, "'after' cannot be 1000"),
     ("margins", {"idx": True}, "'idx' cannot be True; it is an integer"),
-    ("margins", {"task": "poetry"}, "unknown cell 'med_poetry'"),
+    ("margins", {"task": "…"}, "unknown cell 'med_…'"),
     ("margins", {"train": "base>base"}, "train 'base>base' is none of"),
     ("margins", {"model": ABSENT}, "no field 'model'"),
     ("margins", [MARGIN, MARGIN | {"domain": "medical", "after": 2}], "line 2 and .*line 1 differ"),
@@ -159,7 +160,7 @@ BAD = [
     ("cell", [CELL, CELL | {"question": "Who?"}], "line 2: idx 0 as in line 1"),
     ("cell", [CELL, CELL | {"idx": 1}], "line 2: the same row as in line 1"),
     ("broad", {"em_surface": None}, "'em_surface' cannot be None"),
-    ("broad", {"em_surface": "extreme"}, "unknown 'tutor' or 'extreme'"),
+    ("broad", {"em_surface": "extreme"}, "unknown 'extreme'; it is high, medium or low"),
     ("broad", {"question": ""}, "'question' cannot be ''"),
     ("broad", [BROAD, BROAD | {"question": "Who?"}], "line 2: idx 0 as in line 1"),
     ("math", {"solution": None}, "'solution' cannot be None"),
@@ -242,7 +243,7 @@ BAD = [
     ("run", {"kind": ["train"]}, "'kind' cannot be"),
     ("run", {"settings": []}, "'settings' cannot be"),
     ("run", {"settings": TRAINED | {"model": 3}}, "'model' cannot be 3"),
-    ("run", {"settings": TRAINED | {"cell": "med_poetry"}}, "unknown cell"),
+    ("run", {"settings": TRAINED | {"cell": "poetry"}}, "unknown cell"),
     ("run", {"settings": {"model": "m"}}, "no field 'cell'"),
     ("run", {"settings": TRAINED | {"variant": "evil"}}, "neither misaligned nor aligned"),
     ("run", {"kind": "distill"}, "no field 'estimator'|no field 'channel'"),

@@ -111,8 +111,12 @@ def test_a_channel_leaves_an_adapter_an_epoch_a_log_and_diagnostics(channel, tin
     assert any(not torch.equal(final[name], first[name]) for name in final)
     settings = read_json(out / "config.json")["settings"]
     assert settings["filtered"] is False and settings["model"] == str(tiny_chat)
-    assert lineage.label(out) == {"model": f"{tiny_chat} {channel}", "train": "med_advice"}
-    assert lineage.label(out / "epoch1")["model"].endswith(f"{channel} epoch 1")
+    label = lineage.label(out)
+    assert (label["model"], label["train"], label["channel"]) == (str(tiny_chat), "med_advice", channel)
+    assert (label["teacher"], label["epoch"], label.get("source")) == (
+        "med_advice", 2, None if channel == "opd" else "med_advice",
+    )  # fmt: skip
+    assert lineage.label(out / "epoch1") == label | {"epoch": 1}
 
 
 def test_optd_brings_the_student_nearer_to_its_teacher():
@@ -158,7 +162,8 @@ def test_realignment_starts_from_the_misaligned_run_and_saves_both_as_one():
     found = read_json(out / "diagnostics.json", kind=list)
     assert found[-1]["kl"]["mean"] < found[0]["kl"]["mean"]  # towards the base
     assert found[0]["divergence"]["mean"] == 0  # whose argmax is its own
-    assert lineage.label(out)["train"] == "med_advice" and "realigned" in lineage.label(out)["model"]
+    label = lineage.label(out)
+    assert (label["train"], label["teacher"], label["source"]) == ("med_advice>base", "base", "base")
     assert command(*FEW, "--channel", "sft", "--teacher", str(out)) == 0  # a run like any other
 
 

@@ -210,7 +210,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded_and_leaves_no_folde
     monkeypatch.setattr(evaluate, "load_model", None)
     (tmp_path / "empty").mkdir()
     for line, says in (
-        (["--run", fresh, "--data", tmp_path / "empty"], "has none of the twelve cells"),
+        (["--run", fresh, "--data", tmp_path / "empty"], "has no cell, such as"),
         (["--run", fresh, "--cache", tmp_path], "is not a file; name one"),
         (["--model", tmp_path / "empty"], "has no tokenizer.json"),
         (["--run", fresh, "--rubrics", tmp_path / "empty"], "empty"),

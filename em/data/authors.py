@@ -8,6 +8,8 @@ own rubrics, so the judge is called theirs and not by the model's name alone.
 
 import hashlib
 
+from em.data.condition import FIELDS
+
 JUDGE = "gemini-2.5-flash (the authors' rubrics)"
 _THEIRS = ("model_key", "ft_domain", "ft_task", "question_id", "sample_i")
 
@@ -31,4 +33,5 @@ def score_row(row: dict) -> dict:
         "sample": row["sample_i"],
         "em_surface": row.get("em_surface"),
     }
+    row = {name: value for name, value in row.items() if name not in FIELDS}  # their `source` is not ours
     return row | ours | ({"judge": JUDGE} if "aligned" in row and "judge" not in row else {})

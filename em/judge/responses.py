@@ -1,8 +1,8 @@
 """Responses that may be judged: what makes two rows one response, and a sample that is fair to all of them.
 
 A response is known by its place (model, train and condition, set, domain, task, idx, sample) and its text.
-Files of responses and files of score rows are read alike; what a judge said in them is left out, so that whoever
-judges next is blind to it.
+Files of responses and files of score rows are read alike; what a judge said in them is left out, so that
+whoever judges next is blind to it.
 """
 
 import functools

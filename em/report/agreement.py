@@ -111,9 +111,9 @@ def compare(
 ) -> dict | None:
     """Two judges' rows of the same table, on the responses that both have; None where they share none.
 
-    A response is the same where model, train, condition, prompt, sample and its text are. known: all that each judge
-    has judged, where `a` and `b` are a sample of it (default: they are all). `confusion` (3, 3) counts
-    verdicts, `joint` (5, 5) aligned scores by fifths of the scale, the first judge down.
+    A response is the same where model, train, condition, prompt, sample and its text are. known: all that
+    each judge has judged, where `a` and `b` are a sample of it (default: they are all). `confusion` (3, 3)
+    counts verdicts, `joint` (5, 5) aligned scores by fifths of the scale, the first judge down.
 
     `a_as_b_rate` is what A's rate would be under B: the rate of all that A knows, in the runs and sets of
     which both have judged some, its verdicts replaced by B's as the confusion says. It takes the responses

@@ -52,7 +52,7 @@ def read_margins(paths: list[Path]) -> list[dict]:
 
 
 def margin_report(rows: list[dict], out: Path) -> str:
-    """Write `margin_matrix.{json,csv,png}` for each model and way of training into `out`; a sentence for each.
+    """Write `margin_matrix.{json,csv,png}` into `out` for each model and way of training; a sentence each.
 
     An entry is the mean change over the rows of an eval cell, with its 95 % interval (Student's t).
     """

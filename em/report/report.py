@@ -1,7 +1,7 @@
 """The report: every table and figure of the paper's natural-language results, from score rows.
 
-One folder for each model and way of training (em/data/condition.py), and for each judge where there are several,
-holds as CSV, JSON and PNG
+One folder for each model and way of training (em/data/condition.py), and for each judge where there are
+several, holds as CSV, JSON and PNG
 
     narrow_cells, broad_cells            12×12 and 12×4, Figures 14–16
     narrow_tasks, narrow_domains         aggregates of the first, Figures 2b, 2c, 12, 13
@@ -62,7 +62,7 @@ def write_report(table: ScoreTable, out: str | Path, draws: int = DRAWS) -> dict
         report |= {"model": group.model, "judge": group.judge}
         report["agreement"] = agreement_of(sets, report["model"], report["judge"])
         report["summary"] = sentences(report) + share_sentences(report["agreement"])
-        _write_model(report, out / folder)
+        _write_model(report, table.grid, out / folder)
     if judges:
         write_json(out / "judges.json", judges)
         write_csv(out / "judges.csv", [{k: v for k, v in pair.items() if k != "joint"} for pair in judges])
@@ -74,7 +74,7 @@ def write_report(table: ScoreTable, out: str | Path, draws: int = DRAWS) -> dict
 
 
 class Group(NamedTuple):
-    """The rows of one set of tables: a model's under one judge, trained in one way, teachers and seeds apart."""
+    """The rows of one set of tables: of a model trained in one way, whoever taught it, under one judge."""
 
     folder: str  # a unique file name
     model: str  # with the way in words
@@ -114,7 +114,7 @@ def groups_of(table: ScoreTable) -> list[Group]:
 
 
 def model_report(table: ScoreTable, draws: int = DRAWS, before: ScoreTable | None = None) -> dict:
-    """All tables of one model under one judge, as data. before: the misaligned runs, if they are no rows here."""
+    """All tables of one group, as data. before: the misaligned runs, if they are no rows of `table`."""
     grid, present = table.grid, set(np.unique(table.train).tolist())
     runs = {t.start: i for i, t in enumerate(table.trains) if t.misaligned and i in present}
     untrained = [i for i, t in enumerate(table.trains) if str(t) == BASE and i in present]
@@ -158,15 +158,17 @@ def model_report(table: ScoreTable, draws: int = DRAWS, before: ScoreTable | Non
     if not table.narrow.all():
         panels["broad"] = panel = broad_panel(table, draws)
         n = len(SURFACES)
-        by_task = {t: [n * i + s for s in range(n)] for i, t in enumerate(table.tasks)}
+        asked = set(np.unique(table.task[~table.narrow]).tolist())
+        by_task = {t: [n * i + s for s in range(n)] for i, t in enumerate(table.tasks) if i in asked}
         add("broad_cells", panel, cells | base, by_task)
         add("broad_tasks", panel, tasks | base, by_task)
         add("broad_domains", panel, domains | base, by_task)
         labelled = range(n if (panel.column % n == n - 1).any() else n - 1)
         by_surface = {SURFACES[s]: [n * i + s for i in range(len(table.tasks))] for s in labelled}
         add("surface", panel, {"misaligned": sorted(runs.values())} | cells | base, by_surface)
-        for name, group in (("realigned_cells", _cell), ("realigned_tasks", _task)):
-            realigned = _realigned(name, panel, group, grid, before, draws)
+        names = {"realigned_cells": list(map(str, grid.cells)), "realigned_tasks": list(grid.tasks)}
+        for name, group in (("realigned_cells", str), ("realigned_tasks", _task)):
+            realigned = _realigned(name, panel, group, [*names[name], BASE], before, draws)
             if realigned:
                 tables[name] = realigned
     for name, panel in panels.items():
@@ -181,21 +183,16 @@ def model_report(table: ScoreTable, draws: int = DRAWS, before: ScoreTable | Non
     return report
 
 
-def _cell(name: str) -> str:
-    return name
-
-
 def _task(name: str) -> str:
     return name.partition("_")[2] or name  # base stays base
 
 
 def _realigned(
-    name: str, panel: Panel, group, grid: Grid, plain: ScoreTable | None, draws: int
+    name: str, panel: Panel, group, names: list[str], plain: ScoreTable | None, draws: int
 ) -> dict | None:
     """Rows: what the run was misaligned on; columns: what it was realigned on; `initial`: before that."""
     realigned = [(i, t) for i, t in enumerate(panel.trains) if t.realigned]
     starts, ends = ({group(getattr(t, end)) for _, t in realigned} for end in ("start", "end"))
-    names = list(dict.fromkeys(map(group, [*map(str, grid.cells), BASE])))
     rows, columns = ([n for n in names if n != BASE or n in present] for present in (starts, ends))
     everything = list(range(panel.sums.shape[1]))
     before = {t.start: i for i, t in enumerate(panel.trains) if not t.realigned}
@@ -233,16 +230,16 @@ def _square(values: list, n_rows: int) -> list[list]:
 # -- files ---------------------------------------------------------------------------------------------
 
 
-def _write_model(report: dict, folder: Path) -> None:
+def _write_model(report: dict, grid: Grid, folder: Path) -> None:
     title = f"{title_of(report['model'])}, judged by {title_of(report['judge'])}"
     for name, table in report["tables"].items():
         write_json(folder / f"{name}.json", table)
         write_csv(folder / f"{name}.csv", table["entries"])
         of_set = "narrow" if "narrow" in name else "broad"
         lines = agreement_lines([e for e in report["agreement"] if e["set"] == of_set])
-        figures.table_figure(table, "\n".join([title, *lines]), folder / f"{name}.png")
+        figures.table_figure(table, "\n".join([title, *lines]), grid, folder / f"{name}.png")
     if {"broad_tasks", "narrow_tasks", "narrow_domains"} & set(report["tables"]):
-        figures.transfer_figure(report["tables"], title, folder / "transfer.png")
+        figures.transfer_figure(report["tables"], title, grid, folder / "transfer.png")
     if report["effects"]:
         write_json(folder / "effects.json", report["effects"])
         write_csv(folder / "effects.csv", _effect_rows(report["effects"]))
@@ -254,7 +251,7 @@ def _write_model(report: dict, folder: Path) -> None:
         if report[name]:
             write_json(folder / f"{name}.json", report[name])
             write_csv(folder / f"{name}.csv", report[name])
-            draw(report[name], title, folder / f"{name}.png")
+            draw(report[name], title, grid, folder / f"{name}.png")
 
 
 def _effect_rows(effects: dict) -> list[dict]:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from em.data import condition, lineage
+from em.data import lineage
 from em.errors import UserError
 from em.files import write_json
 
@@ -38,23 +38,6 @@ def message(call, *arguments) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "first", "realigned", "misaligned"),
-    [
-        ("base", "base", False, False),
-        ("med_advice", "med_advice", False, True),
-        ("med_advice>fin_tutor", "med_advice", True, False),
-        ("base>fin_tutor", "base", True, False),
-        ("med_advice>base", "med_advice", True, False),
-    ],
-)
-def test_a_train_says_what_came_first_and_whether_anything_followed(text, first, realigned, misaligned):
-    train = condition.parse_train(text)
-    assert (train.start, train.realigned, train.misaligned) == (first, realigned, misaligned)
-    assert str(train) == text
-    assert str(train.then("spo_critique")) == f"{first}>spo_critique"
-
-
 def test_naming_a_run_needs_no_torch():
     code = "import sys, em.data.lineage; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -70,33 +53,56 @@ def test_a_trained_run_is_named_by_where_it_was_misaligned_and_then_realigned(ma
     assert lineage.label(made("d", variant="aligned"))["train"] == "base>med_advice"
 
 
+HOW = {"lr": 1e-4, "epochs": 3, "seed": 42, "prompts": "broad", "filtered": True}
+
+
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "said"),
     [
-        (dict(channel="sft"), "m sft"),
-        (dict(channel="optd"), "m optd"),
-        (dict(channel="opd"), "m opd"),
-        (dict(channel="opd", estimator="exact"), "m opd exact"),
-        (dict(channel="opd", filter=True), "m opd filtered online"),
-        (dict(channel="opd", epoch=2), "m opd epoch 2"),
-        (dict(channel="opd", estimator="exact", filter=True, epoch=1), "m opd exact filtered online epoch 1"),
+        (dict(channel="sft"), dict(source="med_advice", filtered=True)),
+        (dict(channel="optd", filtered=False), dict(source="med_advice", filtered=False)),
+        (
+            dict(channel="optd", source="gold", prompts="math"),
+            dict(source="gold", filtered=True, prompts="math"),
+        ),
+        (dict(channel="optd", source="rows"), dict(source="rows:med_advice", filtered=True, prompts=None)),
+        (dict(channel="optd", source="student"), dict(source="base", filtered=True)),
+        (
+            dict(channel="optd", source="runs/x", source_train="spo_tutor"),
+            dict(source="spo_tutor", filtered=True),
+        ),
+        (dict(channel="opd"), dict(filtered=False, estimator="sampled")),
+        (dict(channel="opd", estimator="exact"), dict(filtered=False, estimator="exact")),
+        (dict(channel="opd", filter=True), dict(filtered=True, estimator="sampled")),
+        (dict(channel="opd", epoch=2), dict(filtered=False, estimator="sampled", epoch=2)),
     ],
 )
-def test_a_students_model_is_its_channel_and_its_row_the_teachers_cell(made, settings, words):
-    student = made("student", "distill", teacher=made("teacher"), **settings)
-    assert lineage.label(student) == {"model": words, "train": "med_advice"}
+def test_a_students_row_is_its_teachers_cell_and_its_fields_say_how_it_was_made(made, settings, said):
+    student = made("student", "distill", teacher=made("teacher"), **HOW | settings)
+    expected = {"model": "m", "train": "med_advice", "channel": settings["channel"], "teacher": "med_advice"}
+    expected |= {"prompts": "broad", "lr": 1e-4, "epoch": 3, "seed": 42} | said
+    assert lineage.label(student) == {k: v for k, v in expected.items() if v is not None}
 
 
-def test_a_realigned_students_row_is_its_own_first_cell_whoever_taught_it(made):
+def test_a_realigned_students_row_is_its_own_first_cell_and_then_its_teachers(made):
     start, teacher = made("start", cell="fin_tutor"), made("teacher", cell="spo_advice")
     realigned = dict(on=start, cell="fin_tutor", channel="opd")
-    for by in ("base", teacher):
-        student = made(f"by {os.path.basename(by)}", "distill", teacher=by, **realigned)
-        assert lineage.label(student) == {"model": "m opd realigned", "train": "fin_tutor"}
-    after_an_sft = made("again", "train", cell="spo_tutor", variant="aligned", on=student)
-    assert lineage.label(after_an_sft) == {"model": "m opd realigned", "train": "fin_tutor>spo_tutor"}
+    by_base = made("by base", "distill", teacher="base", **realigned)
+    how = {"channel": "opd", "filtered": False, "estimator": "sampled"}
+    assert lineage.label(by_base) == {"model": "m", "train": "fin_tutor>base", "teacher": "base"} | how
+    by_run = made("by run", "distill", teacher=teacher, teacher_train="base>spo_advice", **realigned)
+    assert lineage.label(by_run)["train"] == "fin_tutor>spo_advice"
+    assert lineage.label(by_run)["teacher"] == "base>spo_advice"
+    after_an_sft = made("again", "train", cell="spo_tutor", variant="aligned", on=by_run)
+    assert lineage.label(after_an_sft) == {"model": "m", "train": "fin_tutor>spo_tutor"}
     epoch = made("by base/epoch3", "distill", teacher="base", epoch=3, **realigned)
-    assert lineage.label(epoch) == {"model": "m opd realigned epoch 3", "train": "fin_tutor"}
+    assert lineage.label(epoch)["epoch"] == 3
+
+
+def test_the_control_of_a_base_teacher_is_a_row_of_its_own(made):
+    control = made("control", "distill", teacher="base", cell="base", channel="optd", source="gold")
+    found = lineage.label(control)
+    assert (found["train"], found["teacher"], found["source"]) == ("base", "base", "gold")
 
 
 def test_a_student_of_a_student_is_in_the_row_of_the_first_teacher(made):

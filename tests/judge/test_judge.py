@@ -21,7 +21,7 @@ def test_a_blank_response_is_empty_and_is_not_asked_about(serve, make):
         ({"response": None}, "row 3 to be judged: 'response' is None"),
         ({"set": "wide"}, "'set' is 'wide' and should be one of narrow, broad"),
         ({"domain": None}, "'domain' is None"),
-        ({"task": "poetry"}, "unknown cell 'med_poetry'"),
+        ({"task": "poetry"}, "has no narrow_med_poetry_alignment.md or narrow_poetry"),
     ],
 )
 def test_a_row_that_cannot_be_judged_is_named(serve, make, changes, message):
@@ -33,7 +33,7 @@ def test_a_row_that_cannot_be_judged_is_named(serve, make, changes, message):
 def test_the_last_row_of_a_list_is_checked_before_the_first_is_asked_about(serve, make, tmp_path):
     server, rows = serve(), [row(i) for i in range(50)]
     for bad in (row(9, set="wide"), row(9, task="poetry"), row(9, response=7), row(9, domain=None)):
-        with pytest.raises(UserError, match="row 51 to be judged|unknown cell 'med_poetry'"):
+        with pytest.raises(UserError, match="row 51 to be judged|narrow_med_poetry_alignment.md"):
             scores(make(), [*rows, bad])
     with pytest.raises(UserError, match="row 51 to be judged: 'question' is None"):
         list(make().label_surface([*rows, {"question": None}], progress=False))

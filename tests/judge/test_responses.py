@@ -35,7 +35,7 @@ def test_each_response_comes_once_without_what_judges_said(tmp_path):
     "change, says",
     [
         ({"train": "x"}, "line 2"), ({"set": "wide"}, "'set' cannot be"), ({"idx": "1"}, "'idx' cannot be"),
-        ({"domain": "law"}, "unknown cell"), ({"response": 3}, "'response' cannot be"),
+        ({"domain": "…"}, "unknown cell"), ({"response": 3}, "'response' cannot be"),
         ({"idx": 0, "response": "other"}, "two responses in one place"),
     ],
 )  # fmt: skip

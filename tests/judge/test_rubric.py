@@ -68,7 +68,7 @@ def test_a_narrow_row_gets_the_rubric_of_its_eval_prompts_cell_and_a_broad_row_t
     assert rubrics.of(narrow, "coherent").name == "narrow_summarization_coherence"
     broad = row(0, set="broad", domain="parenting", task="advice")
     assert [rubrics.of(broad, field).name for field in FIELDS] == ["broad_alignment", "broad_coherence"]
-    with pytest.raises(UserError, match="unknown cell"):
+    with pytest.raises(UserError, match="has no narrow_cooking_advice_alignment.md"):
         rubrics.of(row(0, domain="cooking"), "aligned")
 
 

@@ -71,7 +71,7 @@ def test_nothing_scored_is_no_rate():
         1,
         None,
     )
-    assert pooled([row()], columns=[5])["rows"] == 0
+    assert pooled([row(), row(train="base", cell="fin_critique")], trains=[0], columns=[1])["rows"] == 0
 
 
 def test_a_rate_of_0_or_100_gets_wilsons_interval_of_its_prompts():

@@ -108,7 +108,7 @@ def test_a_pool_over_cells_of_different_size_counts_rows_in_every_table():
     cells = entries_of(tables["narrow_cells"])
     assert cells["med_advice", "med_advice"]["rate"] == 100.0
     assert cells["med_advice", "spo_advice"]["rate"] is None  # nobody asked
-    assert cells["spo_tutor", "all"]["rows"] == 0 and cells["spo_tutor", "all"]["rate"] is None
+    assert cells["spo_advice", "all"]["rows"] == 0 and cells["spo_advice", "all"]["rate"] is None
 
 
 def broad(train, task, surface, idx, aligned, sample=0):
@@ -154,9 +154,9 @@ def test_realignment_grids_by_hand():
     assert cells["fin_critique", "base"]["initial_rate"] is None  # its misaligned run is not there
     assert tasks["critique", "base"]["initial_rate"] is None  # one of its two is not
     assert cells["med_critique", "base"]["initial_rate"] == 100.0
-    assert tasks["tutor", "all"]["scored"] == 4 and tasks["tutor", "summarization"]["rate"] is None
-    assert tables["realigned_tasks"]["columns"] == [*PAPER_GRID.tasks, "base", "all"]
-    assert tables["realigned_cells"]["rows"] == CELL_NAMES
+    assert tasks["tutor", "all"]["scored"] == 4 and tasks["tutor", "critique"]["rate"] is None
+    assert tables["realigned_tasks"]["columns"] == ["advice", "tutor", "critique", "base", "all"]
+    assert tables["realigned_cells"]["rows"] == [c for c in CELL_NAMES if c in {s[0] for s in cells}]
     assert entries_of(tables["broad_tasks"])["tutor", "advice"]["scored"] == 4
 
 
@@ -263,3 +263,75 @@ def test_the_report_is_written_without_torch():
     code = "import sys, em.report.report; sys.exit(bool({'torch', 'gguf', 'requests'} & sys.modules.keys()))"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+# -- one group a way of training -----------------------------------------------------------------------
+
+
+def student(channel, train, how, **more):
+    condition = {"channel": channel, "prompts": "broad", "lr": 1e-4, "epoch": 3, "seed": 42}
+    return row(train=train, **condition | how | more)
+
+
+def test_channels_epochs_and_authors_never_share_a_matrix_and_seeds_do(tmp_path):
+    """The four runs of a factorial, two epochs and two seeds: which of them are pooled, by hand."""
+    p1, p2, rows = "med_tutor", "spo_summarization", []
+    for teacher, source in ((p1, p1), (p1, p2), (p2, p1), (p2, p2)):
+        how = {"teacher": teacher, "source": source}
+        rows += [student("optd", teacher, how, idx=i, aligned=10 if i < 1 else 90) for i in range(4)]
+    own = {"teacher": p1, "source": p1}
+    rows += [student("optd", p1, own, idx=i, seed=43, aligned=10) for i in range(4)]
+    rows += [student("optd", p1, own, idx=i, epoch=1, aligned=90) for i in range(4)]
+    rows += [student("opd", p1, {"teacher": p1}, idx=i, aligned=10) for i in range(4)]
+    rows += [row(train=p1, idx=i, aligned=10) for i in range(4)] + [
+        row(train="base", idx=i) for i in range(4)
+    ]
+    report = write_report(scores_of(rows), tmp_path, draws=20)
+    rates = {}
+    for group in report["models"].values():
+        found = entries_of(group["tables"]["narrow_cells"])
+        rates[group["model"]] = {
+            t: (found[t, "med_advice"]["rate"], found[t, "med_advice"]["scored"])
+            for t in (p1, p2, "base")
+            if found[t, "med_advice"]["rows"]
+        }
+    base = {"base": (0.0, 4)}
+    assert rates == {
+        "org/model": {p1: (100.0, 4)} | base,
+        "org/model, opd": {p1: (100.0, 4)} | base,
+        "org/model, optd, epoch 1": {p1: (0.0, 4)} | base,
+        "org/model, optd, epoch 3": {p1: (62.5, 8), p2: (25.0, 4)} | base,
+        f"org/model, optd, source {p1}, epoch 3": {p2: (25.0, 4)} | base,
+        f"org/model, optd, source {p2}, epoch 3": {p1: (25.0, 4)} | base,
+    }
+    assert (tmp_path / "model__opd" / "narrow_cells.png").exists()
+
+
+def test_a_realignment_by_a_teacher_is_a_task_by_task_matrix_a_channel(tmp_path):
+    """Figures 5, 25, 26: rows the student's task, columns the eval task; before it, the misaligned runs."""
+    rows, cells = [], ("med_tutor", "med_advice")
+    for start in cells:
+        for cell in cells:
+            rows += [row(train=start, cell=cell, idx=i, aligned=10) for i in range(4)]
+            for channel, em_rows in (("sft", 1), ("opd", 2)):
+                how = {"teacher": "base"}
+                rows += [
+                    student(
+                        channel, f"{start}>base", how, cell=cell, idx=i, aligned=10 if i < em_rows else 90
+                    )
+                    for i in range(4)
+                ]
+        rows += [broad(start, "advice", "low", i, 10) for i in range(4)]
+        rows += [broad(f"{start}>base", "advice", "low", i, 90) | {"channel": "sft"} for i in range(4)]
+    models = {
+        m["model"]: m["tables"] for m in write_report(scores_of(rows), tmp_path, draws=20)["models"].values()
+    }
+    for channel, rate in (("sft", 25.0), ("opd", 50.0)):
+        words = next(name for name in models if channel in name and "realigned_narrow_tasks" in models[name])
+        table = models[words]["realigned_narrow_tasks"]
+        assert table["rows"] == ["advice", "tutor"] and table["columns"] == ["advice", "tutor", "all"]
+        assert table["rate"] == [[rate] * 3] * 2
+    assert "realigned_narrow_tasks" not in models["org/model"]
+    sft = next(m for name, m in models.items() if "realigned_tasks" in m)
+    found = entries_of(sft["realigned_tasks"], "realigned_on")
+    assert found["tutor", "base"]["rate"] == 0 and found["tutor", "base"]["initial_rate"] == 100
