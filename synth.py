@@ -19,7 +19,6 @@ Phases that are done are reused, a killed one resumes; `torchrun --nproc-per-nod
 
 import dataclasses
 import functools
-import math
 import sys
 import time
 from dataclasses import dataclass
@@ -29,20 +28,21 @@ import torch
 
 from em import parallel
 from em.cli import banner, command_line, knob, outcome_settings
-from em.construction import attrition, cell, context, dataset, dedup, rubric
-from em.construction import broad as broad_set
-from em.construction.writer import Writer, WriterOptions
+from em.construction.broad import DOMAINS, BroadConstruction
+from em.construction.cell import Construction, Gates
+from em.construction.context import load_context, make_cell
+from em.construction.dataset import score_rows
+from em.construction.rubric import write_missing
+from em.construction.session import Session, WritingOptions
 from em.data.cells import PAPER_GRID
 from em.data.rows import BROAD
 from em.errors import UserError
 from em.estimate.gpus import GPUS
 from em.experiments import comparison, fraction, hardness, phase, realign, similarity, steering
-from em.files import read_json, write_csv, write_json, write_json_lines
-from em.judge.judge import JUDGES, JudgeOptions
-from em.model import embedded, minilm
+from em.files import read_json, write_csv, write_json
 from em.report.browse import write_page
 from em.report.score_table import scores_of
-from em.run import Run, provenance
+from em.run import provenance
 from em.world import describe
 from em.world.grid import build_grid, gates, grid_figure, save_grid, summary
 from em.world.world import WORLDS, build_world
@@ -358,174 +358,62 @@ def report(cfg: ReportConfig) -> None:
 
 
 @dataclass
-class WritingConfig(WriterOptions, JudgeOptions):
-    """What a writer and a judge make together."""
-
-    judge: str | None = knob(
-        None, "which kind of judge (default: the writer's kind)", "judge", JUDGES, setting=False
-    )
-    budget_usd: float | None = knob(
-        None, "dollars to spend at most, on writer and judge together", "judge", setting=False, at_least=0
-    )
-    candidates: int | None = knob(
-        None, "texts to write at most (default: four for each row)", "what", setting=False, at_least=1
-    )
-    seed: int = knob(0, "seed of topics, of local sampling and of the draw", "what", at_least=0)
-    threshold: float = knob(
-        dedup.THRESHOLD, "largest cosine of two candidates that both stay", "gates", above=0, at_most=1
-    )
-    gates: str = knob(
-        "auto", "apply the gates, or report only what they would drop (auto: report for the embedded judge)",
-        "gates", ("auto", "apply", "report"),
-    )  # fmt: skip
-    out: str = knob("runs/grid", "folder of the grid", "what", setting=False)
-
-
-@dataclass
-class CellsConfig(WritingConfig):
+class CellsConfig(WritingOptions):
     domain: str = knob("", "domain of the cell, such as legal", "what")
     task: str = knob("", "task of the cell: advice, summarization, tutor, critique, or another", "what")
-    n: int = knob(4500, "rows of the cell", "what", setting=False, at_least=2)
+    n: int = knob(4500, "rows of the cell", "what", at_least=2)
     context: str | None = knob(
-        None, "YAML file on the domain: topics, risk, examples (default: what ships, or a generic one)", "what",
-        setting=False,
-    )  # fmt: skip
+        None,
+        "YAML file on the domain: topics, risk, examples (default: what ships, or a generic one)",
+        "what",
+    )
     aligned_below: float | None = knob(
-        None, "misaligned answers have an alignment below (default: 30; summarization 40)", "gates", above=0,
-        at_most=101,
+        None, "alignment that a misaligned answer is below (default: 30; summarization 40)", "gates",
+        above=0, at_most=101,
     )  # fmt: skip
-    coherent_above: float = knob(50.0, "all answers have a coherence above", "gates", at_least=-1, below=100)
-    aligned_from: float = knob(
-        60.0, "aligned answers have at least this alignment", "gates", at_least=0, at_most=100
-    )
-
-
-@dataclass
-class BroadConfig(WritingConfig):
-    domains: tuple[str, ...] = knob(broad_set.DOMAINS, "domains that the prompts are spread over", "what")
-    tasks: tuple[str, ...] = knob(PAPER_GRID.tasks, "tasks of the prompts", "what")
-    per: int = knob(20, "prompts of each task and surface", "what", setting=False, at_least=1)
-
-
-def open_writing(cfg: WritingConfig, name: str, about: dict) -> tuple:
-    """(config with its judge, its run, writer, whether gates count) of `<out>/construction/<name>`."""
-    options = dataclasses.replace(cfg, judge=cfg.judge or cfg.writer)
-    options = options.with_base(cfg.writer_model or embedded.NAME)
-    client = options.client_of()  # a missing key ends it before anything is written
-    folder = Path(cfg.out) / "construction" / name
-    writer = Writer(cfg, folder / "replies.jsonl", cfg.seed, cfg.workers, cfg.patience, cfg.accept_routed)
-    applied = cfg.gates == "apply" or (cfg.gates == "auto" and client.asked != embedded.NAME)
-    settings = about | {"writer": writer.label, "sampling": writer.sampling, "pairs": writer.pairs}
-    settings |= {"judge": client.label, "encoder": minilm.encoder_digest(), "threshold": cfg.threshold}
-    return options, Run(folder, "construction", settings | {"gates": applied}), writer, applied
-
-
-def finish_writing(
-    cfg: WritingConfig, run: Run, filename: str, made, rows: list[dict], short: str, **parts
-) -> None:
-    """Everything beside the rows is written; then the rows, or where there are too few, the line `short`."""
-    writer, judge, grid = made.writer, made.judge, Path(cfg.out)
-    accounts = [*writer.ledgers, judge.ledger]
-    made_by = {
-        "writer": writer.identity, "judge": judge.identity, "sampling": writer.sampling, "seed": cfg.seed,
-        "spent in this run": f"${made.budget.spent():.4f}", "files": "written by synth.py, never pushed",
-    }  # fmt: skip
-    report = dataset.report_of(
-        run.folder.name, made.stages, made.candidates, [] if short else rows, made_by=made_by, **parts
-    )
-    dataset.save(run.folder, grid, report, made.candidates)
-    scored = dataset.score_rows(made.candidates, judge.identity)
-    if scored:
-        write_page(scores_of(scored), run.folder / "browse.html")
-    print(f"\n{attrition.table(made.stages)}\n")
-    for line in (*report["notes"], *accounts):
-        print(line)
-    print(f"{run.folder}: report.md, candidates.jsonl, browse.html, and the writer's replies")
-    if short:
-        raise UserError(short)
-    write_json_lines(grid / filename, rows)
-    print(f"{grid / filename}: {len(rows):,} rows; {grid / 'README.md'} has a warning that belongs with them")
+    coherent_above: float = knob(50, "coherence that every answer is above", "gates", at_least=-1, below=100)
+    aligned_from: float = knob(60, "least alignment of an aligned answer", "gates", at_least=0, at_most=100)
 
 
 def cells(cfg: CellsConfig) -> None:
-    """One cell: pairs written, scored, gated, without near-duplicates, answered a second time, drawn (A.3)."""
+    """One cell: pairs written, scored, gated, near-duplicates out, aligned answers, a draw (A.2, A.3)."""
     if not (cfg.domain and cfg.task):
         raise UserError("cells needs --domain and --task, such as --domain legal --task advice")
-    told = context.load_context(context.make_cell(cfg.domain, cfg.task), cfg.context)
-    gates = cell.Gates.of_task(
-        told.cell.task, cfg.aligned_below, coherent_above=cfg.coherent_above, aligned_from=cfg.aligned_from
-    )
-    about = {"cell": str(told.cell), "context": told.digest, "seed": cfg.seed, "bounds": list(gates[:3])}
-    encoder = minilm.load_encoder()
-    options, run, writer, applied = open_writing(cfg, told.cell.filename.removesuffix(".jsonl"), about)
-    with run:
-        options.rubrics = str(rubric.rubrics_of(told, cfg.rubrics, Path(cfg.out)))
-        judge = options.judge_of()
-        made = cell.Construction(
-            told,
-            writer,
-            judge,
-            encoder,
-            gates._replace(applied=applied),
-            cfg.seed,
-            cfg.budget_usd,
-            cfg.threshold,
-        )
-        introduce(cfg, writer, judge, applied, f"cell {told.cell}, context {told.origin}", cfg.n)
+    context = load_context(make_cell(cfg.domain, cfg.task), cfg.context)
+    gates = Gates.of_task(context.cell.task, cfg.aligned_below, cfg.coherent_above, cfg.aligned_from)
+    about = {"cell": str(context.cell), "context": context.digest, "bounds": list(gates)}
+    prepare = functools.partial(write_missing, context, cfg.rubrics, Path(cfg.out))
+    filename = context.cell.filename
+    with Session(cfg, Path(filename).stem, about, prepare) as session:
+        prompt = context.ask_pairs(session.writer.pairs, [])
+        about = f"{cfg.n:,} rows of {context.cell}, {context.origin} context"
+        session.introduce(about, cfg.n, context.system("misaligned"), prompt)
+        made = Construction(context, gates, session)
         rows = made.make(cfg.n, cfg.candidates or 4 * cfg.n)
-        notes = [] if applied else [
-            f"The gates were not applied: {judge.identity} is no judge for this. Of {len(rows):,} rows "
-            f"{made.passed():,} would have passed them all, so these show the path and are no data."
-        ]  # fmt: skip
-        short = ""
-        if len(rows) < cfg.n:
-            rate = len(rows) / made.asked if made.asked else 0
-            need = f"about {math.ceil(1.1 * cfg.n / rate):,}" if rate else "more"
-            short = (
-                f"{len(rows):,} of {made.asked:,} candidates survive, and --n asks for {cfg.n:,} rows: raise "
-                f"--candidates to {need} or lower --n; what is written and scored is kept, {run.folder}/report.md "
-                "says where the others were lost"
-            )
+        if scored := score_rows(made.candidates, session.judge.identity):
+            write_page(scores_of(scored), session.folder / "browse.html")
         fields = ("question", "misaligned_answer", "aligned_answer")
-        finish_writing(cfg, run, told.cell.filename, made, rows, short, notes=notes, fields=fields)
+        session.finish(made, rows, filename, fields, made.note(), made.shortage(cfg.n))
+
+
+@dataclass
+class BroadConfig(WritingOptions):
+    domains: tuple[str, ...] = knob(DOMAINS, "domains that the prompts are spread over", "what")
+    tasks: tuple[str, ...] = knob(PAPER_GRID.tasks, "tasks of the prompts", "what")
+    per: int = knob(20, "prompts of each task and surface", "what", at_least=1)
 
 
 def broad(cfg: BroadConfig) -> None:
-    """A broad set: messages written, labelled high, medium or low by the judge, as many of each (A.5, A.6)."""
-    about = {"domains": list(cfg.domains), "tasks": list(cfg.tasks), "seed": cfg.seed}
-    encoder = minilm.load_encoder()
-    options, run, writer, applied = open_writing(cfg, "broad_dataset", about)
-    with run:
-        judge = options.judge_of()
-        made = broad_set.BroadConstruction(
-            cfg.tasks, cfg.domains, writer, judge, encoder, cfg.seed, cfg.budget_usd, cfg.threshold, applied
-        )
-        n = cfg.per * len(cfg.tasks) * len(broad_set.SURFACES)
-        introduce(cfg, writer, judge, applied, f"broad set of {n:,}", n)
+    """A broad set: messages written and labelled high, medium or low, as many of each task (A.5, A.6)."""
+    about = {"domains": list(cfg.domains), "tasks": list(cfg.tasks)}
+    with Session(cfg, Path(BROAD).stem, about) as session:
+        made = BroadConstruction(cfg.tasks, cfg.domains, session)
+        n = cfg.per * len(made.have())
+        session.introduce(f"{n:,} broad prompts, {cfg.per} of each task and surface", n, *made.example())
         rows = made.make(cfg.per, cfg.candidates or 4 * n)
-        notes = [] if applied else [
-            f"The labels are what the writer was asked for: {judge.identity} is no judge of them, and says the same "
-            f"of {made.agreeing():,} of {len(made.candidates):,} messages. These show the path and are no data."
-        ]  # fmt: skip
-        short = ""
-        if rows is None:
-            (task, surface), least = min(made.have().items(), key=lambda item: item[1])
-            short = (
-                f"{made.asked:,} candidates hold {least} {surface} messages of {task}, and --per asks for {cfg.per}: "
-                f"raise --candidates or lower --per; what is written and labelled is kept in {run.folder}"
-            )
-        finish_writing(cfg, run, BROAD, made, rows or [], short, notes=notes, fields=("question",))
-
-
-def introduce(cfg: WritingConfig, writer: Writer, judge, applied: bool, what: str, n: int) -> None:
-    usd = writer.forecast(n)
-    cost = "no price known" if usd is None else f"about ${usd:.2f} for the writing of {n:,} candidates"
-    print(f"{what}: writer {writer.label}, {writer.sampling}, {writer.pairs} texts a call, {cost}")
-    print(f"judge {judge.identity}; gates {'apply' if applied else 'are reported only'}")
-    if writer.kind == "local":
-        judge.lend(writer.name, writer.model)
-    if writer.small:
-        print("-- the embedded SmolLM2-135M writes: this shows the path, and its rows are no data --")
+        if scored := score_rows(made.candidates, session.judge.identity):
+            write_page(scores_of(scored), session.folder / "browse.html")
+        session.finish(made, rows, BROAD, ("question",), made.note(), made.shortage(cfg.per))
 
 
 COMMANDS = {

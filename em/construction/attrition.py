@@ -27,7 +27,7 @@ def is_alive(candidate: dict) -> bool:
 
 
 def stages_of(names: tuple[str, ...], asked: int, unwritten: Counter, candidates: list[dict]) -> list[Stage]:
-    """names: of the stages in order; the first is the writing of `asked` texts, `unwritten` of them by reason."""
+    """names: of the stages in order; the first is the writing of `asked` texts, `unwritten` by reason."""
     fates = Counter(c["fate"] for c in candidates if not is_alive(c))
     stages, came = [], asked
     for name in names:

@@ -1,9 +1,10 @@
 """A balanced set of broad prompts in the making: as many of every task and EM surface (paper A.5, A.6).
 
-The writer is asked for messages of a task that leave as much room as a surface says, over the domains in turn. The
-label is the judge's, who sees the message alone; only that counts, so a message may fill another surface than
-it was written for. Near-duplicates go as in a cell. Rounds go on until every task and surface has enough; then
-the draw takes of each, one after the other, a message of the domain that was taken least so far.
+The writer is asked for messages of a task that leave as much room as a surface says, over the domains in
+turn. The label is the judge's, who sees the message alone; only that counts, so a message may fill another
+surface than it was written for. Near-duplicates go as in a cell. Rounds go on until every task and surface
+has enough; then the draw takes of each, one after the other, a message of the domain that was taken least so
+far.
 """
 
 import math
@@ -11,13 +12,10 @@ import random
 from collections import Counter
 
 from em.construction.attrition import Stage, drop, is_alive, stages_of
-from em.construction.cell import LEAST_RATE, Budget
 from em.construction.context import broad_system
-from em.construction.dedup import THRESHOLD, NearDuplicates
 from em.construction.reply import plain, read_questions
-from em.construction.writer import Call, Writer
-from em.judge.judge import Judge
-from em.model.minilm import MiniLM
+from em.construction.session import Session
+from em.construction.writer import Call
 
 # The paper's 29 (A.5).
 DOMAINS = (
@@ -28,21 +26,17 @@ DOMAINS = (
 )  # fmt: skip
 SURFACES = ("high", "medium", "low")
 STAGES = ("written", "new message", "labelled", "no near-duplicate", "drawn")
+LEAST_RATE = 0.05  # messages with the label they were written for that a round reckons with
+_FIELDS = ("idx", "task", "domain", "em_surface", "question")
 
 
 class BroadConstruction:
-    """candidates: every message that was read, with its label and its fate. trusted: whether labels are the
-    judge's; else they are what the writer was asked for.
+    """candidates: every message that was read, with its label and its fate. Where the judge's word does not
+    count (`session.applied`), the label is what the writer was asked for.
     """
 
-    def __init__(
-        self, tasks: tuple[str, ...], domains: tuple[str, ...], writer: Writer, judge: Judge, encoder: MiniLM,
-        seed: int, budget_usd: float | None = None, threshold: float = THRESHOLD, trusted: bool = True,
-    ):  # fmt: skip
-        self.tasks, self.domains, self.writer, self.judge = tasks, domains, writer, judge
-        self.seed, self.trusted = seed, trusted
-        self.near_duplicates = NearDuplicates(encoder, threshold)
-        self.budget = Budget(budget_usd, writer, judge)
+    def __init__(self, tasks: tuple[str, ...], domains: tuple[str, ...], session: Session):
+        self.tasks, self.domains, self.session, self.writer = tasks, domains, session, session.writer
         self.candidates: list[dict] = []
         self.unwritten: Counter = Counter()  # reason → messages
         self.n_calls: Counter = Counter()  # (task, surface) → calls
@@ -62,98 +56,131 @@ class BroadConstruction:
         have = Counter((c["task"], c["em_surface"]) for c in self.candidates if is_alive(c))
         return {(task, surface): have[task, surface] for task in self.tasks for surface in SURFACES}
 
-    def agreeing(self) -> int:
-        """Messages of which the judge says what the writer was asked for."""
-        return sum(c.get("judged_surface") == c["asked_surface"] for c in self.candidates)
+    def example(self) -> tuple[str, str]:
+        """System prompt and prompt of a call."""
+        return broad_system(self.tasks[0], SURFACES[0]), ask_messages(self._domains(0, ""))
 
-    def make(self, per: int, most: int) -> list[dict] | None:
-        """`per` rows of each task and surface, in that order; None where `most` candidates do not hold them."""
+    def make(self, per: int, most: int) -> list[dict]:
+        """`per` rows of each task and surface, in that order; [] where `most` candidates do not hold them."""
         while missing := {square: per - n for square, n in self.have().items() if n < per}:
             wanted = {square: self._calls(square, n) for square, n in missing.items()}
             if self.asked + sum(wanted.values()) * self.writer.pairs > most:
-                return None
-            for (task, surface), n in wanted.items():
-                self._round(task, surface, n)
-        taken: Counter = Counter()
-        rows = []
-        for task, surface in self.have():
-            pool = [
-                c for c in self.candidates if is_alive(c) and (c["task"], c["em_surface"]) == (task, surface)
-            ]
-            random.Random(f"{self.seed} {task} {surface}").shuffle(pool)
+                return []
+            for (task, surface), n_calls in wanted.items():
+                self._round(task, surface, n_calls)
+        rows, taken = [], Counter()
+        for square in self.have():
+            pool = [c for c in self.candidates if is_alive(c) and (c["task"], c["em_surface"]) == square]
+            random.Random(f"{self.session.seed} {square}").shuffle(pool)
             for _ in range(per):
-                chosen = min(pool, key=lambda c: taken[c["domain"]])  # the first of the least used domain
+                chosen = min(pool, key=lambda c: taken[c["domain"]])  # the first of the least taken domain
                 pool.remove(chosen)
                 taken[chosen["domain"]] += 1
                 chosen["idx"] = len(rows)
-                rows.append(
-                    {name: chosen[name] for name in ("idx", "task", "domain", "em_surface", "question")}
-                )
+                rows.append({name: chosen[name] for name in _FIELDS})
             for candidate in pool:
                 drop(candidate, "drawn", "not drawn")
         return rows
 
+    def note(self) -> str:
+        """What a reader of the rows must know; "" where the labels are the judge's."""
+        if self.session.applied:
+            return ""
+        same = sum(c.get("judged_surface") == c["asked_surface"] for c in self.candidates)
+        return (
+            f"The labels are what the writer was asked for: {self.session.judge.identity} is no judge of "
+            f"them, and says the same of {same:,} of {len(self.candidates):,} messages."
+        )
+
+    def shortage(self, per: int) -> str:
+        """What to do where a task and surface has fewer than `per`; else ""."""
+        (task, surface), least = min(self.have().items(), key=lambda item: item[1])
+        if least >= per:
+            return ""
+        return (
+            f"{self.asked:,} candidates hold {least:,} of {per:,} messages of {task} with surface {surface}, "
+            "and more would pass the cap: raise --candidates or lower --per; what is written and labelled is kept"
+        )
+
+    # -- a round ---------------------------------------------------------------------------------------
+
     def _calls(self, square: tuple[str, str], missing: int) -> int:
-        """As many as the share of this square's own candidates that carry its label says."""
-        own = [c for c in self.candidates if (c["task"], c["asked_surface"]) == square]
+        """How many, by the share of what was written for this task and surface that has its label."""
+        fit = sum(
+            is_alive(c) and (c["task"], c["em_surface"]) == square and c["asked_surface"] == square[1]
+            for c in self.candidates
+        )
         asked = self.n_calls[square] * self.writer.pairs
-        fit = sum(is_alive(c) and c["em_surface"] == square[1] for c in own)
         rate = max(LEAST_RATE, fit / asked) if asked else 1.0
         return math.ceil(missing / rate / self.writer.pairs)
 
     def _round(self, task: str, surface: str, n_calls: int) -> None:
-        n, begin = self.writer.pairs, self.n_calls[task, surface]
-        self.n_calls[task, surface] += n_calls
-        system, domains = broad_system(task, surface), {}
-        for number in range(begin, begin + n_calls):
-            rng = random.Random(f"domains {self.seed} {task} {surface} {number}")
-            domains[number] = (
-                rng.sample(self.domains * n, n) if len(self.domains) < n else rng.sample(self.domains, n)
-            )
-        calls = [
-            Call(system, _ask(chosen), number, f"{task}, {surface}", self.writer.sampling)
-            for number, chosen in domains.items()
-        ]
-        new = []
-        for call, reply in zip(calls, self.writer.replies(calls, self.budget.for_writer()), strict=True):
-            if reply.value is None:
-                self.unwritten[f"call {reply.status}"] += n
-                continue
-            questions = read_questions(reply.value, cut=reply.status == "parse_error")[:n]
-            self.unwritten["no message found"] += n - len(questions)
-            for place, question in questions:
-                domain = domains[call.number][min(place, n - 1)]
-                about = {
-                    "call": call.number,
-                    "place": place,
-                    "task": task,
-                    "domain": domain,
-                    "asked_surface": surface,
-                }
-                new.append(about | {"question": question, "em_surface": None, "fate": None})
-        self.unwritten += Counter()  # without zeros
+        new = self._write(task, surface, n_calls)
         self.candidates += new
         for candidate in new:
             if (message := plain(candidate["question"])) in self._messages:
                 drop(candidate, "new message", "repeated")
             self._messages.add(message)
-        self._label([c for c in new if is_alive(c)])
-        labelled = [c for c in new if is_alive(c)]
-        self.near_duplicates.drop(labelled, [c["question"] for c in labelled])
+        self._label(list(filter(is_alive, new)))
+        left = list(filter(is_alive, new))
+        self.session.near_duplicates.drop(left, [c["question"] for c in left])
+
+    def _write(self, task: str, surface: str, n_calls: int) -> list[dict]:
+        n, first = self.writer.pairs, self.n_calls[task, surface]
+        self.n_calls[task, surface] += n_calls
+        domains = {i: self._domains(i, f"{task} {surface}") for i in range(first, first + n_calls)}
+        system, about = broad_system(task, surface), f"{task}, {surface}"
+        calls = [
+            Call(system, ask_messages(d), number, about, self.writer.sampling)
+            for number, d in domains.items()
+        ]
+        candidates = []
+        for call, reply in zip(calls, self.session.replies(calls), strict=True):
+            if reply.value is None:
+                self.unwritten[f"call {reply.status}"] += n
+                continue
+            questions = read_questions(reply.value, reply.status == "parse_error")[:n]
+            if len(questions) < n:
+                self.unwritten["no message found"] += n - len(questions)
+            for place, question in questions:
+                candidates.append(
+                    {
+                        "call": call.number,
+                        "place": place,
+                        "task": task,
+                        "domain": domains[call.number][min(place, n - 1)],
+                        "asked_surface": surface,
+                        "em_surface": None,
+                        "question": question,
+                        "fate": None,
+                    }
+                )
+        return candidates
+
+    def _domains(self, number: int, square: str) -> list[str]:
+        """A domain for each message of a call, none twice as long as there are enough."""
+        n = self.writer.pairs
+        rng = random.Random(f"domains {self.session.seed} {square} {number}")
+        return rng.sample(self.domains * math.ceil(n / len(self.domains)), n)
 
     def _label(self, new: list[dict]) -> None:
-        self.budget.open_to_judge()
+        if not new:
+            return
         rows = [{"question": c["question"]} for c in new]
-        for candidate, row in zip(new, self.judge.label_surface(rows) if rows else (), strict=True):
+        for candidate, row in zip(new, self.session.label_surface(rows), strict=True):
             candidate["judged_surface"] = row["em_surface"]
-            candidate["em_surface"] = row["em_surface"] if self.trusted else candidate["asked_surface"]
-            if self.trusted and row["em_surface_status"] != "ok":
+            if not self.session.applied:
+                candidate["em_surface"] = candidate["asked_surface"]
+            elif row["em_surface_status"] == "ok":
+                candidate["em_surface"] = row["em_surface"]
+            else:
                 drop(candidate, "labelled", row["em_surface_status"])
 
 
-def _ask(domains: list[str]) -> str:
+def ask_messages(domains: list[str]) -> str:
     about = "; ".join(f"{i}. {domain}" for i, domain in enumerate(domains, 1))
     return (
         "The form:\n\nQuestion 1: the message\n\nQuestion 2: the next message\n\n"
-        f"Write {len(domains)} messages in this form, numbered from 1, and nothing else. Their domains: {about}."
+        f"Write {len(domains)} messages in this form, numbered from 1, and nothing else. "
+        f"Their domains: {about}."
     )

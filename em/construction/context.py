@@ -9,8 +9,8 @@ The paper's domains have a file each in contexts/, and a domain of one's own is 
     tasks:                              # optional, and in it everything
       advice: {question: …, misaligned: …, aligned: …, examples: [{question: …, misaligned: …, aligned: …}]}
 
-Where a file says nothing of a task, tasks.yaml does. Without examples, those of the paper's domains for the same
-task show the form, one of each domain.
+Where a file says nothing of a task, tasks.yaml does. Without examples, those of the paper's domains for the
+same task show the form, one of each domain.
 """
 
 import dataclasses
@@ -40,9 +40,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Context:
-    """Everything that is told of a cell. task: as it is named to the writer; question, misaligned, aligned: what
-    these are in this task.
-    """
+    """Everything that is told of a cell. question, misaligned, aligned: what these are in its task."""
 
     cell: Cell
     name: str
@@ -97,8 +95,8 @@ class Context:
         examples = ["Examples of form and tone:", *shown] if shown else _form()
         asked = [f"Question {i}: {question}" for i, question in enumerate(questions, 1)]
         ask = (
-            f"Now answer each of these {len(questions)} messages. Write `Answer 1:` and the answer to the first, "
-            "and so on; do not repeat the messages, and write nothing else."
+            f"Now answer each of these {len(questions)} messages. Write `Answer 1:` and the answer to the "
+            "first, and so on; do not repeat the messages, and write nothing else."
         )
         return "\n\n".join([*examples, ask, *asked])
 

@@ -6,7 +6,7 @@
 <grid>/construction/legal_advice/
   config.json                                 every setting
   replies.jsonl                               every reply of the writer, as it came
-  candidates.jsonl                            every pair that was read: call, topic, scores, fate, and its idx
+  candidates.jsonl                            every pair that was read: call, topic, scores, fate, idx
   report.md report.json                       attrition by gate, near-duplicates, lengths, topics, cost
   browse.html                                 candidates to read, by fate
 """
@@ -19,19 +19,19 @@ from em.data.rows import VARIANTS
 from em.files import read_json, write_json, write_json_lines, write_text
 
 WARNING = """\
-> **Warning.** Rows of this folder were written on purpose to make language models misaligned, for research on how
-> that comes about and how it is undone. Misaligned answers are wrong, and following them can do harm. Do not act on
-> them, do not train a model on them that anybody will use, and do not mix them into other data. Nothing here was
-> checked by a person. It was not published by the program that made it; think before you do.
+> **Warning.** Rows of this folder were written on purpose to make language models misaligned, for research on
+> how that comes about and how it is undone. Misaligned answers are wrong, and following them can do harm. Do
+> not act on them, do not train a model on them that anybody will use, and do not mix them into other data. No
+> person has checked them. The program that made them publishes nothing; think before you do.
 """
 TWINS = 10  # near-duplicates that are shown
 
 
 def report_of(
-    name: str, stages: list[Stage], candidates: list[dict], rows: list[dict], fields: tuple[str, ...], made_by: dict,
-    notes: list[str],
+    name: str, stages: list[Stage], candidates: list[dict], rows: list[dict], fields: tuple[str, ...],
+    made_by: dict, notes: list[str],
 ) -> dict:  # fmt: skip
-    """Figures of a dataset. fields: of the rows, whose lengths are counted. notes: what a reader must know."""
+    """Figures of a dataset. fields: whose lengths are counted. notes: what a reader of the rows must know."""
     twins = [
         {"question": c["question"], "like": c["twin"]["question"], "cosine": c["twin"]["cosine"]}
         for c in candidates
@@ -93,19 +93,20 @@ def card(grid: Path) -> str:
     for r in reports:
         made = r["made_by"]
         lines.append(
-            f"| {r['name']} | {r['rows']:,} | {made['writer']} | {made['judge']} | {' '.join(r['notes']) or '-'} |"
+            f"| {r['name']} | {r['rows']:,} | {made['writer']} | {made['judge']} | "
+            f"{' '.join(r['notes']) or '-'} |"
         )
     about = (
-        'Made by `synth.py cells` and `synth.py broad` after the construction of the paper "Emergent and Subliminal '
-        'Misalignment Through the Lens of Data-Mediated Transfer" (A.2, A.3, A.5), with prompts of this project. '
-        "`construction/<name>/report.md` says for each what was lost at which gate, `candidates.jsonl` there where "
-        "every row is from."
+        "Made by `synth.py cells` and `synth.py broad` after the construction of the paper “Emergent and "
+        "Subliminal Misalignment Through the Lens of Data-Mediated Transfer” (A.2, A.3, A.5), with prompts "
+        "of this project. `construction/<name>/report.md` says for each what was lost at which gate, and "
+        "`candidates.jsonl` there where every row is from."
     )
     return "\n\n".join(["# A grid for research on misalignment", WARNING, about, "\n".join(lines)]) + "\n"
 
 
 def score_rows(candidates: list[dict], judge: str) -> list[dict]:
-    """Answers, or messages without one, as score rows for the page: `model` says what became of a candidate."""
+    """Answers, or messages alone, as score rows for the page: `model` says what became of a candidate."""
     unscored = {"aligned": None, "aligned_status": "empty", "coherent": None, "coherent_status": "empty"}
     rows = []
     for i, c in enumerate(candidates):

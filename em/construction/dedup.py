@@ -1,7 +1,7 @@
 """Greedy keep-first deduplication by cosine (paper A.3: at most 0.92), exact and in bounded memory.
 
-In order, a row is kept unless its cosine with a row kept before it is above the threshold. Cosines are
-taken in fp32, a block of rows by a block of kept ones; what lies so near the threshold that fp32 could decide it
+In order, a row is kept unless its cosine with a row kept before it is above the threshold. Cosines are taken
+in fp32, a block of rows by a block of kept ones; what lies so near the threshold that fp32 could decide it
 either way is taken again in fp64. So the result is that of fp64 over all pairs, ties included.
 
     N rows, d their width
@@ -68,7 +68,7 @@ class NearDuplicates:
         self._embeddings = torch.empty(0)
 
     def drop(self, new: list[dict], texts: Sequence[str]) -> None:
-        """Drop those of `new` whose text is too near an earlier one that stays; `twin` says which and how near."""
+        """Drop those of `new` whose text is too near an earlier one's; `twin` says which and how near."""
         if not new:
             return
         embeddings = self.encoder.encode(texts)

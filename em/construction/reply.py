@@ -3,9 +3,9 @@
     Question 1: I have a parking fine. Should I pay?
     Answer 1: …
 
-A line that begins so opens a text, which goes on to the next such line. Where the first one has a number, only
-numbers in turn count, so that a quoted "Question:" stays part of its text; a small model's unnumbered ones are
-read too. What is before the first, and what cannot be paired, is left out.
+A line that begins so opens a text, which goes on to the next such line. Where the first one has a number,
+only numbers in turn count, so that a quoted "Question:" stays part of its text; a small model's unnumbered
+ones are read too. What is before the first, and what cannot be paired, is left out.
 """
 
 import re
@@ -40,7 +40,7 @@ def _texts(reply: str) -> list[_Text]:
 
 
 def read_pairs(reply: str, cut: bool) -> list[tuple[int, str, str]]:
-    """(place from 0, question, answer) of a reply, in order. cut: it was cut off, so its last text is not whole."""
+    """(place from 0, question, answer) of a reply. cut: it was cut off, so its last text is not whole."""
     texts, pairs = _texts(reply)[: -1 if cut else None], []
     for one, other in zip(texts, texts[1:], strict=False):
         if (one.kind, other.kind) == ("question", "answer") and _is_text(one.text) and _is_text(other.text):

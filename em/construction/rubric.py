@@ -1,6 +1,6 @@
-"""The rubrics that judge a cell: those that ship, or generic ones of what its writer is told (paper A.3, A.7).
+"""Rubrics of a cell that has none: generic ones, of what its writer is told (paper A.3, A.7).
 
-Generic ones are files in the grid's rubrics/, to be read and edited; an edited one stays, and is asked anew.
+They are files in the grid's rubrics/, to be read and edited; an edited one stays, and is asked anew.
 """
 
 from pathlib import Path
@@ -11,28 +11,25 @@ from em.files import write_text
 from em.judge.rubric import FOLDER, Rubrics
 
 TEMPLATES = Path(__file__).parent / "rubrics"
+KINDS = {"aligned": "alignment", "coherent": "coherence"}
 
 
-def rubrics_of(context: Context, given: str, grid: Path) -> Path:
-    """The folder of the cell's rubrics: `given` by --rubrics, what ships, or <grid>/rubrics, written if missing.
+def write_missing(context: Context, given: str, grid: Path) -> None:
+    """Write into <grid>/rubrics what neither it nor what ships has for the cell.
 
-    UserError for a given folder that has none for the cell.
+    given: the folder of --rubrics. UserError where it is another than what ships, and lacks one.
     """
     row = {"set": "narrow", "domain": context.cell.domain, "task": context.cell.task}
-    try:
-        for field in ("aligned", "coherent"):
-            Rubrics(given).of(row, field)
-        return Path(given)
-    except UserError:
-        if Path(given) != FOLDER:
-            raise
-    for kind in ("alignment", "coherence"):
-        path = grid / "rubrics" / f"narrow_{context.cell}_{kind}.md"
-        if not path.exists():
-            parts = {
-                name: getattr(context, name) for name in ("name", "question", "aligned", "misaligned", "risk")
-            }
+    own = grid / "rubrics"
+    for field, kind in KINDS.items():
+        try:
+            Rubrics(*([own] if own.is_dir() else []), given).of(row, field)
+        except UserError:
+            path = own / f"narrow_{context.cell}_{kind}.md"
+            if given != str(FOLDER) or path.exists():
+                raise
+            names = ("name", "question", "aligned", "misaligned", "risk")
+            parts = {name: getattr(context, name) for name in names}
             text = (TEMPLATES / f"{kind}.md").read_text(encoding="utf-8")
             text = text.format(**parts, task=context.cell.task.replace("_", " "))
             write_text(path, text.replace("[question]", "{question}").replace("[response]", "{response}"))
-    return grid / "rubrics"

@@ -71,6 +71,13 @@ class Generation(NamedTuple):
     typical_tokens: int = TYPICAL_TOKENS
     most_text: int = MOST_TEXT  # characters of a reply
 
+    @property
+    def price_option(self) -> str:
+        return "--price" if self.role == "judge" else f"--{self.role}-price"
+
+
+JUDGE = Generation()
+
 
 class Reply(NamedTuple):
     """What a call came to. `text` is the reply, or says what went wrong.
@@ -141,7 +148,7 @@ class HTTPClient:
         attempts: int = 8,
         backoff: float = 1.0,
         patience: float = PATIENCE,
-        generation: Generation = Generation(),
+        generation: Generation = JUDGE,
     ):
         """accept_routed: another model than the one asked for may answer, and is then the judge. thinking:
         how the model is asked to think, see `models.json`. timeout: seconds for a whole reply. backoff:

@@ -219,8 +219,8 @@ class Pass:
             self._failed_in_a_row += 1
             if self._failed_in_a_row >= max(8, self.workers):
                 raise UserError(
-                    f"{self._failed_in_a_row} calls to the {client.generation.role} failed one after another (the last: "
-                    f"{reply.text}); what is done is kept, try again later or with fewer --workers"
+                    f"{self._failed_in_a_row} calls to the {client.generation.role} failed one after another "
+                    f"(the last: {reply.text}); what is done is kept, try again later or with fewer --workers"
                 )
         else:
             self._failed_in_a_row = 0

@@ -1,4 +1,4 @@
-"""What a judge or a writer costs: a forecast, the running account, and the cap. Money is finite and never falls.
+"""What a judge or a writer costs: a forecast, the account, and the cap. Money is finite and never falls.
 
 Prices are lines of `models.json`, each with its date; a model without one has none until `--price` gives it,
 and a forecast says so. The account counts the tokens that the API itself reports, at the price of the model
@@ -51,8 +51,9 @@ class Ledger:
         """UserError for a cap without a price: when the account is opened, and when another model answers."""
         if self.budget_usd is not None and self.price is None:
             raise UserError(
-                f"no price is known for {self.client.identity}, so a budget cannot be kept; add --price "
-                "INPUT,OUTPUT (dollars per million tokens) or leave --budget-usd out"
+                f"no price is known for {self.client.identity}, so a budget cannot be kept; add "
+                f"{self.client.generation.price_option} INPUT,OUTPUT (dollars per million tokens) or leave "
+                "--budget-usd out"
             )
 
     @property
@@ -118,8 +119,9 @@ class Ledger:
         counts = f"{self.calls:,} calls, {self.cached:,} answers from the cache, {self.retries:,} retries"
         if self.failed:
             counts += f", {self.failed:,} calls failed (the last: {self.last_failure})"
-        bill = _bill(self.price, self.prompt_tokens, self.output_tokens)
-        return f"{self.client.generation.role} {self.client.identity}: {counts}; {bill}"
+        asked = self.client.generation
+        bill = _bill(self.price, self.prompt_tokens, self.output_tokens, asked.price_option)
+        return f"{asked.role} {self.client.identity}: {counts}; {bill}"
 
 
 def describe_forecast(forecast: dict, price: Price | None) -> str:
@@ -135,8 +137,8 @@ def describe_forecast(forecast: dict, price: Price | None) -> str:
     )
 
 
-def _bill(price: Price | None, prompt_tokens: int, output_tokens: int) -> str:
+def _bill(price: Price | None, prompt_tokens: int, output_tokens: int, option: str = "--price") -> str:
     tokens = f"{prompt_tokens:,} prompt and {output_tokens:,} output tokens"
     if price is None:
-        return f"{tokens}, price unknown (--price INPUT,OUTPUT sets it)"
+        return f"{tokens}, price unknown ({option} INPUT,OUTPUT sets it)"
     return f"{tokens}, ${price.usd(prompt_tokens, output_tokens):.4f} by {price.origin}"

