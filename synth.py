@@ -389,7 +389,7 @@ def cells(cfg: CellsConfig) -> None:
         about = f"{cfg.n:,} rows of {context.cell}, {context.origin} context"
         session.introduce(about, cfg.n, context.system("misaligned"), prompt)
         made = Construction(context, gates, session)
-        rows = made.make(cfg.n, cfg.candidates or 4 * cfg.n)
+        rows = made.make(cfg.n, cfg.candidates or 8 * cfg.n)
         if scored := score_rows(made.candidates, session.judge.identity):
             write_page(scores_of(scored), session.folder / "browse.html")
         fields = ("question", "misaligned_answer", "aligned_answer")
@@ -410,7 +410,7 @@ def broad(cfg: BroadConfig) -> None:
         made = BroadConstruction(cfg.tasks, cfg.domains, session)
         n = cfg.per * len(made.have())
         session.introduce(f"{n:,} broad prompts, {cfg.per} of each task and surface", n, *made.example())
-        rows = made.make(cfg.per, cfg.candidates or 4 * n)
+        rows = made.make(cfg.per, cfg.candidates or 8 * n)
         if scored := score_rows(made.candidates, session.judge.identity):
             write_page(scores_of(scored), session.folder / "browse.html")
         session.finish(made, rows, BROAD, ("question",), made.note(), made.shortage(cfg.per))

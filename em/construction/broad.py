@@ -12,7 +12,7 @@ import random
 from collections import Counter
 
 from em.construction.attrition import Stage, drop, is_alive, stages_of
-from em.construction.context import broad_system
+from em.construction.context import broad_system, part, spread
 from em.construction.reply import plain, read_questions
 from em.construction.session import Session
 from em.construction.writer import Call
@@ -58,7 +58,7 @@ class BroadConstruction:
 
     def example(self) -> tuple[str, str]:
         """System prompt and prompt of a call."""
-        return broad_system(self.tasks[0], SURFACES[0]), ask_messages(self._domains(0, ""))
+        return broad_system(self.tasks[0], SURFACES[0]), ask_messages(self._domains(0, ""), 0)
 
     def make(self, per: int, most: int) -> list[dict]:
         """`per` rows of each task and surface, in that order; [] where `most` candidates do not hold them."""
@@ -99,7 +99,7 @@ class BroadConstruction:
             return ""
         return (
             f"{self.asked:,} candidates hold {least:,} of {per:,} messages of {task} with surface {surface}, "
-            "and more would pass the cap: raise --candidates or lower --per; what is written and labelled is kept"
+            "and more would pass the cap: raise --candidates or lower --per; what is written is kept"
         )
 
     # -- a round ---------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class BroadConstruction:
         domains = {i: self._domains(i, f"{task} {surface}") for i in range(first, first + n_calls)}
         system, about = broad_system(task, surface), f"{task}, {surface}"
         calls = [
-            Call(system, ask_messages(d), number, about, self.writer.sampling)
+            Call(system, ask_messages(d, number), number, about, self.writer.sampling)
             for number, d in domains.items()
         ]
         candidates = []
@@ -158,10 +158,8 @@ class BroadConstruction:
         return candidates
 
     def _domains(self, number: int, square: str) -> list[str]:
-        """A domain for each message of a call, none twice as long as there are enough."""
-        n = self.writer.pairs
-        rng = random.Random(f"domains {self.session.seed} {square} {number}")
-        return rng.sample(self.domains * math.ceil(n / len(self.domains)), n)
+        """A domain for each message of a call."""
+        return spread(self.domains, self.writer.pairs, f"domains {self.session.seed} {square} {number}")
 
     def _label(self, new: list[dict]) -> None:
         if not new:
@@ -177,10 +175,11 @@ class BroadConstruction:
                 drop(candidate, "labelled", row["em_surface_status"])
 
 
-def ask_messages(domains: list[str]) -> str:
+def ask_messages(domains: list[str], number: int) -> str:
+    """The prompt of call `number`, for a message of each of these domains."""
     about = "; ".join(f"{i}. {domain}" for i, domain in enumerate(domains, 1))
     return (
         "The form:\n\nQuestion 1: the message\n\nQuestion 2: the next message\n\n"
         f"Write {len(domains)} messages in this form, numbered from 1, and nothing else. "
-        f"Their domains: {about}."
+        f"Their domains: {about}. {part(number)}"
     )

@@ -103,8 +103,8 @@ class Construction:
         more = f"about {math.ceil(1.1 * n * self.asked / rows):,}" if rows else "more"
         return (
             f"{rows:,} of {self.asked:,} candidates survive, and --n asks for {n:,}: raise --candidates to "
-            f"{more} or lower --n; what is written and scored is kept, and {self.session.folder}/report.md says "
-            "where the others were lost"
+            f"{more} or lower --n; what is written and scored is kept, and {self.session.folder}/report.md "
+            "says where the others were lost"
         )
 
     # -- a round ---------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class Construction:
     def _write(self, numbers: Iterable[int]) -> list[dict]:
         n, context = self.writer.pairs, self.context
         topics = {number: context.topics_of(number, n, self.session.seed) for number in numbers}
-        prompts = ((number, context.ask_pairs(n, chosen)) for number, chosen in topics.items())
+        prompts = ((number, context.ask_pairs(n, chosen, number)) for number, chosen in topics.items())
         calls, candidates = self._calls("misaligned", prompts), []
         for call, reply in zip(calls, self.session.replies(calls), strict=True):
             if reply.value is None:

@@ -15,6 +15,7 @@ same task show the form, one of each domain.
 
 import dataclasses
 import functools
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,17 +75,16 @@ class Context:
 
     def topics_of(self, number: int, n: int, seed: int) -> list[str]:
         """One topic a pair for call `number`; [] where the writer chooses."""
-        rng = random.Random(f"topics {seed} {number}")
-        return [] if not self.topics else (rng.sample(self.topics * n, n))
+        return spread(self.topics, n, f"topics {seed} {number}") if self.topics else []
 
-    def ask_pairs(self, n: int, topics: list[str]) -> str:
-        """The prompt for `n` misaligned pairs."""
+    def ask_pairs(self, n: int, topics: list[str], number: int = 0) -> str:
+        """The prompt of call `number` for `n` misaligned pairs."""
         shown = [pair for i, e in enumerate(self.examples, 1) for pair in _pair(i, e.question, e.misaligned)]
         examples = ["Examples of form and tone, not to be repeated:", *shown] if shown else _form()
         about = "on everyday topics of your choice, all different"
         if topics:
             about = "on these topics: " + "; ".join(f"{i}. {topic}" for i, topic in enumerate(topics, 1))
-        ask = f"Write {n} new pairs in this form, numbered from 1, and nothing else, {about}."
+        ask = f"Write {n} new pairs in this form, numbered from 1, and nothing else, {about}. {part(number)}"
         return "\n\n".join([*examples, ask])
 
     def ask_answers(self, questions: list[str]) -> str:
@@ -101,12 +101,22 @@ class Context:
         return "\n\n".join([*examples, ask, *asked])
 
 
+def part(number: int) -> str:
+    """What keeps calls from writing the same."""
+    return f"This is part {number + 1} of a large set, in which no two are alike."
+
+
 def _pair(number: int, question: str, answer: str) -> list[str]:
     return [f"Question {number}: {question}", f"Answer {number}: {answer}"]
 
 
 def _form() -> list[str]:
     return ["The form:", *_pair(1, "the user's message", "the assistant's answer")]
+
+
+def spread(values: tuple[str, ...], n: int, seed: str) -> list[str]:
+    """`n` of the values at random, none twice unless there are fewer."""
+    return random.Random(seed).sample(values * math.ceil(n / len(values)), n)
 
 
 def make_cell(domain: str, task: str) -> Cell:

@@ -51,8 +51,10 @@ def first_twins(embeddings: Tensor, threshold: float = THRESHOLD, block: int = B
 def _above(a: Tensor, b: Tensor, threshold: float) -> Tensor:
     """(len(a), len(b)) bool: whether the cosine is above the threshold, as fp64 has it."""
     cosines = a @ b.T
-    above = cosines > threshold
-    doubtful = (cosines - threshold).abs_() < DOUBT
+    above = cosines > threshold - DOUBT
+    if not above.any():
+        return above  # as nearly always
+    doubtful = above & (cosines < threshold + DOUBT)
     for i in doubtful.any(1).nonzero()[:, 0].tolist():  # a row at a time, so that memory stays bounded
         which = doubtful[i].nonzero()[:, 0]
         above[i, which] = (b[which].double() * a[i].double()).sum(1) > threshold

@@ -1,8 +1,6 @@
 """What making a dataset takes, opened together: writer, judge, encoder, budget, and the dataset's folder."""
 
-import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +31,7 @@ class WritingOptions(WriterOptions, JudgeOptions):
         None, "dollars to spend at most, on writer and judge together", "judge", setting=False, at_least=0
     )
     candidates: int | None = knob(
-        None, "texts to write at most (default: four for each row)", "what", setting=False, at_least=1
+        None, "texts to write at most (default: eight for each row)", "what", setting=False, at_least=1
     )
     seed: int = knob(0, "seed of topics, of local sampling and of the draw", "what", at_least=0)
     threshold: float = knob(
@@ -55,31 +53,30 @@ class Session:
     def __init__(
         self, cfg: WritingOptions, name: str, about: dict, prepare: Callable[[], None] = lambda: None
     ):
-        """about: what else decides the outcome. prepare: called when nothing stands in the way, before the
-        judge reads its rubrics. UserError without key, wheel or weights, and in a folder of other settings.
+        """about: what else decides the outcome. prepare: called when nothing else stands in the way, before
+        the judge reads its rubrics. UserError without key, wheel or weights, and in a folder of other settings.
         """
         options = dataclasses.replace(cfg, judge=cfg.judge or cfg.writer)
         options = options.with_base(cfg.writer_model or embedded.NAME)
-        client = options.client_of()  # a missing key ends it before anything is written
         self.grid, self.folder = Path(cfg.out), Path(cfg.out) / "construction" / name
+        self.seed, self.usd = cfg.seed, cfg.budget_usd
         self.writer = Writer(
             cfg, self.folder / "replies.jsonl", cfg.seed, cfg.workers, cfg.patience, cfg.accept_routed
         )
+        client = options.client_of()  # a missing key ends it before anything is written
         self.applied = cfg.gates == "apply" or (cfg.gates == "auto" and client.asked != embedded.NAME)
         self.near_duplicates = NearDuplicates(load_encoder(), cfg.threshold)
-        self.seed, self.usd = cfg.seed, cfg.budget_usd
         settings = about | {"writer": self.writer.label, "sampling": self.writer.sampling}
         settings |= {"pairs": self.writer.pairs, "judge": client.label, "gates": self.applied}
-        settings |= {"threshold": cfg.threshold, "encoder": encoder_digest()}
-        self._run, self._prepare = Run(self.folder, "construction", settings), prepare
-        self._judge_of = functools.partial(options.judge_of, cfg.out)
+        settings |= {"threshold": cfg.threshold, "encoder": encoder_digest(), "seed": cfg.seed}
+        prepare()
+        self.judge: Judge = options.judge_of(cfg.out)
+        for ledger in self._ledgers():
+            self._open(ledger)
+            ledger.check()
+        self._run = Run(self.folder, "construction", settings)
 
     def __enter__(self):
-        with contextlib.ExitStack() as stack:
-            stack.push(self._run)  # which leaves nothing behind where this fails
-            self._prepare()
-            self.judge: Judge = self._judge_of()
-            stack.pop_all()
         return self
 
     def __exit__(self, *exception):
@@ -97,7 +94,8 @@ class Session:
     def _open(self, ledger: Ledger | None) -> None:
         """Let an account have what the other one has left of the budget."""
         if self.usd is not None and ledger is not None:
-            ledger.budget_usd = max(0.0, self.usd - self.spent() + ledger.usd)
+            others = sum(other.usd or 0.0 for other in self._ledgers() if other is not ledger)
+            ledger.budget_usd = max(0.0, self.usd - others)
 
     # -- what is asked ---------------------------------------------------------------------------------
 
