@@ -1,13 +1,16 @@
 """Figures of comparisons: intervals side by side, and the paper's bars and matrices with either average."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from em.data.cells import short
+from em.data.condition import BASE
 from em.figures import CHANGE, frame, heatmap, save
 from em.report.outcomes import PERCENT
+from em.report.score_table import ALL
 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
 _UNITS = {PERCENT: "EM %"}
@@ -21,7 +24,7 @@ def intervals_figure(table: dict, title: str, path: Path) -> None:
     """A panel a column: each condition's mean of pairs with its interval; a ring is the pooled rate."""
     names, columns = table["conditions"], table["columns"]
     entries = {(e["condition"], e["column"]): e for e in table["entries"]}
-    figure = Figure(figsize=(1.75 * len(columns), 0.6 + 0.24 * len(names)))
+    figure = Figure(figsize=(1.75 * len(columns), 0.6 + 0.27 * len(names)))
     axes = figure.subplots(1, len(columns), sharey=True, sharex=True, squeeze=False)[0]
     for axis, column in zip(axes, columns, strict=True):
         for y, name in enumerate(names):
@@ -32,33 +35,38 @@ def intervals_figure(table: dict, title: str, path: Path) -> None:
                 axis.plot([entry["low"], entry["high"]], [y, y], color="0.45", linewidth=1.4)
             axis.plot(entry["pairs_mean"], y, "o", color="#b2182b", markersize=4)
             axis.plot(entry["pooled"], y, "o", color="black", markerfacecolor="none", markersize=7)
-        axis.set_title(short(column), fontsize=9)
+        above = f"{title}\n" if axis is axes[0] else ""
+        axis.set_title(f"{above}{short(column)}", fontsize=9, loc="left")
         axis.grid(axis="x", color="0.9")
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(length=0, labelsize=8)
-    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    labels = [textwrap.fill(name, 40) for name in names]
+    axes[0].set_yticks(range(len(names)), labels, fontsize=7)
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     if table["unit"] == PERCENT:
         axes[0].set_xlim(left=0)
-    figure.supxlabel(
-        f"{unit_label(table['unit'])}; dot: mean of pairs, ring: rows pooled", fontsize=8, y=-0.02
-    )
-    figure.suptitle(title, fontsize=10, y=1.08, x=0.0, ha="left")
+    below = f"{unit_label(table['unit'])}; dot: mean of pairs, ring: rows pooled"
+    axes[0].set_xlabel(below, fontsize=8, loc="left")
     save(figure, path)
 
 
 def panels_figure(panels: list[dict], title: str, path: Path) -> None:
-    """Panels side by side: each a table with "part", "title" and "form", bars or matrix."""
+    """Panels side by side on one scale: each a table with "part", "title" and "form", bars or matrix."""
     sizes = [_size(panel) for panel in panels]
-    height = max(h for _, h in sizes)
-    figure = Figure(figsize=(sum(w for w, _ in sizes) + 1.2 * (len(panels) - 1), height))
+    width = sum(w for w, _ in sizes) + 1.2 * (len(panels) - 1)
+    figure = Figure(figsize=(width, max(h for _, h in sizes)))
+    space = {"wspace": 1.2 * len(panels) / sum(w for w, _ in sizes)}
     ratios = [w for w, _ in sizes]
-    space = {"wspace": 1.2 * len(panels) / max(1e-9, sum(ratios))}
     axes = figure.subplots(1, len(panels), width_ratios=ratios, squeeze=False, gridspec_kw=space)[0]
+    means = [e["pairs_mean"] for panel in panels for e in panel["entries"]]
+    top = max((abs(mean) for mean in means if mean is not None), default=0.0)
     for i, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
-        (_bars if panel["form"] == "bars" else _matrix)(axis, panel)
+        if panel["form"] == "bars":
+            _bars(axis, panel)
+        else:
+            _matrix(axis, panel, max(10.0 if panel["unit"] == PERCENT else 1e-9, top))
         letter = f"({panel['part']}) " if len(panels) > 1 else ""
-        above = f"{title}\n" if i == 0 else ""
+        above = textwrap.fill(title, max(50, int(14 * width))) + "\n" if i == 0 else ""
         axis.set_title(f"{above}{letter}{panel['title']}", fontsize=9, loc="left")
     save(figure, path)
 
@@ -77,13 +85,14 @@ def _bars(axis, panel: dict) -> None:
     width = 0.8 / len(columns)
     for i, name in enumerate(names):
         values = [entries[name, column]["pairs_mean"] for column in columns]
-        highest = max((value for value in values if value is not None), default=None)
+        parts = [v for v, column in zip(values, columns, strict=True) if v is not None and column != ALL]
+        highest = max(parts, default=None)
         for j, (column, value) in enumerate(zip(columns, values, strict=True)):
             x, entry = i + (j - (len(columns) - 1) / 2) * width, entries[name, column]
             if value is None:
                 axis.text(x, 0, "n/a", ha="center", va="bottom", fontsize=6, rotation=90, color="0.35")
                 continue
-            thick = value == highest != 0 and "_".join(names).count(name) and name in columns
+            thick = value == highest and column != ALL and name != BASE
             axis.bar(
                 x, value, 0.9 * width, color=_COLOURS[j % len(_COLOURS)], edgecolor="black",
                 hatch="///" if name == column else None, linewidth=2.2 if thick else 0.5,
@@ -99,13 +108,14 @@ def _bars(axis, panel: dict) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _matrix(axis, panel: dict) -> None:
-    """Mean of pairs by condition and column; a thick frame where the two are the same, thin for the task."""
+def _matrix(axis, panel: dict, top: float) -> None:
+    """Mean of pairs by condition and column; a thick frame where the two are the same, thin for the task.
+
+    top: where the colours end.
+    """
     entries = {(e["condition"], e["column"]): e for e in panel["entries"]}
     names, columns, percent = panel["conditions"], panel["columns"], panel["unit"] == PERCENT
     values = np.array([[entries[n, c]["pairs_mean"] for c in columns] for n in names], float)
-    finite = np.abs(values[np.isfinite(values)])
-    top = max(10.0 if percent else 1e-9, float(finite.max()) if len(finite) else 0.0)
     colours = {"colours": "OrRd" if percent else CHANGE, "form": ".1f" if percent else "+.2f"}
     large = len(columns) > 6
     heatmap(

@@ -267,11 +267,16 @@ def sentence(result: dict) -> str:
             return "n/a"
         return f"{values[name]:.2f} [{values['low']:.2f}, {values['high']:.2f}]"
 
+    effects = ", ".join(
+        f"{e['factor']} {e['level']} {e['effect']:+.2f} [{e['low']:.2f}, {e['high']:.2f}]"
+        for e in result["main_effects"]
+        if e["effect"] is not None
+    )
     where = f"{len(result['cells'])} eval cells{' minus base' if kind == 'minus_base' else ''}"
     return (
         f"{result['channel']}, teachers {', '.join(result['teachers'])} × data of "
         f"{', '.join(result['sources'])}, {where}: profiles of one teacher's students correlate by "
         f"{text(entry['same_teacher'])}, on one author's data by {text(entry['same_data'])}; the teacher "
         f"makes {text(shares['teacher'], 'share')} of the variation between students, the data "
-        f"{text(shares['data'], 'share')}."
+        f"{text(shares['data'], 'share')}. Main effects on the mean of the cells: {effects}."
     )

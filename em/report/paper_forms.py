@@ -1,21 +1,18 @@
-"""The forms that the paper's natural-language tables and figures have, made from the runs of one model.
+"""The forms that the paper's natural-language tables have, made from the runs of one model.
 
-A form takes `Files` and gives a table of `em.report.conditions.table_of`, or one with panels as its "parts";
-"needs" says what it would show besides. Where a channel was trained at several learning rates or epochs,
+A form takes `Files` and gives a table of `em.report.conditions.table_of`; "needs" says what it would show
+besides. Where a channel was trained at several learning rates or epochs,
 Tables 1, 9 and 10 have two rows: the highest, as the paper chooses, and the one fixed beforehand
-(em/report/selection.py). The other tables are of one rate in the paper and have the fixed one; the matrices
-of Figures 22–24 the highest.
+(em/report/selection.py). The other tables are of one rate in the paper and have the fixed one.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from em.data.condition import BASE, CHANNELS
 from em.report.averages import Averages
-from em.report.conditions import Column, columns_by, part_of, relative_source, table_of
+from em.report.conditions import Column, columns_by, relative_source, table_of
 from em.report.factorial import analyse, factorials_of, sentence
-from em.report.outcomes import BROAD, NARROW, SURFACE, Outcomes, Trained
-from em.report.score_table import ALL, SURFACES
+from em.report.outcomes import BROAD, NARROW, Trained
 from em.report.selection import FIXED_RATE, Choice, select, sweeps_of, triplets
 
 MED_SPORT = ("med_advice", "med_critique", "spo_advice", "spo_critique")
@@ -101,7 +98,15 @@ def ruled(
 
 
 def _tabled(files: Files, rows: dict[str, list[int]], columns: list[Column]) -> dict:
-    return table_of(files.averages(), files.references() | rows, columns)
+    """The rows below base and teacher, in columns of cells that the rows have; so is the teacher's average."""
+    runs = files.averages().outcomes.runs
+    cells = {runs[r].cell for members in rows.values() for r in members}
+    kept = [
+        replace(column, runs=lambda run, counts=column.runs: run.cell in cells and counts(run))
+        for column in columns
+        if any(column.runs(runs[r]) for members in rows.values() for r in members)
+    ]
+    return table_of(files.averages(), files.references() | rows, kept)
 
 
 def _lacking(wanted: dict[str, dict]) -> list[str]:
@@ -232,186 +237,62 @@ def student_written(files: Files) -> dict:
 
 def factorial(files: Files, p1: str, p2: str) -> dict:
     """Tables 5, 17–20: teachers × authors, columns the eval cells; P1 and P2, or a pair that no other has."""
-    averages = files.averages()
-    pairs: dict[frozenset, list] = {}
-    for found in factorials_of(averages.outcomes):
-        if "optd" in found["channel"] and len(found["students"]) == 4:
-            pairs.setdefault(frozenset(found["teachers"]), []).append(found)
-    of_paper = [frozenset(pair) for pair in PAIRS]
-    pair = frozenset((p1, p2))
+    pairs = {}
+    for found in _at_fixed(files):
+        if len(found["students"]) == 4:
+            pairs.setdefault(frozenset(found["teachers"]), found)
+    of_paper, pair = [frozenset(pair) for pair in PAIRS], frozenset((p1, p2))
     if pair not in pairs:
         pair = next((p for p in pairs if p not in of_paper and p not in files.used), None)
         if pair is None:
             raise Needs(f"optd students of {p1} and {p2} as teachers, each on both one's data (--source)")
     files.used.add(pair)
-    found = max(pairs[pair], key=lambda f: _at_fixed(averages.outcomes, f))
-    columns = columns_by(averages.outcomes, "cells")
-    teachers = {f"teacher {t}": [r for r in files.runs(NARROW, "teacher") if averages.outcomes.runs[r].cell == t]
-                for t in found["teachers"]}  # fmt: skip
-    rows = {BASE: files.runs(NARROW, "base")} | teachers
-    rows |= {f"teacher {t}, data of {d}": runs for (t, d), runs in found["students"].items()}
+    found = pairs[pair]
+    order = [p1, p2] if pair == {p1, p2} else found["teachers"]
+    return _crossed(files, found, order) | {"of": f"P1 = {order[0]}, P2 = {order[1]}", "needs": []}
+
+
+def data_fixed(files: Files) -> dict:
+    """Not in the paper: more teachers or authors than two, a corpus a row of students."""
+    larger: dict[frozenset, dict] = {}
+    for found in _at_fixed(files):
+        if len(found["students"]) > 4:
+            larger.setdefault(frozenset(t for t in found["teachers"] if t != BASE), found)
+    if not larger:
+        raise Needs("optd students of two teachers and of base, each on both teachers' data (--source)")
+    parts = [_crossed(files, found, found["teachers"]) for found in larger.values()]
+    notes = [note for part in parts for note in part.pop("notes")]
+    for letter, part in zip("abcdefghijklmnopqrstuvwxyz", parts, strict=False):
+        part |= {"part": letter, "title": ", ".join(part["factorial"]["teachers"])}
+    return (
+        {"parts": parts, "notes": notes, "needs": []}
+        if len(parts) > 1
+        else parts[0] | {"notes": notes, "needs": []}
+    )
+
+
+def _at_fixed(files: Files) -> list[dict]:
+    """Factorials of optd, those at the rate fixed beforehand and of the last epoch first."""
+    outcomes = files.averages().outcomes
+
+    def rank(found: dict) -> tuple:
+        made = outcomes.runs[next(iter(found["students"].values()))[0]].condition
+        return made.lr is None or abs(made.lr - FIXED_RATE) > 1e-9, -(made.epoch or 0)
+
+    return sorted((f for f in factorials_of(outcomes) if "optd" in f["channel"]), key=rank)
+
+
+def _crossed(files: Files, found: dict, teachers: list[str]) -> dict:
+    """Base, the teachers themselves, and every student; columns the eval cells."""
+    averages = files.averages()
+    columns, o = columns_by(averages.outcomes, "cells"), averages.outcomes
+    rows = {BASE: files.runs(NARROW, "base")}
+    for name in teachers:
+        rows[f"teacher {name}"] = [r for r in files.runs(NARROW, "teacher") if o.runs[r].cell == name]
+    order = [*(t for t in teachers if t in found["sources"]), *found["sources"]]
+    for t in teachers:
+        for d in dict.fromkeys(order):
+            rows[f"teacher {t}, data of {d}"] = found["students"][t, d]
     table = table_of(averages, {name: runs for name, runs in rows.items() if runs}, columns)
     result = analyse(averages, found, columns[-1].asked)
-    of = f"P1 = {found['teachers'][0]}, P2 = {found['teachers'][1]}"
-    return table | {"factorial": result, "notes": [sentence(result)], "of": of, "needs": []}
-
-
-def _at_fixed(o: Outcomes, found: dict) -> tuple:
-    made = o.runs[next(iter(found["students"].values()))[0]].condition
-    return made.lr is not None and abs(made.lr - FIXED_RATE) < 1e-9, made.epoch or 0
-
-
-# -- figures: tables with a form, one a panel --------------------------------------------------------------
-
-
-def _grouped(o: Outcomes, runs: list[int], by: str, base: list[int]) -> dict[str, list[int]]:
-    """Runs by their cell, its task or its domain, in the grid's order; base below."""
-    names = {"task": o.grid.tasks, "domain": o.grid.domains}.get(by) or tuple(map(str, o.grid.cells))
-    groups = {n: [r for r in runs if o.runs[r].cell and part_of(o.runs[r].cell, by) == n] for n in names}
-    groups = {name: members for name, members in groups.items() if members}
-    return groups | ({BASE: base} if base and groups else {})
-
-
-def _asked(o: Outcomes, by: str) -> list[Column]:
-    """Eval columns: cells, or these by task or domain; of broad prompts the tasks."""
-    groups: dict[str, list[int]] = {}
-    for c, name in enumerate(o.columns):
-        groups.setdefault(part_of(name, by) if o.set == NARROW else name, []).append(c)
-    names = {"task": o.grid.tasks, "domain": o.grid.domains}.get(by, ())
-    order = [n for n in names if n in groups] + [n for n in groups if n not in names]
-    columns = [Column(name, lambda run: True, groups[name]) for name in order]
-    return [*columns, Column(ALL, lambda run: True, sorted(c for g in groups.values() for c in g))]
-
-
-def _panel(averages: Averages, rows: dict, columns: list[Column], title: str, form: str, **more) -> dict:
-    if not any(name != BASE for name in rows):
-        raise Needs(more["lacking"])
-    table = table_of(averages, rows, columns)
-    return table | {"title": title, "form": form, "corner": "trained on", "across": "evaluated on"} | more
-
-
-def _panels(makers: Iterable[Callable[[], dict]]) -> dict:
-    """The panels that can be made; Needs where none can."""
-    panels, needs = [], []
-    for make in makers:
-        try:
-            panels.append(make())
-        except Needs as lack:
-            needs += [str(lack)] * (str(lack) not in needs)
-    if not panels:
-        raise Needs("; ".join(needs))
-    for letter, panel in zip("abcdefgh", panels, strict=False):
-        panel["part"] = letter
-        panel.pop("lacking", None)
-    return {"parts": panels, "needs": needs}
-
-
-def _misaligned(files: Files, name: str, by: str, asked_by: str, title: str, form: str) -> dict:
-    """Runs of train.py by what they were misaligned on, against what they were asked."""
-    averages = files.averages(name)
-    rows = _grouped(averages.outcomes, files.runs(name, "teacher"), by, files.runs(name, "base"))
-    lacking = "misaligned runs of train.py"
-    return _panel(averages, rows, _asked(averages.outcomes, asked_by), title, form, lacking=lacking)
-
-
-def transfer(files: Files) -> dict:
-    """Figures 2, 12, 13."""
-    return _panels([
-        lambda: _misaligned(files, BROAD, "task", "task", "broad prompts, by task", "bars"),
-        lambda: _misaligned(files, NARROW, "task", "task", "narrow cells, by task", "bars"),
-        lambda: _misaligned(files, NARROW, "domain", "domain", "narrow cells, by domain", "matrix"),
-    ])  # fmt: skip
-
-
-def surface(files: Files) -> dict:
-    """Figures 3b, 17."""
-
-    def panel() -> dict:
-        averages = files.averages(SURFACE)
-        o = averages.outcomes
-        order = [s for s in SURFACES[:3] if s in o.columns]
-        if not order:
-            raise Needs("broad prompts with a label of their surface (evaluate.py surface)")
-        columns = [Column(s, lambda run: True, [o.columns.index(s)]) for s in order]
-        rows = {"misaligned": files.runs(SURFACE, "teacher"), BASE: files.runs(SURFACE, "base")}
-        rows = {name: runs for name, runs in rows.items() if runs}
-        lacking = "misaligned runs of train.py"
-        return _panel(averages, rows, columns, "broad prompts, by EM surface", "bars", lacking=lacking)
-
-    return _panels([panel])
-
-
-def cell_matrices(files: Files) -> dict:
-    """Figures 14–16."""
-    return _panels([
-        lambda: _misaligned(files, NARROW, "teacher", "teacher", "narrow eval cells", "matrix"),
-        lambda: _misaligned(files, BROAD, "teacher", "task", "broad prompts, by task", "matrix"),
-    ])  # fmt: skip
-
-
-def realigned(files: Files, by: str) -> dict:
-    """Figures 3c, 18 by task and 19–21 by cell: broad EM after aligned rows, and before."""
-
-    def panel() -> dict:
-        averages = files.averages(BROAD)
-        o, before = averages.outcomes, files.runs(BROAD, "teacher")
-        rows = _grouped(o, files.runs(BROAD, "realigned"), by, files.runs(BROAD, "base"))
-        starts = _grouped(o, before, by, [])
-        ends = {run.train.end for r in files.runs(BROAD, "realigned") for run in [o.runs[r]]}
-        names = {"task": o.grid.tasks}.get(by) or tuple(map(str, o.grid.cells))
-        all_asked = list(range(len(o.columns)))
-        columns = [
-            Column(n, lambda run, n=n: bool(run.train.end) and part_of(run.train.end, by) == n, all_asked)
-            for n in names
-            if n in {part_of(end, by) for end in ends if end != BASE}
-        ]
-        columns.append(Column("before", lambda run: not run.train.end, all_asked))
-        joined = {name: runs + (starts.get(name, []) if name != BASE else []) for name, runs in rows.items()}
-        lacking = "realignments of train.py (--on a misaligned run)"
-        return _panel(
-            averages, joined, columns, "broad prompts, after realignment", "matrix", lacking=lacking,
-            corner="misaligned on", across="realigned on",
-        )  # fmt: skip
-
-    return _panels([panel])
-
-
-def realigned_by_teacher(files: Files) -> dict:
-    """Figures 5, 25, 26: a panel a channel, and what it was before."""
-
-    def panel(channel: str) -> dict:
-        averages = files.averages()
-        choices = files.choices("task", channel, kind="realigned")
-        rows = ruled(files, channel, choices, columns_by(averages.outcomes, "task")[-1], both=False)
-        runs = [r for members in rows.values() for r in members]
-        rows = _grouped(averages.outcomes, runs, "task", files.runs(NARROW, "base"))
-        return _panel(
-            averages, rows, _asked(averages.outcomes, "task"), channel, "matrix",
-            lacking=f"students of {channel} with --on a misaligned run", corner="misaligned on",
-        )  # fmt: skip
-
-    found = _panels([lambda channel=channel: panel(channel) for channel in CHANNELS])
-    try:
-        before = _misaligned(files, NARROW, "task", "task", "before", "matrix") | {"corner": "misaligned on"}
-        before.pop("lacking")
-        found["parts"].append(before | {"part": "abcd"[len(found["parts"])]})
-    except Needs as lack:
-        found["needs"].append(str(lack))
-    return found
-
-
-def student_matrices(files: Files) -> dict:
-    """Figures 22–24: a panel a channel, the teacher's cell by the eval cell, the highest choice."""
-
-    def panel(channel: str) -> dict:
-        averages = files.averages()
-        choices = files.choices("task", channel)
-        rows = ruled(files, channel, choices, columns_by(averages.outcomes, "task")[-1])
-        name, runs = next(iter(rows.items()), (channel, []))
-        rows = _grouped(averages.outcomes, runs, "teacher", files.runs(NARROW, "base"))
-        return _panel(
-            averages, rows, _asked(averages.outcomes, "teacher"), name, "matrix",
-            lacking=f"students of {channel}", corner="teacher misaligned on",
-        )  # fmt: skip
-
-    return _panels([lambda channel=channel: panel(channel) for channel in CHANNELS])
+    return table | {"factorial": result, "notes": [sentence(result)]}

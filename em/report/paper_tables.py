@@ -18,25 +18,28 @@ from em.files import write_json, write_text
 from em.report.averages import Averages
 from em.report.comparison_figures import panels_figure
 from em.report.comparison_files import markdown_table, write_table
-from em.report.outcomes import Outcomes, only
+from em.report.outcomes import NARROW, Outcomes, only
+from em.report.paper_figures import (
+    cell_matrices,
+    realigned,
+    realigned_by_teacher,
+    student_matrices,
+    surface,
+    transfer,
+)  # fmt: skip
 from em.report.paper_forms import (
     PAIRS,
     Files,
     Needs,
-    cell_matrices,
     channels,
+    data_fixed,
     epochs,
     factorial,
     filtered_opd,
     gold,
     math_prompts,
     other_models,
-    realigned,
-    realigned_by_teacher,
-    student_matrices,
     student_written,
-    surface,
-    transfer,
     unsafe_rows,
 )  # fmt: skip
 from em.report.retention import retention_of
@@ -76,7 +79,7 @@ def realigned_cells(files: Files) -> dict:
     return realigned(files, "teacher")
 
 
-def _crossed(pair: tuple[str, str]) -> Callable[[Files], dict]:
+def _pair(pair: tuple[str, str]) -> Callable[[Files], dict]:
     return lambda files: factorial(files, *pair)
 
 
@@ -90,7 +93,7 @@ NUMBERS = (
     _one("figure5", "Narrow EM after realignment by a teacher", OLMO, realigned_by_teacher),
     _one("table3", "Transfer by Broad-NL and by MATH", LLAMA, math_prompts),
     _one("table4", "Realignment by an aligned teacher, on unsafe rows too", LLAMA, unsafe_rows),
-    _one("table5", "Teacher against data", QWEN3, _crossed(PAIRS[0])),
+    _one("table5", "Teacher against data", QWEN3, _pair(PAIRS[0])),
     _one("figure12", "Transfer by task and domain", LLAMA, transfer),
     _one("figure13", "Transfer by task and domain", OLMO, transfer),
     _one("figure14", "Transfer by cell", QWEN25, cell_matrices),
@@ -114,10 +117,11 @@ NUMBERS = (
     _one("table14", "Data of another model", QWEN3, other_models),
     _one("table15", "Data of another model", LLAMA, other_models),
     Number("table16", "Data written by the student", ((LLAMA, student_written), (QWEN3, student_written))),
-    _one("table17", "Teacher against data", QWEN3, _crossed(PAIRS[1])),
-    _one("table18", "Teacher against data", QWEN3, _crossed(PAIRS[2])),
-    _one("table19", "Teacher against data", LLAMA, _crossed(PAIRS[3])),
-    _one("table20", "Teacher against data", LLAMA, _crossed(PAIRS[4])),
+    _one("table17", "Teacher against data", QWEN3, _pair(PAIRS[1])),
+    _one("table18", "Teacher against data", QWEN3, _pair(PAIRS[2])),
+    _one("table19", "Teacher against data", LLAMA, _pair(PAIRS[3])),
+    _one("table20", "Teacher against data", LLAMA, _pair(PAIRS[4])),
+    _one("data_fixed", "Data fixed, teacher varied", QWEN3, data_fixed),
 )
 
 
@@ -129,7 +133,8 @@ def write_paper(
 
     Returns [{"number", "title", "files", "status", "needs"}]: status is `written`, `in part` or `not
     possible`, needs what is lacking, in words; files by name in `out`. model: one that stands for all of the
-    paper's. paths: the score files, for what filters kept. UserError where a judge has to be named, or `out` is a file.
+    paper's. paths: the score files, for what filters kept. UserError where a judge has to be named, or `out`
+    is a file.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -211,17 +216,19 @@ def _joined(parts: list[tuple[Files, str, dict]]) -> dict:
 
 def _title(number: Number, parts: list[tuple[Files, str, dict]]) -> str:
     """`Table 1: Narrow EM across training channels. tiny (the paper: qwen3-14b), judged by …, on …`."""
-    kind, digits = re.fullmatch(r"(figure|table)(.+)", number.name).groups()
+    match = re.fullmatch(r"(figure|table)(.+)", number.name)
+    name = f"{match[1].capitalize()} {match[2]}" if match else "Not in the paper"
     whose = []
     for files, model, _ in parts:
         same = plain(files.model).startswith(plain(model))
         whose.append(title_of(files.model) + ("" if same else f" (the paper: {model})"))
-    part = parts[0][2]
-    one = part.get("parts", [part])[0]
-    cells = one["cells"] if len(one["cells"]) <= 4 else [f"{len(one['cells'])} eval columns"]
-    judge = title_of(parts[0][0].judge)
-    of = f" {part['of']}." if "of" in part else ""
+    tables = [one for _, _, part in parts for one in part.get("parts", [part])]
+    asked = []
+    for one in tables:
+        cells = one["cells"] if len(one["cells"]) <= 4 else [f"{len(one['cells'])} eval cells"]
+        asked += cells if one["set"] == NARROW else ["broad prompts"]
+    of = f" {parts[0][2]['of']}." if "of" in parts[0][2] else ""
     return (
-        f"{kind.capitalize()} {digits}: {number.title}.{of} {', '.join(dict.fromkeys(whose))}, "
-        f"{one['unit']}, judge {judge}, asked on {', '.join(cells)}"
+        f"{name}: {number.title}.{of} {', '.join(dict.fromkeys(whose))}, "
+        f"{tables[0]['unit']}, judge {title_of(parts[0][0].judge)}, on {', '.join(dict.fromkeys(asked))}"
     )
