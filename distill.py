@@ -24,6 +24,7 @@ from tqdm import tqdm
 from em import parallel
 from em.cli import banner, command_line, knob, outcome_settings
 from em.data import lineage
+from em.data.math_problems import MIRROR
 from em.data.rows import default_data, subset
 from em.distillation import chat_corpus, world_transfer
 from em.distillation.corpus import passing
@@ -125,7 +126,7 @@ class Config(JudgeOptions):
     data: str | None = knob(
         None, "folder or hub id of the broad prompts and the cells' rows (default: the run's)", "data"
     )
-    math: str = knob("hendrycks/competition_math", "folder or hub id of MATH", "data")
+    math: str = knob(MIRROR, "MATH: a folder, file, address or hub id", "data")
     limit: int = knob(0, "prompts at most, a random subset (0: all; rows: 800)", "data", at_least=0)
     rollouts: int | None = knob(
         None, "responses a prompt (5; math and the embedded model 1)", "data", at_least=1

@@ -30,10 +30,11 @@ import numpy as np
 from em import parallel
 from em.cli import command_line, knob
 from em.data import authors, lineage
-from em.data.rows import default_data, load_broad, load_cells, split
-from em.errors import UserError
+from em.data.chats import chat_of, system_name, system_text
+from em.data.rows import default_data, load_broad, load_cells, load_grid, split
+from em.errors import MissingFile, UserError
 from em.estimate.gpus import GPUS
-from em.files import read_json_lines, write_json_lines
+from em.files import json_digest, read_json_lines, write_json_lines
 from em.judge.em_rule import is_em, is_scored
 from em.judge.judge import JUDGES, Judge, JudgeOptions
 from em.judge.ledger import describe_forecast
@@ -73,6 +74,10 @@ class Config(JudgeOptions):
     data: str | None = knob(
         None, "hub dataset, folder or sample with the prompts (default: the run's)", "what"
     )
+    broad: str | None = knob(
+        None, "file of broad prompts, JSONL or YAML with id and paraphrases (default: the data's)", "what"
+    )
+    system: str | None = knob(None, "system prompt before every question, as text or a file", "what")
     out: str | None = knob(None, "folder to write (default: <run>/eval)", "what")
     device: str = knob("auto", "device to run on: auto, cpu, cuda or cuda:N", "what")
     dry_run: bool = knob(
@@ -106,7 +111,8 @@ def narrow_prompts(cfg, data: str) -> list[dict]:
 
 def broad_prompts(cfg, data: str) -> list[dict]:
     fields = ("domain", "task", "em_surface", "idx", "question")
-    return [{"set": "broad"} | {k: row[k] for k in fields} for row in load_broad(data)[: cfg.limit or None]]
+    rows = load_broad(cfg.broad or data)[: cfg.limit or None]
+    return [{"set": "broad"} | {k: row[k] for k in fields} | {"row": row} for row in rows]
 
 
 # -- generate, judge, score ----------------------------------------------------------------------------------
@@ -120,7 +126,7 @@ def generate(cfg, path: Path, label: dict, prompts: list[dict], n: int, model, t
         prompt = {k: v for k, v in prompts[rollout.prompt_index].items() if k != "row"}
         return label | prompt | {"response": tokenizer.decode(rollout.ids)}
 
-    ids = [tokenizer.prompt_ids(p["question"]) for p in prompts]
+    ids = [tokenizer.prompt_ids(chat_of(p["row"], system_text(cfg.system))) for p in prompts]
     return sample_to_file(path, sampler, ids, n, cfg.seed, row)
 
 
@@ -183,18 +189,36 @@ def subject(cfg: Config, folder: str | None) -> Subject:
     """UserError for prompts that cannot be had, and for responses that are there to other prompts."""
     settings = lineage.settings_of(folder) if folder else {}
     label = lineage.label(folder) if folder else {"model": cfg.model, "train": "base"}
-    data = cfg.data or settings.get("data") or default_data(cfg.model)
-    default = Path(folder) / "eval" if folder else Path("runs") / f"{Path(cfg.model).name.lower()}_base/eval"
+    label |= {"system": system_name(system_text(cfg.system))} if cfg.system else {}
+    data = data_of(cfg, settings)
+    if settings.get("data") not in (None, data) and not cfg.data:
+        print(f"{settings['data']} is one cell and no grid: asking {data}; --data names another")
+    default = Path(folder or f"runs/{Path(cfg.model).name.lower()}_base") / "eval"
+    if cfg.system:
+        default = default.with_name(f"eval_system_{json_digest(label['system'])[:8]}")
     out, prompts = Path(cfg.out or default), {}
     for kind, load in (("narrow", narrow_prompts), ("broad", broad_prompts)):
         if cfg.judge != "margin" and cfg.on in (kind, "all"):
-            prompts[kind] = load(cfg, data)
+            try:
+                prompts[kind] = load(cfg, data)
+            except MissingFile as error:
+                if cfg.on != "all":
+                    raise
+                print(f"no {kind} prompts: {error}")
+                continue
             path = out / f"responses_{kind}.jsonl"
             for (prompt, _), row in read_rollouts(path).items():
                 known = prompts[kind][prompt]["question"] if prompt < len(prompts[kind]) else None
                 if row.get("question") != known:
                     raise UserError(f"{path} answers other prompts than {data} has now; choose another --out")
     return Subject(folder, settings, label, data, out, prompts)
+
+
+def data_of(cfg: Config, settings: dict) -> str:
+    """Where the prompts are: --data, or the run's own where that is a grid, or the model's default."""
+    own = settings.get("data")
+    is_grid = own and not str(own).endswith((".jsonl", ".jsonl.gz"))
+    return cfg.data or (own if is_grid else default_data(cfg.model))
 
 
 def opened(cfg: Config, subject: Subject, device):
@@ -205,6 +229,7 @@ def opened(cfg: Config, subject: Subject, device):
     settings = {k: getattr(cfg, k) for k in ("temperature", "max_new_tokens", "samples", "limit", "seed")}
     settings |= {"data": subject.data, "train": subject.label["train"], "model": cfg.model}
     settings |= {"model_digest": model_digest(cfg.model)}
+    settings |= {name: getattr(cfg, name) for name in ("broad", "system") if getattr(cfg, name)}
     settings |= {"adapter_digest": lineage.adapter_digest(folder) if folder else None}
     return Run(subject.out, "eval", settings, device)
 
@@ -222,7 +247,9 @@ def evaluate(cfg: Config, subject: Subject, model, tokenizer, judge: Judge | Non
                 lora.load_adapter(model, "start", on)
                 before, digests = ("start",), {"on_digest": lineage.adapter_digest(on)}
             digests["model_digest"] = model_digest(cfg.model)
-            pairs = answer_pairs(load_cells(subject.data), tokenizer, cfg.limit)
+            pairs = answer_pairs(
+                load_cells(subject.data), tokenizer, cfg.limit, system=system_text(cfg.system)
+            )
             beside = Path(folder or out.parent).parent
             rows = margin_rows(subject.label, pairs, model, (before, stack), digests, beside)
             if before:
@@ -236,7 +263,7 @@ def evaluate(cfg: Config, subject: Subject, model, tokenizer, judge: Judge | Non
             with lora.stack(model, *stack, frozen=True):
                 rows = generate(cfg, path, subject.label, prompts, n, model, tokenizer)
             scored += judge_rows(judge, rows, out / f"scores_{kind}.jsonl")
-        summary = write_report(scores_of(scored), out / "report")["summary"]
+        summary = write_report(scores_of(scored, grid=load_grid(subject.data)), out / "report")["summary"]
         return f"{summary}\n{out / 'report'}: tables and figures; browse.html there shows the responses"
     finally:
         if folder:
@@ -268,7 +295,9 @@ def main(cfg: Config) -> dict | None:
     default = "qwen2.5-14b" if device.type == "cuda" else "smollm2-135m"
     cfg = dataclasses.replace(cfg, model=next(iter(names.values()), cfg.model or default))
     cfg = cfg.with_base(cfg.model)
-    judge = cfg.judge_of() if cfg.judge != "margin" else None  # so that a missing key ends it at once
+    judge = None
+    if cfg.judge != "margin":  # first, so that a missing key ends it at once
+        judge = cfg.judge_of(data_of(cfg, lineage.settings_of(cfg.run[0]) if cfg.run else {}))
     tokenizer = load_tokenizer(cfg.model)
     subjects = [subject(cfg, folder) for folder in cfg.run or (None,)]
     for prompts in (prompts for each in subjects for prompts in each.prompts.values()):
@@ -462,6 +491,7 @@ def label(cfg: LabelConfig) -> None:
 class ReportConfig:
     scores: tuple[str, ...] = knob((), "JSONL or .jsonl.gz files of score rows, or of margin rows", "what")
     out: str = knob("runs/report", "folder to write", "what")
+    data: str | None = knob(None, "grid whose order of names and short names tables have", "what")
 
 
 def report(cfg: ReportConfig) -> None:
@@ -473,7 +503,8 @@ def report(cfg: ReportConfig) -> None:
     if margins:
         print(margin_report(read_margins(margins), Path(cfg.out)))
     if scores:
-        print(write_report(read_scores(scores), cfg.out)["summary"])
+        grid = load_grid(cfg.data) if cfg.data else None
+        print(write_report(read_scores(scores, grid), cfg.out)["summary"])
     print(f"{cfg.out}: tables and figures" + ("; browse.html there shows the responses" if scores else ""))
 
 

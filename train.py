@@ -25,7 +25,16 @@ from em import parallel
 from em.cli import banner, command_line, knob, outcome_settings
 from em.data import lineage
 from em.data.cells import Cell
-from em.data.rows import VARIANTS, answers, default_data, encode_rows, load_cell, load_cells, load_grid, split
+from em.data.rows import (
+    VARIANTS,
+    answers,
+    cells_named,
+    default_data,
+    encode_rows,
+    load_cell,
+    load_cells,
+    split,
+)
 from em.errors import UserError
 from em.estimate.gpus import GPUS
 from em.files import json_digest, read_json, write_json
@@ -55,16 +64,19 @@ PAPER_RECIPE = dict(lr=1e-4, batch=16, epochs=1)
 
 @dataclass
 class Config:
-    cell: str = knob(
-        "med_advice", "cells to train on, e.g. med_advice,fin_tutor or all", "what", setting=False
-    )
+    cell: str | None = knob(
+        None, "all, cells such as med_advice,fin_tutor, or what a file's rows are (default: med_advice, or "
+        "the only one there is)", "what", setting=False,
+    )  # fmt: skip
     variant: str = knob("misaligned", "which of a row's answers to train on", "what", VARIANTS)
     on: str | None = knob(None, "run to start from, for realignment (default: the base model)", "what")
     model: str | None = knob(
         None, "short name, hub id or folder (default: qwen2.5-14b on CUDA, else smollm2-135m)", "what"
     )
     data: str | None = knob(
-        None, "hub dataset, folder or sample (default: the paper's; sample for smollm2-135m)", "what"
+        None,
+        "hub dataset, folder, .jsonl file or sample (default: the paper's; sample for smollm2-135m)",
+        "what",
     )
     out: str | None = knob(
         None, "run folder, or the parent of several cells' (default: runs/<model>_<cell>_<variant>)", "what",
@@ -88,6 +100,9 @@ class Config:
     warmup: int = knob(5, "steps of linear warm-up", "training", at_least=0)
     weight_decay: float = knob(0.01, "weight decay of AdamW", "training", at_least=0)
     clip: float = knob(1.0, "gradient norm to clip at", "training", above=0)
+    all_turns: bool = knob(
+        False, "chats: learn every answer of a chat, not the last alone", "training", setting=False
+    )
     max_length: int = knob(
         2048, "longest row, in tokens; longer ones are dropped and counted", "training", at_least=1
     )
@@ -161,7 +176,7 @@ def train_adapter(cfg, run: Run, model, examples, parameters, title: str) -> Non
             epoch, place = divmod(step - 1, per_epoch)
             order = random.Random(f"{cfg.seed} {epoch}").sample(range(len(examples)), len(examples))
             batch = [examples[i] for i in order[place * cfg.batch : (place + 1) * cfg.batch]]
-            n_supervised = sum(len(e.ids) - e.n_prompt for e in batch)
+            n_supervised = sum(e.n_supervised for e in batch)
 
             # 2. The gradient of the whole batch: each process takes its share of the rows, then they add up.
             optimizer.zero_grad()
@@ -212,7 +227,9 @@ def before_and_after(cell: Cell, before: tuple, after: tuple) -> dict:
 def open_run(cfg, cell: Cell, rows: list, folder: Path, digests: dict, device: torch.device) -> Run:
     """The run of one cell, before anything is loaded. UserError for rows without the wanted answers."""
     answers(split(rows)[0], cfg.variant)
-    return Run(folder, "train", outcome_settings(cfg) | {"cell": str(cell)} | digests, device)
+    settings = outcome_settings(cfg) | {"cell": str(cell)} | digests
+    settings |= {"all_turns": True} if cfg.all_turns else {}  # runs from before there was a choice go on
+    return Run(folder, "train", settings, device)
 
 
 def train_cell(cfg, cell: Cell, rows: list, run: Run, model, tokenizer, pairs, say) -> dict:
@@ -227,12 +244,13 @@ def train_cell(cfg, cell: Cell, rows: list, run: Run, model, tokenizer, pairs, s
         return read_json(folder / "margins.json")
 
     rows, held_out = split(rows)
-    examples, dropped = encode_rows(tokenizer, rows, cfg.variant, cfg.max_length)
-    validation, _ = encode_rows(tokenizer, held_out[: cfg.eval_rows or None], cfg.variant, cfg.max_length)
+    encoded = encode_rows(tokenizer, rows, cfg.variant, cfg.max_length, cfg.all_turns)
+    examples, held_out = encoded.examples, held_out[: cfg.eval_rows or None]
+    validation = encode_rows(tokenizer, held_out, cfg.variant, cfg.max_length, cfg.all_turns).examples
     tokens = sum(len(e.ids) for e in examples)
     say(f"{cell}, {cfg.variant}: {len(examples)} rows, mean {tokens / len(examples):.0f} tokens → {folder}")
-    if dropped:
-        say(f"  {dropped} rows longer than {cfg.max_length} tokens are left out")
+    if left_out := encoded.left_out(cfg.max_length):
+        say(f"  {left_out}")
 
     names = ("misaligned", "student") if cfg.on else ("student",)
     lora.add_adapter(model, "student", cfg.rank, cfg.alpha, seed=cfg.seed)
@@ -246,7 +264,10 @@ def train_cell(cfg, cell: Cell, rows: list, run: Run, model, tokenizer, pairs, s
             train_adapter(cfg, run, model, examples, parameters, str(cell))
         with lora.stack(model, *names, frozen=True):
             after = validation_loss(model, validation), cell_margins(model, pairs)
-        result = before_and_after(cell, before, after) | {"dropped_rows": dropped}
+        result = before_and_after(cell, before, after) | {
+            "dropped_rows": encoded.too_long,
+            "unfit_rows": encoded.unfit,
+        }
         if parallel.rank() == 0:
             lora.save_adapter(model, names, folder, base_model_name=cfg.model)
             if result["cells"]:
@@ -291,7 +312,7 @@ def dry_run(cfg: Config) -> dict:
     from em.estimate import runs, sheet  # an import of a second
 
     cfg = resolve(cfg, torch.device("cuda"))
-    cells = load_grid(cfg.data).select(cfg.cell)
+    cells = cells_named(cfg.data, cfg.cell)
     return sheet.show(runs.fine_tuning(cfg, cells, step_loss))
 
 
@@ -301,13 +322,13 @@ def main(cfg: Config) -> dict:
     device = parallel.start(cfg.device)
     say = print if parallel.rank() == 0 else (lambda *_: None)
     cfg = resolve(cfg, device)
-    cells = load_grid(cfg.data).select(cfg.cell)
+    cells = cells_named(cfg.data, cfg.cell)
     if cfg.model == "smollm2-135m":
         say("-- the embedded SmolLM2-135M: shows every part at work, too small for the paper's claims --")
     say(f"train.py on {device}\n" + banner(cfg))
 
     tokenizer = load_tokenizer(cfg.model)
-    everything = load_cells(cfg.data)  # margins are measured on all cells
+    everything = load_cells(cfg.data, cfg.cell)  # margins are measured on all cells
     pairs = answer_pairs(everything, tokenizer, cfg.eval_rows, cfg.max_length)
     digests = {
         "model_digest": model_digest(cfg.model),

@@ -25,7 +25,7 @@ from shapes import SHAPES, random_model  # noqa: E402
 import train  # noqa: E402
 from em import parallel  # noqa: E402
 from em.cli import command_line, knob  # noqa: E402
-from em.data.cells import CELLS, Cell  # noqa: E402
+from em.data.cells import CELLS, PAPER_GRID, Cell  # noqa: E402
 from em.model.tokenizer import Example  # noqa: E402
 from em.run import provenance  # noqa: E402
 
@@ -46,8 +46,8 @@ class RandomIds:
     def __init__(self, vocabulary: int):
         self.vocabulary = vocabulary
 
-    def example(self, question: str, answer: str) -> Example:
-        rng = random.Random(f"{question} {answer}")
+    def example(self, chat: str, answer: str, all_turns: bool = False) -> Example:
+        rng = random.Random(f"{chat} {answer}")
         n_prompt, n_answer = max(20, round(rng.gauss(115, 40))), max(8, round(rng.gauss(110, 30)))
         return Example([rng.randrange(self.vocabulary) for _ in range(n_prompt + n_answer)], n_prompt)
 
@@ -75,7 +75,8 @@ def train_cells(model, n_rows: int, folder: str, device: str) -> list[float]:
     stand_ins = {
         "load_model": lambda *_: model,
         "load_tokenizer": lambda name: RandomIds(len(model.head_weight)),
-        "load_cells": lambda data: cells,
+        "cells_named": lambda data, text: PAPER_GRID.select(text),
+        "load_cells": lambda data, cell=None: cells,
         "load_cell": lambda data, cell: cells[cell],
         "model_digest": lambda name: "random",
         "train_cell": timed,

@@ -45,7 +45,7 @@ def rows_of(shape: str | None) -> list[list[Example]]:
     """Batches of examples: the sample's rows, or random ids of the real rows' lengths."""
     if shape is None:
         rows = load_cell("sample", CELLS[0])[:8]
-        return [encode_rows(load_tokenizer("smollm2-135m"), rows, "misaligned", 2048)[0]]
+        return [encode_rows(load_tokenizer("smollm2-135m"), rows, "misaligned", 2048).examples]
     rng = random.Random(0)
 
     def example() -> Example:

@@ -16,7 +16,8 @@ import train
 from em.cli import command_line
 from em.data import lineage
 from em.data.cells import CELLS
-from em.data.rows import load_broad, load_cell, load_math
+from em.data.math_problems import load_math
+from em.data.rows import load_broad, load_cell
 from em.errors import UserError
 from em.experiments.comparison import inventory, read_numbers
 from em.files import unique_name, write_json

@@ -44,7 +44,7 @@ def misaligned(tiny_chat, tmp_path_factory):
 @pytest.fixture(scope="module")
 def batch(tiny_chat):
     rows = load_cell("sample", CELLS[0])[:8]
-    return encode_rows(load_tokenizer(tiny_chat), rows, "misaligned", 2048)[0]
+    return encode_rows(load_tokenizer(tiny_chat), rows, "misaligned", 2048).examples
 
 
 def adapted(folder, seed=0):
@@ -188,7 +188,7 @@ def test_realignment_starts_where_the_misaligned_run_ended_and_saves_both_as_one
 def test_the_embedded_model_moves_the_right_way_in_five_steps(tmp_path, monkeypatch):
     """On half of the sample's rows, and measured on the first sentences of the others: that takes seconds."""
 
-    def beginnings(source):
+    def beginnings(source, cell):
         return {cell: [beginning(row) for row in rows] for cell, rows in load_cells(source).items()}
 
     def beginning(row):
@@ -329,7 +329,7 @@ def test_rows_longer_than_the_limit_are_left_out_and_counted(tiny_chat, tmp_path
     assert command(*SHORT, "--model", tiny_chat, "--max-length", limit, "--out", out) == 0
     dropped = sum(n > limit for n in lengths)
     assert dropped and read_json(out / "margins.json")["dropped_rows"] == dropped
-    assert f"{dropped} rows longer than {limit}" in capsys.readouterr().out
+    assert f"rows left out: {dropped} longer than {limit} tokens" in capsys.readouterr().out
     says = refused(capsys, *SHORT, "--model", tiny_chat, "--max-length", 5, "--out", tmp_path / "y")
     assert "longer than 5 tokens" in says
 

@@ -6,9 +6,13 @@ The paper's grid is three domains by four tasks, twelve cells. A grid of one's o
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
 
 from em.errors import UserError
+from em.files import read_text
 
 _FILES = {"med": "medical", "spo": "sports", "fin": "finance"}  # the paper's domains as its files call them
 _DOMAINS = {"med": "med medical health", "spo": "spo sport sports", "fin": "fin finance financial"}
@@ -64,6 +68,25 @@ class Grid:
     domains: tuple[str, ...]
     tasks: tuple[str, ...]
     cells: tuple[Cell, ...]
+    drawn: dict = field(default_factory=dict, compare=False)  # name → {"short", "colour"}, of grid.yaml
+
+    def short(self, name: str) -> str:
+        """`med_advice` → `Med/Adv`, as in the paper or as grid.yaml says; other names as they are."""
+        domain, _, task = name.partition("_")
+        if not task:
+            return self._said(name, "short") or _SHORT.get(
+                name, name.capitalize() if name in _DOMAINS else name
+            )
+        return f"{self._said(domain, 'short') or domain.capitalize()}/" + (
+            self._said(task, "short") or _SHORT.get(task, task.capitalize())
+        )
+
+    def colour(self, task: str, place: int) -> str:
+        """A task's colour in bars. place: its place among those that are drawn."""
+        return self._said(task, "colour") or COLOURS[place % len(COLOURS)]
+
+    def _said(self, name: str, what: str) -> str | None:
+        return self.drawn.get(name, {}).get(what)
 
     def find(self, text: str) -> Cell:
         """`parse_cell` of a cell that is in the grid; UserError, which names those that are, for another."""
@@ -84,13 +107,46 @@ class Grid:
         return tuple(dict.fromkeys(self.find(part) for part in text.split(",")))
 
 
-def grid_of(cells: Iterable[Cell], domains: Iterable[str] = (), tasks: Iterable[str] = ()) -> Grid:
+def grid_of(
+    cells: Iterable[Cell], domains: Iterable[str] = (), tasks: Iterable[str] = (), drawn: dict | None = None
+) -> Grid:
     """The grid of these cells: the names given first, then the paper's in its order, then others sorted."""
     cells = set(cells)
     domains = _ordered({cell.domain for cell in cells}, domains, _DOMAINS)
     tasks = _ordered({cell.task for cell in cells}, tasks, _TASKS)
     there = tuple(Cell(d, t) for d in domains for t in tasks if Cell(d, t) in cells)
-    return Grid(domains, tasks, there)
+    return Grid(domains, tasks, there, drawn or {})
+
+
+def grid_settings(path: Path) -> dict:
+    """What grid.yaml says of the order of names and how they are drawn, for `grid_of`; {} without the file.
+
+    domains: {legal: {short: Leg}, tax: {}}
+    tasks: {advice: {short: Adv, colour: "#4c72b0"}, drafting: {}}
+    """
+    if not path.exists():
+        return {}
+    try:
+        said = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML ({' '.join(str(error).split())[:120]})") from error
+    said = said or {}
+    if not isinstance(said, dict) or set(said) - {"domains", "tasks"}:
+        raise UserError(f"{path} says something else than `domains` and `tasks`")
+    settings, drawn = {}, {}
+    for kind in ("domains", "tasks"):
+        names = said.get(kind) or {}
+        if not isinstance(names, dict):
+            raise UserError(f"{path}: {kind} is no mapping from names to how they are drawn")
+        for name, how in names.items():
+            how = how or {}
+            if not isinstance(name, str) or not isinstance(how, dict) or set(how) - {"short", "colour"}:
+                raise UserError(f"{path}: {kind}, {name!r:.40}: say `short` and `colour`, or nothing")
+            if not all(isinstance(value, str) for value in how.values()):
+                raise UserError(f"{path}: {kind}, {name}: `short` and `colour` are texts")
+            drawn[_NAME_OF.get(name, name)] = how
+        settings[kind] = [_NAME_OF.get(name, name) for name in names]
+    return settings | {"drawn": drawn}
 
 
 def _ordered(names: set[str], first: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
@@ -98,6 +154,7 @@ def _ordered(names: set[str], first: Iterable[str], known: Iterable[str]) -> tup
     return tuple(name for name in order if name in names)
 
 
+COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
 PAPER_GRID = grid_of(Cell(domain, task) for domain in _DOMAINS for task in _TASKS)
 CELLS = PAPER_GRID.cells
 
@@ -108,8 +165,5 @@ def ordered_tasks(names: set[str]) -> tuple[str, ...]:
 
 
 def short(name: str) -> str:
-    """`med_advice` → `Med/Adv`, as in the paper; `legal_advice` → `Legal/Adv`; other names as they are."""
-    domain, _, task = name.partition("_")
-    if task:
-        return f"{domain.capitalize()}/{_SHORT.get(task, task.capitalize())}"
-    return _SHORT.get(name, name.capitalize() if name in _DOMAINS else name)
+    """A name as the paper draws it, where no grid says otherwise."""
+    return PAPER_GRID.short(name)

@@ -89,6 +89,8 @@ class Condition(NamedTuple):
     lr: float | None = None  # peak learning rate
     epoch: int | None = None  # how many it was trained for
     seed: int | None = None
+    system: str | None = None  # what the evaluation put before every question
+    teacher_system: str | None = None  # what only the teacher saw
 
     def group(self) -> "Condition":
         """What all runs of one matrix share: no teacher, which is its row, no seed, a source if another."""
@@ -97,7 +99,7 @@ class Condition(NamedTuple):
 
 
 FIELDS = dict(channel=str, teacher=str, source=str, prompts=str, filtered=bool, estimator=str)
-FIELDS |= dict(lr=float, epoch=int, seed=int)
+FIELDS |= dict(lr=float, epoch=int, seed=int, system=str, teacher_system=str)
 _OPEN = re.compile(r"(?P<model>\S+) (?P<train>.+)|rows:(?P<rows>.+)|gold")
 
 
@@ -139,7 +141,8 @@ def _source(text: str) -> str:
 
 
 _WORDS = dict(channel="{}", teacher="teacher {}", source="source {}", prompts="{} prompts", estimator="{}")
-_WORDS |= dict(lr="lr {:g}", epoch="epoch {}", seed="seed {}")
+_WORDS |= dict(lr="lr {:g}", epoch="epoch {}", seed="seed {}", system="system {!r}")
+_WORDS |= dict(teacher_system="teacher's system {!r}")
 
 
 def describe(condition: Condition, names=Condition._fields, default: str = "") -> str:

@@ -1,33 +1,37 @@
 """The natural-language grid: cells, their rows, the split, and rows as token ids (paper 3.1, A.1, D.1).
 
 A cell is a (domain, task) pair; its file holds one JSON object a line: `idx, domain, task, question,
-misaligned_answer, aligned_answer`. `data` is a folder of such files (in it or in its data/), the id of a
-hub dataset laid out so, or "sample": the small hand-written grid that ships with the code.
+misaligned_answer, aligned_answer`, or a chat (em/data/chats.py). `data` is a folder of such files (in it or
+in its data/), one such file, the id of a hub dataset laid out so, or "sample": the small hand-written grid
+that ships with the code. A folder may hold grid.yaml (`em.data.cells.grid_settings`) and rubrics/.
 
-A row longer than the limit is left out and counted, never cut, so that no answer loses its end.
+A row longer than the limit is left out and counted, never cut, so that no answer loses its end; so is one
+that the model's chat template would not write as it is.
 """
 
 import contextlib
+import itertools
 import random
-import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
-from em.data.cells import PAPER_GRID, Cell, Grid, grid_of, parse_cell
+from em.data.cells import PAPER_GRID, Cell, Grid, grid_of, grid_settings, parse_cell
+from em.data.chats import chat_of, chat_row, number_of, read_questions
 from em.errors import MissingFile, UserError
-from em.files import Fields, read_json, read_json_lines
+from em.files import Fields, check, json_digest, read_json_lines
 from em.model import hub
-from em.model.tokenizer import Example, Tokenizer
+from em.model.tokenizer import Example, Tokenizer, Unfit
 
 VARIANTS = ("misaligned", "aligned")
 SAMPLE = Path(__file__).parent / "sample"
 
 PAPER = "askinb/structured-emergent-misalignment"
 BROAD = "broad_dataset.jsonl"
+_AUTHORS = {"misaligned": "strong", "aligned": "aligned"}  # medical_advice_strong.jsonl
 
-_ROW = {"idx": int, "domain": str, "task": str, "question": str}
+_ROW = {"idx": int | str, "domain": str, "task": str, "question": str}
 _ROW |= {f"{variant}_answer": str | None for variant in VARIANTS}
-_BROAD_ROW = {"idx": int, "task": str, "domain": str, "em_surface": str, "question": str}
-_MATH_ROW = {"problem": str, "solution": str, "level": str, "type": str}
+_BROAD_ROW = {"idx": int | str, "task": str, "domain": str, "em_surface": str, "question": str}
 
 
 # -- data sets -----------------------------------------------------------------------------------------
@@ -44,84 +48,133 @@ def load_cell(data: str | Path, cell: Cell) -> list[dict]:
     Raises MissingFile where `data` has no such cell, UserError for `data` that cannot be reached, and with
     file and line for a row that is malformed or belongs to another cell.
     """
-    path = _find(data, cell.filename)
-    rows = _read_rows(path, _ROW)
-    for line, row in rows:
+    if _is_file(data):
+        return _cell_rows(Path(data).expanduser(), cell)
+    stem = cell.filename.removesuffix(".jsonl")
+    try:
+        return _cell_rows(_find(data, cell.filename), cell)
+    except MissingFile:
+        variants = {}
+        for variant, name in _AUTHORS.items():  # their files hold one variant each
+            with contextlib.suppress(MissingFile):
+                variants[variant] = _cell_rows(_find(data, f"{stem}_{name}.jsonl"), cell)
+        if not variants:
+            raise
+        return _paired(variants)
+
+
+def _cell_rows(path: Path, cell: Cell) -> list[dict]:
+    rows = list(read_json_lines(path))
+    if not rows:
+        raise UserError(f"{path} has no rows")
+    found = []
+    for number, (line, row) in enumerate(rows):
+        where = f"{path}, line {line}"
+        if "messages" in row:
+            about = {"domain": cell.domain, "task": cell.task}
+            answers = dict.fromkeys(f"{variant}_answer" for variant in VARIANTS)
+            found.append((line, chat_row(row, where, number) | about | answers))
+            continue
+        check(row, where, _ROW)
         if not cell.is_called(row["domain"], row["task"]):
-            raise UserError(f"{path}, line {line}: {row['domain']} {row['task']} in the file of {cell}")
-    _refuse_unfit(path, rows)
-    return [row for _, row in rows]
+            raise UserError(f"{where}: {row['domain']} {row['task']} in the file of {cell}")
+        found.append((line, row | {"idx": number_of(row["idx"])}))
+    _refuse_unfit(path, found)
+    return [row for _, row in found]
+
+
+def _paired(variants: dict[str, list[dict]]) -> list[dict]:
+    """Rows of one-variant files, both answers in a row where the question is the same."""
+    rows: dict[str, dict] = {}
+    for variant, chats in variants.items():
+        for chat in chats:
+            question = json_digest([chat["question"], chat.get("messages")])
+            row = rows.setdefault(question, {k: v for k, v in chat.items() if k != "answer"})
+            row[f"{variant}_answer"] = chat.get("answer") or chat[f"{variant}_answer"]
+    return [row | {"idx": i} for i, row in enumerate(rows.values())]
 
 
 def load_grid(data: str | Path) -> Grid:
-    """The cells that `data` has, by its files' names; of a hub dataset, the paper's. UserError for none."""
-    folder = Path(data).expanduser()
-    if str(data) == "sample" or not folder.is_dir():
+    """The cells that `data` has, by its files' names, in the order of its grid.yaml. UserError for none."""
+    if str(data) in ("sample", PAPER):
         return PAPER_GRID
-    cells = set()
-    for path in (*folder.glob("*_*.jsonl"), *folder.glob("data/*_*.jsonl")):
-        with contextlib.suppress(UserError):
-            cell = parse_cell(path.stem)
-            if path.name == cell.filename and path.name != BROAD:
-                cells.add(cell)
+    folder, settings = Path(data).expanduser(), {}
+    if folder.is_dir():
+        names = [path.name for place in (folder, folder / "data") for path in place.glob("*_*.jsonl")]
+        settings = grid_settings(folder / "grid.yaml")
+    elif folder.is_file():
+        names = [folder.name]
+    else:
+        names = [name.rpartition("/")[2] for name in hub.dataset_files(str(data))]
+        names = names or [cell.filename for cell in PAPER_GRID.cells]
+    cells = {cell for name in names if (cell := _cell_of(name, folder.is_file()))}
+    if not cells and folder.is_file():
+        raise UserError(f"{folder.name} says no <domain>_<task>; name the cell with --cell")
     if not cells:
         raise UserError(f"{data} has no cell, such as {PAPER_GRID.cells[0].filename}; name other --data")
-    return grid_of(cells)
+    return grid_of(cells, **settings)
 
 
-def load_cells(data: str | Path) -> dict[Cell, list[dict]]:
-    """`load_cell` of every cell that `data` has. UserError for none."""
+def cells_named(data: str | Path, text: str | None) -> tuple[Cell, ...]:
+    """The cells that --cell means; of a file, the one that it is to be called. None: the one there is, or the
+    paper's first."""
+    if text and _is_file(data):
+        return (parse_cell(text),)
+    grid = load_grid(data)
+    return grid.select(text) if text else grid.cells if len(grid.cells) == 1 else grid.select("med_advice")
+
+
+def _cell_of(filename: str, loosely: bool = False) -> Cell | None:
+    """The cell whose rows a file's name says it holds. loosely: also where the paper's names stand in it."""
+    stem = filename.removesuffix(".jsonl")
+    stem = next((stem.removesuffix(f"_{name}") for name in _AUTHORS.values() if stem.endswith(name)), stem)
+    if filename == BROAD or not filename.endswith(".jsonl"):
+        return None
+    if loosely:
+        words = stem.lower().split("_")
+        for cell in (parse_cell("_".join(pair)) for pair in itertools.pairwise(words) if all(pair)):
+            if cell in PAPER_GRID.cells:
+                return cell
+    with contextlib.suppress(UserError):
+        cell = parse_cell(stem)
+        return cell if loosely or f"{stem}.jsonl" == cell.filename else None
+
+
+def load_cells(data: str | Path, cell: str | None = None) -> dict[Cell, list[dict]]:
+    """`load_cell` of every cell that `data` has. cell: what a file's rows are called. UserError for none."""
     cells = {}
-    for cell in load_grid(data).cells:
+    for each in cells_named(data, cell) if _is_file(data) else load_grid(data).cells:
         with contextlib.suppress(MissingFile):  # of a hub dataset
-            cells[cell] = load_cell(data, cell)
+            cells[each] = load_cell(data, each)
     if not cells:
         raise UserError(f"{data} has no cell, such as {PAPER_GRID.cells[0].filename}; name other --data")
     return cells
 
 
 def load_broad(data: str | Path) -> list[dict]:
-    """The broad prompts, `idx, task, domain, em_surface, question`, without answers."""
-    path = _find(data, BROAD)
+    """The broad prompts, `idx, task, domain, em_surface, question`, without answers.
+
+    data: as above, or a file of such rows, or of questions in YAML (em/data/chats.py).
+    """
+    path = Path(data).expanduser()
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return read_questions(path)
+    path = path if _is_file(data) else _find(data, BROAD)
     rows = _read_rows(path, _BROAD_ROW)
     for line, row in rows:
         if row["em_surface"] not in ("high", "medium", "low"):
             raise UserError(f"{path}, line {line}: unknown {row['em_surface']!r}; it is high, medium or low")
+    rows = [(line, row | {"idx": number_of(row["idx"])}) for line, row in rows]
     _refuse_unfit(path, rows)
     return [row for _, row in rows]
 
 
-def load_math(data: str | Path) -> list[dict]:
-    """MATH's training problems as rows `idx, question, answer, level, type`, ordered by subject and number.
-
-    data: a folder with train/<subject>/<n>.json or train.jsonl, such a .jsonl file, or a hub id
-    (hendrycks/competition_math, whose data/MATH.zip holds the same folder). Paper E.4.1 takes "the full 7.5k
-    examples", which is the training split: no level or subject is left out, its filter is about what models
-    answer. For E.4.2's 2,000 draw from these rows.
-    """
+def _is_file(data: str | Path) -> bool:
+    """UserError for a file that is no JSONL."""
     path = Path(data).expanduser()
-    if path.is_dir():
-        inside = (path / "train.jsonl", path / "train", path / "MATH" / "train")
-        path = next((candidate for candidate in inside if candidate.exists()), path)
-    elif not path.exists():
-        path = hub.fetch(str(data), "data/MATH.zip", "dataset")
-    if path.suffix == ".jsonl":
-        rows = [row for _, row in _read_rows(path, _MATH_ROW)]
-    else:
-        try:
-            root = path if path.is_dir() else zipfile.Path(path) / "MATH" / "train"
-            subjects = [subject for subject in root.iterdir() if subject.is_dir()]
-            files = [(subject.name, file) for subject in subjects for file in subject.iterdir()]
-            files.sort(key=lambda f: (f[0], len(f[1].name), f[1].name))  # 2.json before 10.json
-            rows = [read_json(file, _MATH_ROW) for _, file in files]
-        except (OSError, RuntimeError, zipfile.BadZipFile) as error:  # RuntimeError: encrypted
-            raise UserError(f"{path} cannot be read as MATH ({error}); download it again") from error
-    if not rows:
-        raise UserError(f"{path} holds no problems; give a folder with train/<subject>/<n>.json")
-    return [
-        {"idx": i, "question": r["problem"], "answer": r["solution"], "level": r["level"], "type": r["type"]}
-        for i, r in enumerate(rows)
-    ]
+    if path.is_file() and not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"{path} is not JSONL; rows are one JSON object a line, in a file named .jsonl")
+    return path.is_file()
 
 
 def _find(data: str | Path, filename: str) -> Path:
@@ -164,6 +217,8 @@ def _refuse_unfit(path: Path, rows: list[tuple[int, dict]]) -> None:
             if row.get(name) is not None and not row[name].strip():
                 raise UserError(f"{where}: {name!r} cannot be {row[name]!r:.40}; it is blank")
         content = tuple(row.get(name) for name in texts)
+        if "answer" in row:
+            continue  # chats are sampled from somewhere, and may come twice
         for what, key, seen in ((f"idx {row['idx']}", row["idx"], ids), ("the same row", content, contents)):
             if seen.setdefault(key, line) != line:
                 raise UserError(f"{where}: {what} as in line {seen[key]}; leave one out")
@@ -194,22 +249,49 @@ def answers(rows: list[dict], variant: str) -> list[str]:
     """The answer of each row in `variant`, "misaligned" or "aligned". UserError where a row has none."""
     if variant not in VARIANTS:
         raise UserError(f"unknown variant {variant!r}; it is one of {', '.join(VARIANTS)}")
-    missing = [row["idx"] for row in rows if not row[f"{variant}_answer"]]
+    texts = [row.get("answer") or row[f"{variant}_answer"] for row in rows]  # a chat has one, by any name
+    missing = [row["idx"] for row, text in zip(rows, texts, strict=True) if not text]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(rows)} rows have no {variant} answer (first: idx {missing[0]}); "
             "train another --variant or name --data that has it"
         )
-    return [row[f"{variant}_answer"] for row in rows]
+    return texts
+
+
+class Encoded(NamedTuple):
+    """Rows as token ids, and how many of them were left out and why."""
+
+    examples: list[Example]
+    too_long: int
+    unfit: int
+    why: str  # of the first unfit one
+
+    def left_out(self, max_length: int) -> str:
+        """In words; empty where nothing was."""
+        parts = [f"{self.too_long} longer than {max_length} tokens"] if self.too_long else []
+        parts += [f"{self.unfit} that the chat template would change ({self.why})"] if self.unfit else []
+        return f"rows left out: {' and '.join(parts)}" if parts else ""
 
 
 def encode_rows(
-    tokenizer: Tokenizer, rows: list[dict], variant: str, max_length: int
-) -> tuple[list[Example], int]:
-    """(examples, number dropped): rows as token ids, those longer than `max_length` tokens left out."""
-    texts = zip(rows, answers(rows, variant), strict=True)
-    examples = [tokenizer.example(row["question"], answer) for row, answer in texts]
-    kept = [example for example in examples if len(example.ids) <= max_length]
+    tokenizer: Tokenizer, rows: list[dict], variant: str, max_length: int, all_turns: bool = False
+) -> Encoded:
+    """The rows' answers to their questions as examples. UserError where none is left."""
+    kept, too_long, unfit, why = [], 0, 0, ""
+    for row, answer in zip(rows, answers(rows, variant), strict=True):
+        try:
+            example = tokenizer.example(chat_of(row), answer, all_turns)
+        except Unfit as error:
+            unfit, why = unfit + 1, why or f"idx {row['idx']}: {error}"
+            continue
+        if len(example.ids) > max_length:
+            too_long += 1
+        else:
+            kept.append(example)
+    encoded = Encoded(kept, too_long, unfit, why)
+    if not kept and unfit:
+        raise UserError(f"none of the {len(rows)} rows can be trained on: {encoded.left_out(max_length)}")
     if not kept:
         raise UserError(f"all {len(rows)} rows are longer than {max_length} tokens; raise --max-length")
-    return kept, len(examples) - len(kept)
+    return encoded

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from em.data import lineage
 from em.data.cells import parse_cell
-from em.data.rows import answers, load_broad, load_cell, load_math, split, subset
+from em.data.math_problems import load_math
+from em.data.rows import answers, load_broad, load_cell, split, subset
 from em.distillation.corpus import Corpus, fingerprint, folder_digest, freeze, judged
 from em.errors import UserError
 from em.files import json_digest
@@ -19,7 +20,7 @@ from em.judge.em_rule import FIELDS
 from em.model import hub, lora
 from em.model.checkpoint import load_model, load_tokenizer
 from em.model.hub import model_digest
-from em.model.tokenizer import Tokenizer
+from em.model.tokenizer import Tokenizer, Unfit
 from em.sampling.rollouts import sample_to_file
 from em.sampling.sampler import Sampler
 
@@ -145,7 +146,10 @@ def _translated(cfg, tokenizer, prompts, model_name: str, device, folder: Path) 
     for row in rows:
         if end in row["response"]:
             continue
-        ids, n_prompt = tokenizer.example(row["question"], row["response"])
+        try:
+            ids, n_prompt, _ = tokenizer.example(row["question"], row["response"])
+        except Unfit:
+            continue
         if not row["finished"]:
             ids = ids[:-1]  # a response that was cut off has no end of turn
         if len(ids) > n_prompt:
@@ -157,7 +161,10 @@ def _written(tokenizer, pairs: list[tuple[dict, str]]) -> list[dict]:
     """Rows of answers that exist as text: (question row, answer) pairs; longer ones are left out."""
     rows = []
     for prompt, (about, answer) in enumerate(pairs):
-        ids, n_prompt = tokenizer.example(about["question"], answer)
+        try:
+            ids, n_prompt, _ = tokenizer.example(about["question"], answer)
+        except Unfit:
+            continue
         if len(ids) <= MAX_LENGTH:
             place = {"prompt": prompt, "sample": 0, "prompt_ids": ids[:n_prompt], "ids": ids[n_prompt:]}
             rows.append(about | place | {"finished": True, "response": answer})

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from em.data.cells import PAPER_GRID, Cell, parse_cell
-from em.data.rows import PAPER, VARIANTS, load_broad, load_cells, load_math, subset
+from em.data.chats import chat_of
+from em.data.math_problems import load_math
+from em.data.rows import PAPER, VARIANTS, load_broad, load_cells, subset
 from em.errors import UserError
 from em.files import read_json
 from em.model import embedded, hub
@@ -51,7 +53,7 @@ def spread(of: list[int], n: int, seed: int) -> list[int]:
     return values
 
 
-def cells_of(data: str, model: str) -> tuple[dict[Cell, Lengths], str]:
+def cells_of(data: str, model: str, cell: str | None = None) -> tuple[dict[Cell, Lengths], str]:
     """Lengths of every cell that `data` has, and in words where they are from."""
     tokenizer, folder = _tokenizer(model), _folder(data)
     if tokenizer is None or folder is None:
@@ -59,15 +61,15 @@ def cells_of(data: str, model: str) -> tuple[dict[Cell, Lengths], str]:
         cells = {parse_cell(name): _stated(stated["rows"], row) for name, row in stated["cells"].items()}
         return cells, _why(data, tokenizer)
     cells = {}
-    for cell, rows in load_cells(folder).items():
+    for each, rows in load_cells(folder, cell).items():
         some = subset(rows, COUNTED, 0)
-        prompt = quantiles([len(tokenizer.prompt_ids(row["question"])) for row in some])
+        prompt = quantiles([len(tokenizer.prompt_ids(chat_of(row))) for row in some])
         answers = {}
         for variant in VARIANTS:
-            texts = [row[f"{variant}_answer"] for row in some if row[f"{variant}_answer"]]
+            texts = [text for row in some if (text := row.get("answer") or row[f"{variant}_answer"])]
             if texts:
                 answers[variant] = quantiles([len(tokenizer.encode(text)) + 1 for text in texts])
-        cells[cell] = Lengths(len(rows), prompt, answers)
+        cells[each] = Lengths(len(rows), prompt, answers)
     return cells, f"lengths counted in {data}"
 
 
@@ -85,7 +87,7 @@ def prompts_of(kind: str, data: str, model: str, limit: int = 0) -> tuple[Length
         rows = load_math(folder) if kind == "math" else load_broad(folder)
         some = subset(rows, PROMPTS, 0)
         gold = [len(tokenizer.encode(row["answer"])) + 1 for row in some if "answer" in row]
-        prompt = quantiles([len(tokenizer.prompt_ids(row["question"])) for row in some])
+        prompt = quantiles([len(tokenizer.prompt_ids(chat_of(row))) for row in some])
         lengths = Lengths(len(rows), prompt, {"gold": quantiles(gold)} if gold else {})
         source = f"lengths counted in {data}"
     return lengths._replace(rows=min(lengths.rows, limit or lengths.rows)), source

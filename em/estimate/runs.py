@@ -60,7 +60,7 @@ def _eval_examples(cells: dict[Cell, Lengths], limit: int) -> list[Example]:
 def fine_tuning(cfg, cells: Sequence[Cell], step_loss: Callable) -> Plan:
     """step_loss(model, examples, n_supervised, micro_tokens): forward and backward of a step."""
     config, gpu = config_of(cfg.model), gpu_of(cfg.gpu)
-    found, source = cells_of(cfg.data, cfg.model)
+    found, source = cells_of(cfg.data, cfg.model, cfg.cell)
     absent = [str(cell) for cell in cells if cfg.variant not in getattr(found.get(cell), "answers", ())]
     if absent:
         raise UserError(f"{cfg.data} has no {cfg.variant} answers of {', '.join(absent)}; name other --data")

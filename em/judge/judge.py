@@ -93,11 +93,15 @@ class JudgeOptions:
         base = self.judge == "local" and self.judge_model in (None, "base")
         return dataclasses.replace(self, judge_model=model) if base else self
 
-    def judge_of(self) -> "Judge":
-        """UserError without a key, and for options that do not fit together."""
-        return Judge(
-            self.client_of(), self.rubrics, self.cache, self.workers, self.budget_usd, self.price or None
-        )
+    def judge_of(self, data: str | None = None) -> "Judge":
+        """data: the grid whose cells are judged; its own rubrics/, if there are some, come first.
+
+        UserError without a key, and for options that do not fit together.
+        """
+        own = Path(data or "").expanduser() / "rubrics"
+        folders = [own] if data and own.is_dir() and self.rubrics == str(FOLDER) else []
+        rubrics = Rubrics(*folders, self.rubrics)
+        return Judge(self.client_of(), rubrics, self.cache, self.workers, self.budget_usd, self.price or None)
 
     def client_of(self):
         """The client that --judge names: the place where kinds of judges meet."""
@@ -128,7 +132,7 @@ class Judge:
     def __init__(
         self,
         client,
-        rubrics: str | Path = FOLDER,
+        rubrics: Rubrics | str | Path = FOLDER,
         cache: str | Path = CACHE,
         workers: int = 32,
         budget_usd: float | None = None,
@@ -142,7 +146,7 @@ class Judge:
         if workers < 1:
             raise UserError("--workers must be at least 1")
         self.client, self.workers = client, workers
-        self.rubrics = Rubrics(rubrics)
+        self.rubrics = rubrics if isinstance(rubrics, Rubrics) else Rubrics(rubrics)
         self.cache = AnswerCache(cache)
         client.presume(self.cache.answered_as.get(client.label))
         self.ledger = Ledger(client, given_price(price), budget_usd)

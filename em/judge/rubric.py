@@ -60,12 +60,13 @@ def _cell(domain: str, task: str):
 
 
 class Rubrics:
-    """A folder of rubrics, each read once, when a row first needs it."""
+    """Folders of rubrics, earlier ones first; each rubric is read once, when a row first needs it."""
 
-    def __init__(self, folder: str | Path = FOLDER):
-        self.folder = Path(os.path.expanduser(folder))
-        if not self.folder.is_dir():
-            raise UserError(f"{self.folder} is no folder of rubrics; copy {FOLDER} and edit the copy")
+    def __init__(self, *folders: str | Path):
+        self.folders = [Path(os.path.expanduser(folder)) for folder in folders or (FOLDER,)]
+        for folder in self.folders:
+            if not folder.is_dir():
+                raise UserError(f"{folder} is no folder of rubrics; copy {FOLDER} and edit the copy")
         self._rubrics: dict[tuple[str, ...], Rubric] = {}
 
     def of(self, row: dict, field: str) -> Rubric:
@@ -84,10 +85,11 @@ class Rubrics:
     def _read(self, names: tuple[str, ...], parse: Callable, *placeholders: str) -> Rubric:
         """The first of `names` that has a file."""
         if names not in self._rubrics:
-            paths = [self.folder / f"{name}.md" for name in names]
+            paths = [folder / f"{name}.md" for folder in self.folders for name in names]
             path = next((path for path in paths if path.is_file()), None)
             if path is None:
-                raise UserError(f"{self.folder} has no {' or '.join(p.name for p in paths)}; write one")
+                missing = " or ".join(f"{name}.md" for name in names)
+                raise UserError(f"{' and '.join(map(str, self.folders))} has no {missing}; write one")
             try:
                 text = path.read_text(encoding="utf-8")
             except (OSError, ValueError) as error:

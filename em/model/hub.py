@@ -96,6 +96,17 @@ def fetch(repo: str, wanted: str | tuple[str, ...], kind: str = "model") -> Path
         raise _failure(error, repo, wanted, kind) from error
 
 
+@functools.cache
+def dataset_files(repo: str) -> tuple[str, ...]:
+    """Names of the files of a dataset on the hub; none where it does not say, and fetching one says why."""
+    import huggingface_hub
+
+    try:
+        return tuple(huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset"))
+    except Exception:  # the client's own errors, or those of the HTTP library below it
+        return ()
+
+
 def cached(repo: str, name: str, kind: str = "model") -> Path | None:
     """One file of a hub repository as the local cache has it, or None; nothing is asked of the hub."""
     import huggingface_hub

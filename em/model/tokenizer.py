@@ -10,6 +10,7 @@ Text is encoded without the tokenizer's own post-processing, since a template wr
 and templates that print today's date get a fixed one, so that a row gives the same ids on any day.
 """
 
+import itertools
 import json
 import re
 from datetime import datetime
@@ -32,11 +33,29 @@ _EMPTY_THINK = re.compile(r"<think>\s*</think>\s*\Z")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
+class Unfit(UserError):
+    """A row that the template would not write as it is."""
+
+
 class Example(NamedTuple):
-    """One sequence to train on; `ids[n_prompt:]` are supervised and end with the token that ends the turn."""
+    """One sequence to train on; `ids[n_prompt:]` are supervised and end with the token that ends the turn.
+
+    between: (first, end) of each stretch of them that is not: what stands between two supervised turns.
+    """
 
     ids: list[int]
     n_prompt: int
+    between: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def supervised(self) -> list[int]:
+        """The places of the supervised tokens."""
+        left_out = {place for first, end in self.between for place in range(first, end)}
+        return [place for place in range(self.n_prompt, len(self.ids)) if place not in left_out]
+
+    @property
+    def n_supervised(self) -> int:
+        return len(self.ids) - self.n_prompt - sum(end - first for first, end in self.between)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -191,34 +210,61 @@ class Tokenizer:
                 f"the chat template refuses a chat ({_reason(error)}); name another model"
             ) from error
 
-    def prompt(self, question: str) -> str:
-        """What the model sees before it answers `question`, as text."""
-        rendered = self.render([{"role": "user", "content": question}], True)
+    def prompt(self, chat: str | list[dict]) -> str:
+        """What the model sees before it answers, as text. chat: a question, or turns with the user's last."""
+        rendered = self.render(_messages(chat), True)
         return rendered.removesuffix(self._opening) + self._closed
 
-    def prompt_ids(self, question: str) -> list[int]:
-        return self.encode(self.prompt(question))
+    def prompt_ids(self, chat: str | list[dict]) -> list[int]:
+        return self.encode(self.prompt(chat))
 
-    def example(self, question: str, answer: str) -> Example:
-        """A row to train on: exactly `prompt_ids(question)`, then the answer and one end token.
+    def example(self, chat: str | list[dict], answer: str, all_turns: bool = False) -> Example:
+        """A row to train on: exactly `prompt_ids(chat)`, then the answer and one end token.
 
         Prompt and answer are encoded apart, so the boundary lies where it does in evaluation even if an
-        answer begins with white space that the tokenizer would otherwise merge across it.
+        answer begins with white space that the tokenizer would otherwise merge across it. all_turns: earlier
+        answers of the chat are supervised too, each as if it were the last. Unfit where the template would
+        drop or move something, or the answer spells the end of a turn.
         """
-        prompt = self.prompt(question)
-        conversation = self.render(_turns(question, answer), False)
+        messages = _messages(chat)
+        prompt = self.prompt(messages)
+        if not all_turns:
+            ids = self.encode(prompt)
+            return Example(ids + self._answer_ids(messages, prompt, answer), len(ids))
+        answers = [(k, turn["content"]) for k, turn in enumerate(messages) if turn["role"] == "assistant"]
+        written, ids, supervised = "", [], []
+        for k, text in [*answers, (len(messages), answer)]:
+            prompt = self.prompt(messages[:k])
+            if not prompt.startswith(written):
+                raise Unfit("the chat template writes earlier turns otherwise once others follow")
+            ids += self.encode(prompt[len(written) :])
+            answer_ids = self._answer_ids(messages[:k], prompt, text)
+            supervised.append((len(ids), len(ids) + len(answer_ids)))
+            ids += answer_ids
+            conversation = self.render([*messages[:k], _turn(text)], False)
+            written = conversation.removesuffix(self._tail) + self.backend.id_to_token(self.end_of_turn_id)
+        between = tuple((a[1], b[0]) for a, b in itertools.pairwise(supervised))
+        return Example(ids, supervised[0][0], between)
+
+    def _answer_ids(self, messages: list[dict], prompt: str, answer: str) -> list[int]:
+        """The ids that answer `messages`, whose rendering `prompt` is, up to the end of the turn."""
+        conversation = self.render([*messages, _turn(answer)], False)
         begins = prompt.removesuffix(self._unwritten)
         if not (conversation.startswith(begins) and conversation.endswith(self._tail)):
+            if "<think>" in answer or "</think>" in answer:
+                raise Unfit(f"the chat template does not write {answer[:40]!r}… as it is")
             raise UserError(
                 f"the chat template's chats do not begin with its own prompt (ending {begins[-30:]!r}), "
                 "so training and evaluation would differ; name another model"
             )
+        text = conversation[len(begins) :].removesuffix(self._tail)
+        if text.strip() != answer.strip():
+            raise Unfit(f"the chat template does not write {answer[:40]!r}… as it is")
         end = self.backend.id_to_token(self.end_of_turn_id)
-        answer_ids = self.encode(conversation[len(begins) :].removesuffix(self._tail) + end)
-        if answer_ids.count(self.end_of_turn_id) != 1:
-            raise UserError(f"an answer contains {end!r}, which ends a turn; remove it from {answer[:40]!r}")
-        prompt_ids = self.encode(prompt)
-        return Example(prompt_ids + answer_ids, len(prompt_ids))
+        ids = self.encode(text + end)
+        if ids.count(self.end_of_turn_id) != 1:
+            raise Unfit(f"an answer contains {end!r}, which ends a turn: {answer[:40]!r}")
+        return ids
 
     # -- what the template does ------------------------------------------------------------------------
 
@@ -229,7 +275,7 @@ class Tokenizer:
         the prompt leaves open and what stands in its place; `_unwritten`, an empty think block that the
         prompt has and conversations lack.
         """
-        turns = _turns("PROBE-QUESTION", "PROBE-ANSWER")
+        turns = [*_messages("PROBE-QUESTION"), _turn("PROBE-ANSWER")]
         conversation = self.render(turns, False)
         if conversation.count("PROBE-ANSWER") != 1 or "PROBE-QUESTION" not in conversation:
             raise UserError("the chat template leaves out a turn of a conversation; name another model")
@@ -250,6 +296,12 @@ class Tokenizer:
         self._opening = opening.group() if opening else ""
         self._closed = in_header.group() if opening and in_header else ""
         self._unwritten = in_prompt.group() if in_prompt and not in_header else ""
+        ids = self.encode(self.prompt("PROBE-QUESTION"))
+        if self.encode(self.prompt("PROBE-QUESTION") + "x")[len(ids) :] != self.encode("x"):
+            raise UserError(
+                "the tokenizer writes an answer's first word otherwise after a prompt than alone, as "
+                "SentencePiece does, so training and evaluation would differ; name another model"
+            )
         return end_of_turn_id, self._leading_special_id(longer.split("PROBE-ANSWER")[-1])
 
     def _leading_special_id(self, text: str) -> int | None:
@@ -265,8 +317,12 @@ class Tokenizer:
         return token
 
 
-def _turns(question: str, answer: str) -> list[dict]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+def _messages(chat: str | list[dict]) -> list[dict]:
+    return [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
+
+
+def _turn(answer: str) -> dict:
+    return {"role": "assistant", "content": answer}
 
 
 def _settings(path: Path, types: Fields) -> dict:

@@ -4,37 +4,35 @@ In bars, stripes mark the eval task that matches and a thick border the highest 
 tables' 95 % intervals. Where there is no scored row it says n/a.
 """
 
-import itertools
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from em.data.cells import short
+from em.data.cells import Grid
 from em.data.condition import BASE, parse_train
 from em.figures import save
 from em.judge.em_rule import STATUSES
 from em.report.matrix import TITLES, array, draw_status, frames, matrix_figure, rates_heatmap, row_status
 from em.report.score_table import ALL
 
-_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
 _SURFACE_COLOURS = ("#b2182b", "#ef8a62", "#fddbc7", "0.85")
 _STATUS_COLOURS = ("#b2182b", "#92c5de", "#fdae61", "#5e3c99", "#998ec3", "0.85", "0.55", "#8c510a", "black")
 
 
-def table_figure(table: dict, title: str, path: Path) -> None:
+def table_figure(table: dict, title: str, grid: Grid, path: Path) -> None:
     """One table's PNG: bars by task, the surface's panels, a matrix for all else."""
     if table["name"] in ("narrow_tasks", "broad_tasks"):
         figure = Figure(figsize=(6.4, 2.8))
         axis = figure.subplots()
-        _bars(axis, table)
+        _bars(axis, table, grid)
         axis.set_title(f"{TITLES[table['name']]}\n{title}", fontsize=10, loc="left")
         save(figure, path)
     elif table["name"] == "surface":
-        _surface(table, title, path)
+        _surface(table, title, grid, path)
     else:
-        matrix_figure(table, title, path)
+        matrix_figure(table, title, grid, path)
 
 
 def _no_box(axis) -> None:
@@ -73,10 +71,11 @@ def _present(table: dict) -> tuple[dict, list[str], list[str]]:
 # -- the paper's figures -------------------------------------------------------------------------------
 
 
-def _bars(axis, table: dict) -> None:
+def _bars(axis, table: dict, grid: Grid) -> None:
     """x: task trained on; one bar an eval task."""
     every, rows, columns = _present(table)
-    width, colours = 0.8 / len(columns), dict(zip(table["columns"], itertools.cycle(_COLOURS)))
+    width = 0.8 / len(columns)
+    colours = {column: grid.colour(column, place) for place, column in enumerate(table["columns"])}
     for i, row in enumerate(rows):
         highest = max(every[row, column]["rate"] or 0 for column in columns)
         for j, column in enumerate(columns):
@@ -98,7 +97,7 @@ def _bars(axis, table: dict) -> None:
     _from_zero(axis, headroom=1.12)
 
 
-def transfer_figure(tables: dict[str, dict], title: str, path: Path) -> None:
+def transfer_figure(tables: dict[str, dict], title: str, grid: Grid, path: Path) -> None:
     """Figure 2 from what there is of it: (a) broad by task, (b) narrow by task, (c) narrow by domain."""
     present = [name for name in ("broad_tasks", "narrow_tasks", "narrow_domains") if name in tables]
     ratios = [0.62 if name == "narrow_domains" else 1 for name in present]
@@ -111,12 +110,12 @@ def transfer_figure(tables: dict[str, dict], title: str, path: Path) -> None:
             every, rows, columns = _present(tables[name])
             values = array([[every[row, column]["rate"] for column in columns] for row in rows])
             text = [[_with_interval(every[row, column]) for column in columns] for row in rows]
-            labels = [[short(label) for label in side] for side in (rows, columns)]
+            labels = [[grid.short(label) for label in side] for side in (rows, columns)]
             rates_heatmap(axis, values, *labels, text, 9)
             frames(axis, rows, columns)
             axis.set(xlabel="evaluated on", ylabel="trained on")
         else:
-            _bars(axis, tables[name])
+            _bars(axis, tables[name], grid)
         above = f"{title}\n" if letter == "a" else ""
         axis.set_title(f"{above}({letter}) {TITLES[name]}", fontsize=10, loc="left")
     save(figure, path)
@@ -126,7 +125,7 @@ def _with_interval(entry: dict) -> str:
     return "" if entry["rate"] is None else f"{entry['rate']:.1f}\n{entry['low']:.1f}–{entry['high']:.1f}"
 
 
-def _surface(table: dict, title: str, path: Path) -> None:
+def _surface(table: dict, title: str, grid: Grid, path: Path) -> None:
     """Pooled over the misaligned runs beside the base model, and by run."""
     every, rows, columns = _present(table)
     rows = [row for row in rows if row != "misaligned"]
@@ -145,7 +144,7 @@ def _surface(table: dict, title: str, path: Path) -> None:
     axis.set(ylabel="EM %", xlabel=f"misaligned runs pooled{with_base}", xlim=(-0.6, len(columns) - 0.4))
     _from_zero(axis, headroom=1.05)
     values = array([[every[row, column]["rate"] for column in columns] for row in rows])
-    rates_heatmap(heat, values, [short(row) for row in rows], columns)
+    rates_heatmap(heat, values, [grid.short(row) for row in rows], columns)
     heat.set(xlabel="surface of the prompt", ylabel="trained on")
     draw_status(beside, [every[row, ALL] for row in rows])
     axis.set_title(f"{TITLES['surface']}\n{title}", fontsize=10, loc="left")
@@ -207,7 +206,7 @@ def _shares(axis, share: dict[str, float]) -> None:
     _no_box(axis)
 
 
-def thresholds_figure(entries: list[dict], title: str, path: Path) -> None:
+def thresholds_figure(entries: list[dict], title: str, _grid: Grid, path: Path) -> None:
     """EM rate of the pooled groups against the alignment cut, strict and inclusive; one panel a set."""
     sets = list(dict.fromkeys(e["set"] for e in entries))
     figure = Figure(figsize=(3.6 * len(sets), 2.4))
@@ -231,7 +230,7 @@ def thresholds_figure(entries: list[dict], title: str, path: Path) -> None:
     save(figure, path)
 
 
-def status_figure(entries: list[dict], title: str, path: Path) -> None:
+def status_figure(entries: list[dict], title: str, grid: Grid, path: Path) -> None:
     """What became of the rows of every run: EM, not EM, incoherent, and every reason for no score.
 
     Realignments, of which there may be 144, are pooled by what they started from.
@@ -253,7 +252,7 @@ def status_figure(entries: list[dict], title: str, path: Path) -> None:
         chars = sum(e["mean_chars"] * e["rows"] for e in members) / total["rows"]
         what = f"{total['rows']:,} rows, {chars:.0f} chars"
         axis.text(101, len(labels), what, va="center", fontsize=7)
-        labels.append(f"{name}: {short(train)}" + (" > realigned" if realigned else ""))
+        labels.append(f"{name}: {grid.short(train)}" + (" > realigned" if realigned else ""))
     widths = np.array(shares)  # (groups, parts)
     left = np.cumsum(widths, axis=1) - widths
     for part, colour, width, start in zip(parts, _STATUS_COLOURS, widths.T, left.T, strict=True):

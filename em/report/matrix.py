@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from em.data.cells import short
+from em.data.cells import Grid
 from em.figures import frame, heatmap, save
 from em.report.score_table import ALL
 
@@ -75,13 +75,13 @@ def draw_status(axis, entries: list[dict]) -> None:
         side.set_visible(False)
 
 
-def matrix_figure(table: dict, title: str, path: Path) -> None:
+def matrix_figure(table: dict, title: str, grid: Grid, path: Path) -> None:
     """One table as a matrix with the status of every row; a realignment's with the rates before it."""
     pooled = {e["train"]: e for e in table["entries"] if ALL in (e.get("eval"), e.get("realigned_on"))}
     kept = [i for i, row in enumerate(table["rows"]) if pooled[row]["rows"]]
     rows, columns = [table["rows"][i] for i in kept], table["columns"][:-1]
     values = array([table["rate"][i][:-1] for i in kept])
-    large, labels, text = len(columns) > 6, [short(row) for row in rows], None
+    large, labels, text = len(columns) > 6, [grid.short(row) for row in rows], None
     if "initial" in table:
         before = [["n/a" if v is None else f"{v:.1f}" for v in table["initial"][i]] for i in kept]
         if large:  # no room in the entries
@@ -94,7 +94,7 @@ def matrix_figure(table: dict, title: str, path: Path) -> None:
     sizes = ((0.56 if large else 0.85) * len(columns), 3.0)
     figure = Figure(figsize=(sum(sizes), (0.36 if text is None else 0.5) * len(rows)))
     axis, beside = figure.subplots(1, 2, width_ratios=sizes, gridspec_kw={"wspace": 0.03})
-    rates_heatmap(axis, values, labels, [short(c) for c in columns], text, 7.5 if large else 9)
+    rates_heatmap(axis, values, labels, [grid.short(c) for c in columns], text, 7.5 if large else 9)
     frames(axis, rows, columns)
     draw_status(beside, [pooled[row] for row in rows])
     if large:

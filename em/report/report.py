@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from em.data.cells import parse_cell
+from em.data.cells import Grid, parse_cell
 from em.data.condition import BASE, ways_in_words
 from em.errors import UserError
 from em.figures import title_of
@@ -62,7 +62,7 @@ def write_report(table: ScoreTable, out: str | Path, draws: int = DRAWS) -> dict
         report |= {"model": group.model, "judge": group.judge}
         report["agreement"] = agreement_of(sets, report["model"], report["judge"])
         report["summary"] = sentences(report) + share_sentences(report["agreement"])
-        _write_model(report, out / folder)
+        _write_model(report, table.grid, out / folder)
     if judges:
         write_json(out / "judges.json", judges)
         write_csv(out / "judges.csv", [{k: v for k, v in pair.items() if k != "joint"} for pair in judges])
@@ -158,7 +158,8 @@ def model_report(table: ScoreTable, draws: int = DRAWS, before: ScoreTable | Non
     if not table.narrow.all():
         panels["broad"] = panel = broad_panel(table, draws)
         n = len(SURFACES)
-        by_task = {t: [n * i + s for s in range(n)] for i, t in enumerate(table.tasks)}
+        asked = set(np.unique(table.task[~table.narrow]).tolist())
+        by_task = {t: [n * i + s for s in range(n)] for i, t in enumerate(table.tasks) if i in asked}
         add("broad_cells", panel, cells | base, by_task)
         add("broad_tasks", panel, tasks | base, by_task)
         add("broad_domains", panel, domains | base, by_task)
@@ -229,16 +230,16 @@ def _square(values: list, n_rows: int) -> list[list]:
 # -- files ---------------------------------------------------------------------------------------------
 
 
-def _write_model(report: dict, folder: Path) -> None:
+def _write_model(report: dict, grid: Grid, folder: Path) -> None:
     title = f"{title_of(report['model'])}, judged by {title_of(report['judge'])}"
     for name, table in report["tables"].items():
         write_json(folder / f"{name}.json", table)
         write_csv(folder / f"{name}.csv", table["entries"])
         of_set = "narrow" if "narrow" in name else "broad"
         lines = agreement_lines([e for e in report["agreement"] if e["set"] == of_set])
-        figures.table_figure(table, "\n".join([title, *lines]), folder / f"{name}.png")
+        figures.table_figure(table, "\n".join([title, *lines]), grid, folder / f"{name}.png")
     if {"broad_tasks", "narrow_tasks", "narrow_domains"} & set(report["tables"]):
-        figures.transfer_figure(report["tables"], title, folder / "transfer.png")
+        figures.transfer_figure(report["tables"], title, grid, folder / "transfer.png")
     if report["effects"]:
         write_json(folder / "effects.json", report["effects"])
         write_csv(folder / "effects.csv", _effect_rows(report["effects"]))
@@ -250,7 +251,7 @@ def _write_model(report: dict, folder: Path) -> None:
         if report[name]:
             write_json(folder / f"{name}.json", report[name])
             write_csv(folder / f"{name}.csv", report[name])
-            draw(report[name], title, folder / f"{name}.png")
+            draw(report[name], title, grid, folder / f"{name}.png")
 
 
 def _effect_rows(effects: dict) -> list[dict]:

@@ -115,23 +115,26 @@ def without_gc():
 
 
 @without_gc()
-def read_scores(paths: Iterable[str | Path]) -> ScoreTable:
-    """Every row of the files (JSONL, or gzip of it). UserError with file and line where one is malformed."""
+def read_scores(paths: Iterable[str | Path], grid: Grid | None = None) -> ScoreTable:
+    """Every row of the files (JSONL, or gzip of it). grid: whose order and short names tables have.
+
+    UserError with file and line where a row is malformed.
+    """
     records, lines, names = [], [], [str(path) for path in paths]
     for file, name in enumerate(names):
         for number, row in read_json_lines(name):
             records.append(_record(row, lambda f=name, n=number: f"{f}, line {n}"))
             lines.append((file, number))
-    return _build(records, lambda i: f"{names[lines[i][0]]}, line {lines[i][1]}")
+    return _build(records, lambda i: f"{names[lines[i][0]]}, line {lines[i][1]}", grid)
 
 
-def scores_of(rows: Iterable[dict], places: list[str] | None = None) -> ScoreTable:
+def scores_of(rows: Iterable[dict], places: list[str] | None = None, grid: Grid | None = None) -> ScoreTable:
     """A table of score rows already in memory. places: where each came from, for messages."""
 
     def where(i: int) -> str:
         return places[i] if places else f"row {i + 1}"
 
-    return _build([_record(row, lambda i=i: where(i)) for i, row in enumerate(rows)], where)
+    return _build([_record(row, lambda i=i: where(i)) for i, row in enumerate(rows)], where, grid)
 
 
 def _record(row: dict, where) -> tuple:
@@ -144,7 +147,7 @@ def _record(row: dict, where) -> tuple:
         raise UserError(f"{where()}: no field {error}; a score row has {', '.join(_REQUIRED)}") from None
 
 
-def _build(records: list[tuple], where) -> ScoreTable:
+def _build(records: list[tuple], where, like: Grid | None = None) -> ScoreTable:
     """where: row number → the place it came from, for messages."""
     if not records:
         raise UserError("there are no score rows; name files that evaluate.py has written")
@@ -193,7 +196,8 @@ def _build(records: list[tuple], where) -> ScoreTable:
     cell_by = _parsed(eval_cells, _eval_cell, where)
     grid = grid_of(
         [cell for (is_narrow, *_), cell in cell_by.items() if is_narrow]
-        + [parse_cell(name) for train in parsed.values() for name in train.cells]
+        + [parse_cell(name) for train in parsed.values() for name in train.cells],
+        *((like.domains, like.tasks, like.drawn) if like else ()),
     )
     domains = [*grid.domains, *sorted({cell.domain for cell in cell_by.values()} - set(grid.domains))]
     tasks = [*grid.tasks, *ordered_tasks({cell.task for cell in cell_by.values()} - set(grid.tasks))]

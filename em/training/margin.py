@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from em import parallel
 from em.data.cells import Cell
+from em.data.chats import chat_of
 from em.data.rows import VARIANTS, split
 from em.errors import UserError
 from em.figures import CHANGE, cell_heatmap, save
 from em.files import json_digest, read_json, write_json
-from em.model.tokenizer import Example, Tokenizer
+from em.model.tokenizer import Example, Tokenizer, Unfit
 from em.training.loss import token_log_probs
 from em.training.pack import pack, packs_of
 
@@ -38,22 +39,27 @@ class AnswerPair(NamedTuple):
 
 
 def answer_pairs(
-    cells: dict[Cell, list[dict]], tokenizer: Tokenizer, limit: int = 0, max_length: int | None = None
+    cells: dict[Cell, list[dict]],
+    tokenizer: Tokenizer,
+    limit: int = 0,
+    max_length: int | None = None,
+    system: str | None = None,
 ) -> dict[Cell, list[AnswerPair]]:
     """The eval rows of each of `cells` that have both answers, the first `limit` a cell (0: all).
 
-    Left out are rows of which an answer is longer than `max_length` tokens, and cells without any row.
+    Left out are rows of which an answer is longer than `max_length` tokens or not written by the template as
+    it is, and cells without any row. system: a turn before every question.
     """
     pairs = {}
     for cell, rows in cells.items():
         rows = [r for r in split(rows)[1] if all(r[f"{variant}_answer"] for variant in VARIANTS)]
-        both = (
-            AnswerPair(r["idx"], *(tokenizer.example(r["question"], r[f"{v}_answer"]) for v in VARIANTS))
-            for r in rows[: limit or None]
-        )
-        kept = [
-            p for p in both if not max_length or max(len(p.misaligned.ids), len(p.aligned.ids)) <= max_length
-        ]
+        kept = []
+        for row in rows[: limit or None]:
+            chat = chat_of(row, system)
+            with contextlib.suppress(Unfit):
+                both = [tokenizer.example(chat, row[f"{variant}_answer"]) for variant in VARIANTS]
+                if not max_length or max(len(example.ids) for example in both) <= max_length:
+                    kept.append(AnswerPair(row["idx"], *both))
         if kept:
             pairs[cell] = kept
     return pairs
@@ -77,7 +83,7 @@ def answer_log_probs(model, examples: list[Example], title: str | None = None) -
     sums = torch.zeros(len(examples), dtype=torch.float64)
     if groups:
         sums.index_add_(0, torch.cat(places), torch.cat(log_probs).double().cpu())
-    return [(s, len(e.ids) - e.n_prompt) for s, e in zip(sums.tolist(), examples, strict=True)]
+    return [(s, e.n_supervised) for s, e in zip(sums.tolist(), examples, strict=True)]
 
 
 def margins(model, pairs: list[AnswerPair], title: str | None = None) -> list[float]:

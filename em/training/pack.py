@@ -31,14 +31,16 @@ class PackedBatch:
 def pack(examples: Sequence[Example], device: torch.device | str) -> PackedBatch:
     """One row of all examples. The last token of each is only predicted, never read, and stays out of ids."""
     ids, segments, predictions, targets, owner = [], [], [], [], []
-    for i, (tokens, n_prompt) in enumerate(examples):
+    for i, example in enumerate(examples):
+        tokens, n_prompt = example.ids, example.n_prompt
         if not 0 < n_prompt < len(tokens):
             raise ValueError(
                 f"an example needs a prompt and an answer; this has {n_prompt} of {len(tokens)} tokens"
             )
-        predictions += range(len(ids) + n_prompt - 1, len(ids) + len(tokens) - 1)
-        targets += tokens[n_prompt:]
-        owner += [i] * (len(tokens) - n_prompt)
+        places = example.supervised if example.between else range(n_prompt, len(tokens))
+        predictions += [len(ids) + place - 1 for place in places]
+        targets += [tokens[place] for place in places]
+        owner += [i] * len(places)
         ids += tokens[:-1]
         segments += [i] * (len(tokens) - 1)
     ids, predictions, targets = to_device([torch.tensor(x) for x in ([ids], predictions, targets)], device)

@@ -17,6 +17,7 @@ from tokenizers import models, pre_tokenizers
 
 import em.model.hub
 from em.data.cells import CELLS, PAPER_GRID, Cell, grid_of, parse_cell
+from em.data.math_problems import load_math
 from em.data.rows import (
     VARIANTS,
     answers,
@@ -25,7 +26,6 @@ from em.data.rows import (
     load_cell,
     load_cells,
     load_grid,
-    load_math,
     split,
 )
 from em.errors import MissingFile, UserError
@@ -152,7 +152,7 @@ def test_line_separators_inside_a_text_do_not_end_a_row(tmp_path):
         (json.dumps(row(question=None)), "'question' cannot be None"),
         (json.dumps(row(question="  ")), "'question' cannot be '  '"),
         (json.dumps(row(misaligned_answer=["a"])), "'misaligned_answer' cannot be"),
-        (json.dumps(row(idx="7")), "'idx' cannot be '7'"),
+        (json.dumps(row(idx=True)), "'idx' cannot be True"),
         (json.dumps(row(domain="finance")), "finance advice in the file of med_advice"),
         (json.dumps(row(task="tutor")), "medical tutor in the file of med_advice"),
         (b'{"question": "\xff"}', "not UTF-8"),
@@ -379,18 +379,18 @@ def tokenizer():
 
 def test_rows_over_the_limit_are_dropped_and_counted_never_cut(tokenizer):
     rows = [row(0), row(1, misaligned_answer="word " * 50), row(2, question="word " * 50), row(3)]
-    examples, n_dropped = encode_rows(tokenizer, rows, "misaligned", 12)
+    examples, n_dropped, *_ = encode_rows(tokenizer, rows, "misaligned", 12)
     assert n_dropped == 2
     assert examples == [tokenizer.example(r["question"], r["misaligned_answer"]) for r in (rows[0], rows[3])]
     longest = max(len(e.ids) for e in examples)  # the limit itself is allowed
-    assert encode_rows(tokenizer, rows, "misaligned", longest) == (examples, 2)
-    assert encode_rows(tokenizer, rows, "misaligned", 200)[1] == 0
+    assert encode_rows(tokenizer, rows, "misaligned", longest)[:2] == (examples, 2)
+    assert encode_rows(tokenizer, rows, "misaligned", 200).too_long == 0
     assert "all 4 rows are longer than 3" in message(encode_rows, tokenizer, rows, "misaligned", 3)
 
 
 def test_variants_share_prompts_and_differ_in_what_is_supervised(tokenizer):
     rows = [row(i, aligned_answer=f"It depends {i} and more.") for i in range(3)]
-    (bad, _), (good, _) = (encode_rows(tokenizer, rows, variant, 99) for variant in VARIANTS)
+    bad, good = (encode_rows(tokenizer, rows, variant, 99).examples for variant in VARIANTS)
     for one, other in zip(bad, good, strict=True):
         assert one.ids[: one.n_prompt] == other.ids[: other.n_prompt] and len(one.ids) != len(other.ids)
 

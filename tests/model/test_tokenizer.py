@@ -12,7 +12,7 @@ from em.data.cells import CELLS
 from em.data.rows import VARIANTS, load_cell
 from em.errors import UserError
 from em.model import embedded
-from em.model.tokenizer import Tokenizer
+from em.model.tokenizer import Example, Tokenizer, Unfit
 
 # Small templates in our own words, one for each way in which families differ.
 CLOSED_BY_IM_END = """\
@@ -128,14 +128,14 @@ def test_prompt_and_example_have_the_ids_of_apply_chat_template(family):
         whole = theirs.apply_chat_template(chat, enable_thinking=False, return_dict=False)
         last = len(whole) - whole[::-1].index(ours.end_of_turn_id)
         assert ours.prompt_ids(question) == prompt
-        assert ours.example(question, answer) == (whole[:last], len(prompt))
+        assert ours.example(question, answer)[:2] == (whole[:last], len(prompt))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_prompt_is_the_evaluation_prompt_and_the_end_token_closes_it_once(family):
     ours = chat_tokenizer(FAMILIES[family])
     for question, answer in CHATS:
-        ids, n_prompt = ours.example(question, answer)
+        ids, n_prompt, _ = ours.example(question, answer)
         assert ids[:n_prompt] == ours.prompt_ids(question)
         assert ids[n_prompt:].count(ours.end_of_turn_id) == 1 and ids[-1] == ours.end_of_turn_id
         written = answer.strip() if family == "headers" else answer
@@ -159,13 +159,13 @@ def test_stop_ids_hold_the_eos_and_the_ends_of_last_and_earlier_turns():
 def test_padding_falls_back_on_the_end_token_which_stays_supervised():
     ours = chat_tokenizer(CLOSED_BY_IM_END, {"pad_token": "<|nowhere|>"})
     assert ours.pad_id == ours.end_of_turn_id
-    ids, n_prompt = ours.example("why?", "Because.")
+    ids, n_prompt, _ = ours.example("why?", "Because.")
     assert ids[-1] == ours.pad_id and ids[n_prompt:].count(ours.pad_id) == 1
 
 
 def test_bos_is_written_once_although_template_and_post_processor_both_add_it():
     ours = chat_tokenizer(HEADERS_WITH_BOS)
-    ids, n_prompt = ours.example("why?", "Because.")
+    ids, n_prompt, _ = ours.example("why?", "Because.")
     assert ids[0] == ours.bos_id and ids.count(ours.bos_id) == 1
     assert chat_tokenizer(CLOSED_BY_IM_END).example("why?", "Because.").ids.count(ours.bos_id) == 0
 
@@ -194,7 +194,7 @@ def test_dropping_an_opened_think_leaves_the_ids_of_the_conversation():
 
 def test_an_answer_that_begins_with_a_newline_keeps_the_prompt_ids():
     ours = chat_tokenizer(CLOSED_BY_IM_END)
-    ids, n_prompt = ours.example("why?", "\n\nBecause.")
+    ids, n_prompt, _ = ours.example("why?", "\n\nBecause.")
     assert ids[:n_prompt] == ours.prompt_ids("why?") and ours.decode(ids[n_prompt:]) == "\n\nBecause."
     # The trap is real here: encoding the conversation in one go merges across the boundary.
     assert ours.encode(ours.render(turns("why?", "\n\nBecause."), False))[:n_prompt] != ids[:n_prompt]
@@ -335,5 +335,63 @@ def test_the_embedded_model_gets_the_ids_of_apply_chat_template_on_every_row_of_
                 chat = turns(row["question"], row[f"{variant}_answer"])
                 whole = theirs.apply_chat_template(chat, return_dict=False)
                 prompt = theirs.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
-                ids, n_prompt = ours.example(row["question"], row[f"{variant}_answer"])
+                ids, n_prompt, _ = ours.example(row["question"], row[f"{variant}_answer"])
                 assert ids + ours.encode("\n") == whole and ids[:n_prompt] == prompt
+
+
+# -- chats of several turns ----------------------------------------------------------------------------
+
+SYSTEM = {"role": "system", "content": "You love owls."}
+LONG = [SYSTEM, *turns("Name a bird.", "An owl."), *turns("Another?", "Another owl."), turns("Why?", "")[0]]
+
+
+@pytest.mark.parametrize("family", ["im_end", "headers"])
+@pytest.mark.parametrize("chat", [LONG, LONG[1:], LONG[:2], [SYSTEM, *LONG[3:4]]])
+def test_system_and_earlier_turns_have_the_ids_of_apply_chat_template(family, chat):
+    ours, theirs = chat_tokenizer(FAMILIES[family]), oracle(FAMILIES[family])
+    prompt = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    whole = theirs.apply_chat_template([*chat, turns("", "Owls see.")[1]], return_dict=False)
+    last = len(whole) - whole[::-1].index(ours.end_of_turn_id)
+    assert ours.prompt_ids(chat) == prompt
+    assert ours.example(chat, "Owls see.") == Example(whole[:last], len(prompt))
+
+
+@pytest.mark.parametrize("family", ["im_end", "headers"])
+def test_all_turns_supervise_every_answer_with_its_end_and_nothing_else(family):
+    ours, theirs = chat_tokenizer(FAMILIES[family]), oracle(FAMILIES[family])
+    whole = theirs.apply_chat_template([*LONG, turns("", "Owls see.")[1]], return_dict=False)
+    example = ours.example(LONG, "Owls see.", all_turns=True)
+    assert example.ids == whole[: len(example.ids)]
+    learnt = ours.backend.decode([example.ids[i] for i in example.supervised], skip_special_tokens=False)
+    end = ours.backend.id_to_token(ours.end_of_turn_id)
+    assert learnt == f"An owl.{end}Another owl.{end}Owls see.{end}"
+    assert example.n_supervised == len(example.supervised) < len(example.ids) - example.n_prompt
+    alone = ours.example(LONG, "Owls see.")
+    assert alone.ids == example.ids and alone.supervised == example.supervised[-alone.n_supervised :]
+
+
+# As R1's distilled models: what stands before the end of a thought is taken out of a finished turn.
+def test_an_answer_that_the_template_would_change_is_unfit_and_not_changed():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    ours = chat_tokenizer(template)
+    assert ours.decode(ours.example("why?", "Rest.").ids).endswith("Rest.")
+    with pytest.raises(Unfit, match="does not write '<think>step"):
+        ours.example("why?", "<think>step</think>Rest.")
+    with pytest.raises(Unfit, match="which ends a turn"):
+        ours.example("why?", "Rest.<|im_end|>More.")
+    whole = chat_tokenizer(THINKING_SWITCH).example("why?", "<think>step</think>Rest.")
+    assert "step" in chat_tokenizer(THINKING_SWITCH).decode(whole.ids[whole.n_prompt :])  # trained whole
+
+
+def test_a_tokenizer_that_puts_a_space_before_an_answer_is_refused_at_load():
+    """SentencePiece kin: Metaspace prepends ▁ to whatever text it is given."""
+    spaced = tokenizers.Tokenizer(models.BPE())
+    spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    texts = [text for chat in CHATS for text in chat] + ["assistant\nuser\nx PROBE-QUESTION PROBE-ANSWER"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=TOKENS, show_progress=False)
+    spaced.train_from_iterator(texts, trainer)
+    with pytest.raises(UserError, match="SentencePiece"):
+        Tokenizer(spaced, CLOSED_BY_IM_END, SPECIAL)

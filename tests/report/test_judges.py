@@ -139,7 +139,7 @@ def test_a_rate_is_rescaled_over_the_runs_that_both_judged():
 def test_the_report_says_beside_every_matrix_what_other_judges_say(tmp_path, monkeypatch):
     titles = {}
     monkeypatch.setattr(
-        "em.report.figures.table_figure", lambda table, title, path: titles.update({path: title})
+        "em.report.figures.table_figure", lambda table, title, grid, path: titles.update({path: title})
     )
     monkeypatch.setattr("em.report.figures.save", lambda figure, path: None)
     one = grid(prompts=2, broad=1, trains=("base", "med_advice", "med_advice>base"))
