@@ -31,7 +31,7 @@ from em.report.conditions import (
     table_of,
 )  # fmt: skip
 from em.report.factorial import analyse, factorials_of, flat, sentence
-from em.report.outcomes import NARROW, Outcomes, Trained, choose
+from em.report.outcomes import MARGIN, NARROW, Outcomes, Trained, choose
 from em.report.retention import retention_of
 from em.report.selection import epoch_rows, selections
 
@@ -78,7 +78,8 @@ def title_for(table: dict) -> str:
     """The model, its judge, and the eval cells that are averaged over, by number where there are many."""
     cells = table["cells"]
     cells = ", ".join(cells) if len(cells) <= 4 else f"{len(cells)} eval cells"
-    return f"{title_of(table['model'])}, judged by {title_of(table['judge'])}, on {cells}"
+    judge = "by the margin" if table["judge"] == MARGIN else f"judged by {title_of(table['judge'])}"
+    return f"{title_of(table['model'])}, {judge}, {table['unit']}, on {cells}"
 
 
 def retention_rows(kept: dict[Trained, float], outcomes: Outcomes, rows: dict[str, list[int]]) -> list[dict]:
@@ -121,7 +122,8 @@ def _notes(table: dict) -> list[str]:
         texts = {(e["condition"], e["column"]): e["text"] for e in table["epochs"]}
         names = list(dict.fromkeys(e["condition"] for e in table["epochs"]))
         rows = [[name, *(texts[name, column] for column in columns)] for name in names]
-        notes += ["Mean of pairs, epoch by epoch:", "\n".join(markdown_table(["condition", *columns], rows))]
+        table_text = "\n".join(markdown_table(["condition", *columns], rows))
+        notes.append(f"Mean of pairs, epoch by epoch:\n\n{table_text}")
     kept = dict.fromkeys(row["condition"] for row in table["retention"])
     for name in kept:
         notes.append(f"{name}: the filter kept {mean_retention(table['retention'], name):.1f} %.")
@@ -138,4 +140,4 @@ def summary(table: dict) -> str:
                 f"  {entry['condition']}: {entry['pairs_mean']:.2f}{bounds}, rows pooled "
                 f"{entry['pooled']:.2f} ({entry['pairs']} pairs)"
             )
-    return "\n".join([*lines, *(note for note in table["notes"] if not note.startswith("|"))])
+    return "\n".join([*lines, *(note for note in table["notes"] if "|" not in note)])

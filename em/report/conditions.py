@@ -60,13 +60,14 @@ def conditions_of(outcomes: Outcomes, by: str) -> dict[str, list[int]]:
     members: dict[Key, list[int]] = {}
     for r, run in enumerate(outcomes.runs):
         members.setdefault(key_of(run, by), []).append(r)
-    return {name: members[key] for key, name in names_of(sorted(members, key=_order)).items()}
+    order = sorted(members, key=lambda key: (*_order(key), members[key]))
+    return {name: members[key] for key, name in names_of(order).items()}
 
 
 def _order(key: Key) -> tuple:
     c = key.condition
     channel = (None, *CHANNELS).index(c.channel)
-    return KINDS.index(key.kind), channel, c.lr or 0, c.epoch or 0, key.subject, key.end, str(c)
+    return KINDS.index(key.kind), channel, c.prompts == "math", c.source or "", c.lr or 0, c.epoch or 0
 
 
 def names_of(keys: list[Key]) -> dict[Key, str]:

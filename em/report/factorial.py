@@ -13,9 +13,9 @@ raw or minus the base model's, which takes out that some cells are easy for ever
     teacher, data    main effects: a level's mean over all cells minus the mean of the levels
 
 The unit of a correlation is the eval cell, of which there are few: its interval resamples prompts and says
-what other prompts would give in these cells, not what other cells would. A correlation is corrected for the
-noise of few prompts by as much as resampling lowers it further, on the scale of Fisher's z; `raw` is before
-that. Shares are corrected likewise; a share that is all noise is 0.
+what other prompts would give in these cells, not what other cells would. The noise of few prompts lowers a
+correlation and adds to a share: what resampling adds to the sums of squares and products is taken off them;
+`raw` is the correlation before that.
 """
 
 import itertools
@@ -23,7 +23,7 @@ import itertools
 import numpy as np
 
 from em.data.condition import BASE, Condition, describe
-from em.report.averages import Averages, rounded
+from em.report.averages import FEW, Averages, rounded
 from em.report.outcomes import Outcomes, Trained
 from em.stats import percentile_interval, resample_clusters
 
@@ -123,6 +123,7 @@ def analyse(averages: Averages, factorial: dict, asked: list[int], draws: int = 
         "sources": sources,
         "cells": [o.columns[c] for c in asked],
         "unit": f"eval cell ({len(asked)}); intervals resample prompts within them",
+        "prompts": int(np.bincount(o.column[members])[asked].min()),  # of the smallest cell
         "raw": _statistics(students, alone, teachers, sources),
     }
     if base_runs:
@@ -155,54 +156,62 @@ def _statistics(students: np.ndarray, alone: dict, teachers: list[str], sources:
         "follows_teacher": [(students[i, j], alone[teachers[i]]) for i, j in with_both],
         "follows_author": [(students[i, j], alone[sources[j]]) for i, j in with_both],
     }
-    z = {name: _mean_z(of) for name, of in pairs.items()}
-    result = {name: _corrected(values) for name, values in z.items()}
+    means = {name: _mean_correlation(of) for name, of in pairs.items()}
+    result = {name: _corrected(mean) for name, mean in means.items()}
     for name, (a, b) in (
         ("teacher_minus_data", ("same_teacher", "same_data")),
         ("teacher_minus_author", ("follows_teacher", "follows_author")),
     ):
-        result[name] = _gap(z[a], z[b])
+        result[name] = _gap(means[a], means[b])
     return result | {"shares": _shares(students)}
 
 
-def _mean_z(pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray | None:
-    """(B + 1,) Fisher's z of the mean correlation of pairs of profiles (C, B + 1); None for too few."""
+def _mean_correlation(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, np.ndarray] | None:
+    """(raw, (B + 1,) corrected) mean correlation of pairs of profiles (C, B + 1); None for too few cells."""
     if not pairs or len(pairs[0][0]) < LEAST_CELLS:
         return None
-    correlations = []
+    raw, corrected = [], []
     for x, y in pairs:
         x, y = x - x.mean(axis=0), y - y.mean(axis=0)
-        norm = np.sqrt((x * x).sum(axis=0) * (y * y).sum(axis=0))
-        correlations.append(
-            np.divide((x * y).sum(axis=0), norm, out=np.full_like(norm, np.nan), where=norm > 0)
+        products = np.stack([(x * y).sum(axis=0), (x * x).sum(axis=0), (y * y).sum(axis=0)])
+        raw.append(float(_ratio(products)[0]))
+        corrected.append(np.clip(_ratio(_without_noise(products)), -1, 1))
+    return float(np.mean(raw)), np.mean(corrected, axis=0)
+
+
+def _ratio(products: np.ndarray) -> np.ndarray:
+    """xy / √(xx · yy) of products (3, B + 1); nan where a profile does not vary."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(
+            (products[1:] > 0).all(axis=0), products[0] / np.sqrt(products[1] * products[2]), np.nan
         )
-    mean = np.mean(correlations, axis=0)
-    return None if not np.isfinite(mean[0]) else np.arctanh(np.clip(mean, -1 + 1e-9, 1 - 1e-9))
 
 
-def _centred(z: np.ndarray) -> tuple[float, np.ndarray]:
-    """(the estimate, its draws) without the loss of correlation that the noise of the prompts brings."""
-    loss = z[0] - np.nanmean(z[1:])
-    return z[0] + loss, z[1:] + 2 * loss
+def _without_noise(sums: np.ndarray) -> np.ndarray:
+    """Sums of squares or products (…, B + 1), less what the noise of the prompts adds to them.
+
+    Resampling adds that noise once more to what was seen, so a draw holds it twice.
+    """
+    noise = sums[..., 1:].mean(axis=-1, keepdims=True) - sums[..., :1]
+    return sums - noise * np.r_[1, np.full(sums.shape[-1] - 1, 2)]
 
 
-def _corrected(z: np.ndarray | None) -> dict:
-    if z is None:
+def _corrected(mean: tuple[float, np.ndarray] | None) -> dict:
+    if mean is None:
         return dict.fromkeys(("correlation", "low", "high", "raw"))
-    estimate, draws = _centred(z)
-    low, high = percentile_interval(draws)
-    values = {"correlation": estimate, "low": low, "high": high, "raw": z[0]}
-    return {name: rounded(np.tanh(value)) for name, value in values.items()}
+    raw, values = mean
+    low, high = percentile_interval(values[1:])
+    named = {"correlation": values[0], "low": low, "high": high, "raw": raw}
+    return {name: rounded(value) for name, value in named.items()}
 
 
-def _gap(a: np.ndarray | None, b: np.ndarray | None) -> dict:
+def _gap(a: tuple[float, np.ndarray] | None, b: tuple[float, np.ndarray] | None) -> dict:
     """The difference of two corrected correlations."""
     if a is None or b is None:
         return dict.fromkeys(("difference", "low", "high"))
-    (one, ones), (two, twos) = _centred(a), _centred(b)
-    low, high = percentile_interval(np.tanh(ones) - np.tanh(twos))
-    values = {"difference": np.tanh(one) - np.tanh(two), "low": low, "high": high}
-    return {name: rounded(value) for name, value in values.items()}
+    gap = a[1] - b[1]
+    low, high = percentile_interval(gap[1:])
+    return {name: rounded(v) for name, v in {"difference": gap[0], "low": low, "high": high}.items()}
 
 
 def _shares(students: np.ndarray) -> dict:
@@ -214,8 +223,7 @@ def _shares(students: np.ndarray) -> dict:
     squares = np.stack(
         [(np.broadcast_to(p, students.shape) ** 2).sum(axis=(0, 1, 2)) for p in (teacher, data, rest)]
     )
-    noise = squares[:, 1:].mean(axis=1) - squares[:, 0]  # (3,) what resampling adds once more
-    kept = np.maximum(squares - noise[:, None] * np.r_[1, np.full(squares.shape[1] - 1, 2)], 0)
+    kept = np.maximum(_without_noise(squares), 0)
     total = kept.sum(axis=0)
     shares = np.divide(kept, total, out=np.full_like(kept, np.nan), where=total > 0)
     result = {}
@@ -279,4 +287,5 @@ def sentence(result: dict) -> str:
         f"{text(entry['same_teacher'])}, on one author's data by {text(entry['same_data'])}; the teacher "
         f"makes {text(shares['teacher'], 'share')} of the variation between students, the data "
         f"{text(shares['data'], 'share')}. Main effects on the mean of the cells: {effects}."
+        + (" With so few prompts a cell these intervals are too narrow." if result["prompts"] < FEW else "")
     )

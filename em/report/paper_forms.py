@@ -98,7 +98,7 @@ def ruled(
 
 
 def _tabled(files: Files, rows: dict[str, list[int]], columns: list[Column]) -> dict:
-    """The rows below base and teacher, in columns of cells that the rows have; so is the teacher's average."""
+    """The rows below base and teacher, over the cells that the rows have; the teacher too."""
     runs = files.averages().outcomes.runs
     cells = {runs[r].cell for members in rows.values() for r in members}
     kept = [
