@@ -85,9 +85,9 @@ def _held_out(averages: Averages, means: list[tuple[Pool, np.ndarray]], seed: in
     inside = np.zeros((HALVES, len(column)), np.float32)  # (S, P), 1 in the half that chooses
     for c in np.unique(column):
         members = np.flatnonzero(column == c)
-        for s in range(HALVES):
-            size = (len(members) + s % 2) // 2  # of an odd number the larger half chooses every other time
-            inside[s, rng.permutation(members)[:size]] = 1
+        ranks = rng.random((HALVES, len(members))).argsort(axis=1).argsort(axis=1)
+        larger = np.arange(HALVES)[:, None] % 2  # of an odd number the larger half chooses every other time
+        inside[:, members] = ranks < (len(members) + larger) // 2
     halves = (inside, 1 - inside)
     values = np.stack([[_half_means(averages, *mean, half) for half in halves] for mean in means])
     places, read = np.arange(HALVES), []
