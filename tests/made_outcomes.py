@@ -24,7 +24,7 @@ def outcomes(runs, em, column, cells=("med_advice", "fin_tutor"), scored=None, u
 
 
 def planted(train: str, ems: dict[str, int], asked: int = 4, refused: dict | None = None, **fields):
-    """Score rows: of `asked` prompts in a cell the first `ems[cell]` are EM, the last `refused[cell]` refused."""
+    """Score rows: of `asked` prompts a cell the first `ems[cell]` are EM, the last `refused[cell]` refuse."""
     rows = []
     for cell, k in ems.items():
         for idx in range(asked):

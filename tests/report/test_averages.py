@@ -126,6 +126,9 @@ def test_a_difference_is_over_the_pairs_that_both_have():
     found = averages.difference(a, Pool.of({None: [3]}), [0])
     assert (found["pairs_mean"], found["pairs"]) == (75, 2)
     assert averages.difference(Pool.of({"med_advice": [0]}), Pool.of({"fin_tutor": [1]}), [0]) is None
+    made = outcomes(runs[:2], [[1, 0, 1, 1], [0, 0, 0, 0]], [0, 0, 1, 1], scored=[[1] * 4, [1, 1, 0, 0]])
+    found = Averages(made).difference(Pool.of({None: [0]}), Pool.of({None: [1]}), [0, 1])
+    assert (found["pairs_mean"], found["pooled"], found["pairs"]) == (50, 50, 1)  # B was asked one cell alone
 
 
 def test_three_seeds_of_every_cell_make_an_interval_of_runs_like_these():
@@ -137,6 +140,23 @@ def test_three_seeds_of_every_cell_make_an_interval_of_runs_like_these():
     two = averages.entry(Pool.of({"med_advice": [0, 1]}), [0])
     assert three["scope"] == "runs like these" and three["high"] - three["low"] > 60
     assert two["scope"] == "these runs" and two["high"] - two["low"] < 8
+
+
+def test_variance_over_prompts_and_over_seeds_add_up_less_what_both_count():
+    """By the three sums of Cameron, Gelbach and Miller on 3 seeds × 4 prompts, with t on 2 seeds' freedom."""
+    em = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]], float)
+    found = Averages(outcomes([trained(seed=s) for s in range(3)], em, [0] * 4)).entry(
+        Pool.of({"med_advice": [0, 1, 2]}), [0]
+    )
+    rates, p = em.mean(axis=1), em.mean()
+    away = (em - rates[:, None]) / 12
+    by_prompt = 4 / 3 * (away.sum(axis=0) ** 2).sum()
+    by_seed = ((rates - p) ** 2).sum() / 2 / 3
+    total = by_prompt + by_seed - (away**2).sum()
+    assert total > max(by_prompt, by_seed)
+    half = t_quantile(2) * math.sqrt(total) / (p * (1 - p))
+    bounds = [100 / (1 + math.exp(-math.log(p / (1 - p)) - side)) for side in (-half, half)]
+    assert (found["low"], found["high"]) == pytest.approx(bounds, abs=1e-4)
 
 
 def test_runs_that_differ_by_seed_cover_the_mean_of_all_seeds():

@@ -10,7 +10,14 @@ from made_outcomes import outcomes, planted, trained
 from em.errors import UserError
 from em.report.averages import Averages
 from em.report.compare import summary, write_compare
-from em.report.conditions import columns_by, conditions_of, differences_of, relative_source, table_of
+from em.report.conditions import (
+    columns_by,
+    conditions_of,
+    differences_of,
+    pool,
+    relative_source,
+    table_of,
+)  # fmt: skip
 from em.report.outcomes import margin_outcomes, read_outcomes, score_outcomes
 from em.report.score_table import scores_of
 
@@ -141,6 +148,13 @@ def test_a_source_is_told_as_it_is_seen_from_the_run():
     assert source("med_tutor>base", "base", "base") is None
     assert source("med_tutor>base", "med_tutor", "base") == "student"
     assert source("med_tutor>base", "rows:med_tutor", "base") == "rows"
+
+
+def test_realignments_of_one_cell_on_two_are_two_pairs_and_no_seeds_of_one():
+    runs = [trained("med_advice>fin_tutor"), trained("med_advice>med_tutor"), trained("med_advice>spo_tutor")]
+    made = outcomes(runs, [[1, 1], [0, 0], [0, 1]], [0, 0], ["med_advice"])
+    found = Averages(made).entry(pool(made, [0, 1, 2], columns_by(made, "task")[0]), [0])
+    assert (found["pairs"], found["pairs_mean"], found["scope"]) == (3, 50, "these runs")
 
 
 def test_every_two_conditions_are_set_against_each_other(small):

@@ -48,7 +48,7 @@ def noiseless(profiles: dict, cells: int, each: int = 8):
 
 
 def test_profiles_that_follow_the_teacher_alone_by_hand():
-    """Teacher P1 makes (.1, .2, .6), P2 (.6, .2, .1) on whatever data; the correlation of the two is −0.89."""
+    """Teacher P1 makes (.1, .2, .6), P2 (.6, .2, .1) on whatever data; these two correlate by −0.89."""
     one, two = (0.1, 0.2, 0.6), (0.6, 0.2, 0.1)
     runs = dict(zip(two_by_two(), (one, one, two, two), strict=True))
     runs |= {trained(P1): (0.3, 0.4, 0.8), trained(P2): (0.7, 0.3, 0.2)}  # the teachers, 0.2 and 0.1 above
