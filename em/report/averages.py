@@ -77,6 +77,7 @@ class Averages:
         sizes = np.bincount(o.column, minlength=n)
         self._stratum = np.where(sizes < FEW, -1, np.arange(n))[o.column]  # (P,)
         self._inside = functools.cache(self._prompts_of)
+        self._known: dict[tuple, Mean] = {}
 
     # -- one pool ------------------------------------------------------------------------------------------
 
@@ -95,13 +96,26 @@ class Averages:
         return present * (pairs / np.maximum(replicates, 1) / max(1.0, pairs.sum()))[pool.cell]
 
     def pairs_mean(self, pool: Pool, pairs: np.ndarray) -> Mean:
+        return self._once(self._pairs_mean, pool, pairs)
+
+    def pooled(self, pool: Pool, pairs: np.ndarray) -> Mean:
+        """Of the rows of `pairs`, each once."""
+        return self._once(self._pooled, pool, pairs)
+
+    def _once(self, average, pool: Pool, pairs: np.ndarray) -> Mean:
+        """`average` of each pool once: every difference asks for two again."""
+        key = average.__name__, pool.runs.tobytes(), pool.cell.tobytes(), pairs.tobytes()
+        if key not in self._known:
+            self._known[key] = average(pool, pairs)
+        return self._known[key]
+
+    def _pairs_mean(self, pool: Pool, pairs: np.ndarray) -> Mean:
         weights = self.weights(pool, pairs)  # (n, C)
         shares = (weights * np.nan_to_num(self.rate[pool.runs])).sum(axis=1)  # (n,)
         by_run = weights[:, self.outcomes.column] * self.residual[pool.runs]  # (n, P)
         return self._mean(float(shares.sum()), by_run, shares, pool, pairs)
 
-    def pooled(self, pool: Pool, pairs: np.ndarray) -> Mean:
-        """Of the rows of `pairs`, each once."""
+    def _pooled(self, pool: Pool, pairs: np.ndarray) -> Mean:
         o, inside = self.outcomes, (pairs > 0)[pool.cell]  # (n, C)
         total, count = self.total[pool.runs] * inside, self.count[pool.runs] * inside
         n = count.sum()
