@@ -65,12 +65,12 @@ def write_compare(
     table["notes"] = _notes(table)
     write_table(table, title_for(table), out / "table")
     intervals_figure(table, title_for(table), out / "table.png")
-    for name in ("differences", "selection", "epochs", "retention"):
-        if table[name]:
-            write_csv(out / f"{name}.csv", table[name])
-    if table["factorials"]:
-        write_json(out / "factorial.json", table["factorials"])
-        write_csv(out / "factorial.csv", [row for result in table["factorials"] for row in flat(result)])
+    lines = {name: table[name] for name in ("differences", "selection", "epochs", "retention")}
+    lines["factorial"] = [row for result in table["factorials"] for row in flat(result)]
+    for name, rows in lines.items():
+        path = out / f"{name}.csv"
+        write_csv(path, rows) if rows else path.unlink(missing_ok=True)  # of other files, from before
+    write_json(out / "factorial.json", table["factorials"])
     return table
 
 

@@ -176,7 +176,8 @@ def unsafe_rows(files: Files) -> dict:
     }
     if not wanted["optd, realigned on unsafe rows"]:
         raise Needs("students of optd with --on a misaligned run and --source rows")
-    return _by_rules(files, "teacher", wanted, MED_FINANCE, both=False)
+    notes = ["`teacher` is the misaligned student as it was before."]
+    return _by_rules(files, "teacher", wanted, MED_FINANCE, both=False) | {"notes": notes}
 
 
 def epochs(files: Files) -> dict:

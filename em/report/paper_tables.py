@@ -172,6 +172,8 @@ def _write(number: Number, there: list[Files], out: Path) -> dict:
             except Needs as lack:
                 needs.append(str(lack))
     entry = {"number": number.name, "title": number.title, "files": [], "needs": list(dict.fromkeys(needs))}
+    for kind in ("csv", "json", "md", "tex", "png"):  # of other files, from before
+        (out / f"{number.name}.{kind}").unlink(missing_ok=True)
     if not parts:
         return entry | {"status": "not possible"}
     entry["title"] = _title(number, parts)

@@ -140,6 +140,10 @@ def test_three_seeds_of_every_cell_make_an_interval_of_runs_like_these():
     two = averages.entry(Pool.of({"med_advice": [0, 1]}), [0])
     assert three["scope"] == "runs like these" and three["high"] - three["low"] > 60
     assert two["scope"] == "these runs" and two["high"] - two["low"] < 8
+    runs = [trained(seed=s, lr=lr) for lr in (1.0, 2.0) for s in range(3)]
+    pools = [Pool.of({"med_advice": list(range(i, i + 3))}) for i in (0, 3)]
+    gap = Averages(outcomes(runs, np.concatenate([em, em]), [0] * 400)).difference(*pools, [0])
+    assert gap["scope"] == "runs like these" and gap["low"] < -40 and gap["high"] > 40
 
 
 def test_variance_over_prompts_and_over_seeds_add_up_less_what_both_count():

@@ -237,3 +237,5 @@ def test_what_the_filter_kept_is_read_from_the_run_folders(tmp_path, small):
     assert "opd: the filter kept 80.0 %." in table["notes"]
     write_compare([small], tmp_path / "none", paths=["elsewhere/eval/scores.jsonl"])
     assert not (tmp_path / "none/retention.csv").exists()
+    write_compare([small], tmp_path / "out")
+    assert not (tmp_path / "out/retention.csv").exists()  # it was of other runs

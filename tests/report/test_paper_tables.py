@@ -160,6 +160,22 @@ def test_filtered_opd(paper):
     assert found["", "opd, filtered", "tutor"] == expected(2, CELLS[1::2])
 
 
+def test_what_the_filter_kept_stands_beside_table_2(tmp_path, monkeypatch):
+    rows = [r for k in (2, 3) for t in CELLS[:2] for r in narrow(t, k, **made("opd", t, filtered=k == 2))]
+    found = score_outcomes(scores_of(rows))
+    kept = [run for run in found[0].runs if run.condition.filtered]
+    monkeypatch.setattr(
+        paper_tables, "retention_of", lambda paths: dict(zip(kept, (80.0, 85.0), strict=True))
+    )
+    without_drawing(monkeypatch)
+    index = {e["number"]: e for e in write_paper(found, tmp_path)}
+    assert index["table2"]["status"] == "written"
+    lines = (tmp_path / "table2.md").read_text().splitlines()
+    assert "| condition | advice | tutor | all | kept % |" in lines
+    assert sum("| 82.5 (80.0–85.0) |" in line for line in lines) == 2
+    assert json.loads((tmp_path / "table2.json").read_text())["retention"]["runs"] == 2
+
+
 def test_tables_by_the_teachers_cell_average_over_the_papers_eval_cells(paper):
     found = values(paper, "table3")
     for train in CELLS:
