@@ -33,10 +33,10 @@ from em.distillation.loop import Channel, OnPolicy, finish, run_folder, train_st
 from em.distillation.pair import ChatPair
 from em.errors import UserError
 from em.estimate.gpus import GPUS
-from em.files import json_digest, read_json, write_json
+from em.files import RECORD, json_digest, read_json, write_json
 from em.judge.judge import JudgeOptions
 from em.model import hub, lora
-from em.model.checkpoint import load_model, load_tokenizer
+from em.model.checkpoint import load_config, load_model, load_tokenizer, save_tokenizer
 from em.run import Run
 from em.training.memory import CPU_TOKENS, cache_bytes, micro_tokens
 from em.world.world import WORLDS
@@ -83,6 +83,9 @@ CHANNELS = {
 }
 
 
+NO_RUN = (None, "base", *chat_corpus.SAMPLED, *chat_corpus.WRITTEN)  # what names none
+
+
 def channel_of(cfg) -> Channel:
     """The channel with its estimator: of opd there are two."""
     return CHANNELS["opd exact" if cfg.estimator == "exact" else cfg.channel]
@@ -100,10 +103,17 @@ SAMPLE_RECIPE = dict(lr=(5e-4,), rollouts=1, max_new_tokens=128, probes=6)
 @dataclass
 class Config(JudgeOptions):
     channel: str = knob("opd", "which channel", "what", ("sft", "optd", "opd"))
-    teacher: str | None = knob(None, "run folder, or base (default: newest misaligned run)", "what")
+    teacher: str | None = knob(
+        None, "run, PEFT folder or hub id of an adapter, or base (default: newest misaligned run)", "what"
+    )
+    cell: str | None = knob(
+        None, "what a teacher, or an --on, from elsewhere was trained on (default: unknown, adapter)", "what",
+        setting=False,
+    )  # fmt: skip
+    revision: str | None = knob(None, "branch, tag or commit of adapters from the hub", "what", setting=False)
     on: str | None = knob(None, "misaligned run that the student starts from; the teacher is base", "what")
     model: str | None = knob(
-        None, "base model of teacher and student (default: the runs' own, which it must agree with)", "what",
+        None, "base model of teacher and student, by the name to load it by (default: the runs' own)", "what",
         setting=False,
     )  # fmt: skip
     estimator: str = knob("sampled", "opd: the reverse KL's gradient", "what", ("sampled", "exact"))
@@ -205,24 +215,17 @@ def resolve(cfg: Config) -> Config:
     """Fill in what depends on the runs, and refuse what cannot be."""
     cfg = dataclasses.replace(cfg)
     cfg.teacher = cfg.teacher or ("base" if cfg.on else lineage.newest_misaligned())
-    parents = {
-        folder: lineage.settings_of(folder)
-        for folder in (cfg.teacher, cfg.on)
-        if folder not in (None, "base")
-    }
+    cfg.teacher, cfg.on, cfg.source = (
+        name if name in NO_RUN else hub.at_revision(name, cfg.revision)
+        for name in (cfg.teacher, cfg.on, cfg.source)
+    )
+    parents = [folder for folder in (cfg.teacher, cfg.on) if folder not in NO_RUN]
     if not parents:
         raise UserError("teacher and student are both the base model: name a --teacher, or a run with --on")
-    models = {settings["model"]: folder for folder, settings in parents.items()}
-    if len({hub.MODELS.get(name, name) for name in models}) > 1:
-        each = " and ".join(f"{folder} of {model}" for model, folder in models.items())
-        raise UserError(f"teacher and student need one base model; {each}")
-    if cfg.model and hub.MODELS.get(cfg.model, cfg.model) not in {hub.MODELS.get(m, m) for m in models}:
-        folder, model = next(iter(parents.items()))[0], next(iter(models))
-        raise UserError(f"{folder} is a run of {model}, not of {cfg.model}; leave --model out")
+    cfg.model = lineage.base_of(parents, cfg.model)
     if cfg.source not in chat_corpus.SAMPLED + chat_corpus.WRITTEN:
         lineage.settings_of(cfg.source)
-    cfg.model = next(iter(models))
-    cfg.data = cfg.data or next(iter(parents.values()))["data"]
+    cfg.data = cfg.data or lineage.settings_of(parents[0])["data"] or default_data(cfg.model)
     fill_in_recipe(cfg)
     return cfg
 
@@ -276,18 +279,22 @@ def train(cfg, lr: float, run: Run, pair: ChatPair, corpus, prompts, tokenizer, 
         examples = corpus.examples()
     say(f"{cfg.channel}, lr {lr:g}: {len(examples)} responses an epoch → {folder}")
 
+    def save(folder: Path) -> None:
+        save_tokenizer(cfg.model, folder)
+        pair.save(folder, hub.public_name(cfg.model))
+
     def after_epoch(epoch: int) -> None:
         if parallel.rank() == 0:
             if epoch:
                 about = run.config | {"settings": run.config["settings"] | {"epoch": epoch}}
-                write_json(folder / f"epoch{epoch}" / "config.json", about)
-                pair.save(folder / f"epoch{epoch}", cfg.model)
+                write_json(folder / f"epoch{epoch}" / RECORD, about)
+                save(folder / f"epoch{epoch}")
             log_distance(pair, subset(prompts, cfg.probes, cfg.seed), cfg.seed, epoch, run, say)
         parallel.barrier()
 
     train_student(cfg, lr, run, pair, channel_of(cfg), examples, after_epoch, cfg.channel)
     if parallel.rank() == 0:
-        pair.save(folder, cfg.model)
+        save(folder)
     return finish(run, {"retention": corpus.about["retention"] if corpus else None})
 
 
@@ -302,12 +309,14 @@ def chat(cfg: Config, device, say) -> dict:
     say(f"distill.py on {device}\n" + banner(cfg))
 
     folders = {"teacher": cfg.teacher, "start": cfg.on, "source": cfg.source}
-    no_folder = (None, "base", *chat_corpus.SAMPLED, *chat_corpus.WRITTEN)
-    folders = {name: folder for name, folder in folders.items() if folder not in no_folder}
+    folders = {name: folder for name, folder in folders.items() if folder not in NO_RUN}
     teacher = ("teacher",) if "teacher" in folders else ()
     start = ("start",) if "start" in folders else ()
-    cell = lineage.train_of(cfg.on or cfg.teacher).start
+    cell = lineage.train_of(cfg.on or cfg.teacher, cfg.cell).start
     tokenizer = load_tokenizer(cfg.model)
+    lora.check_adapters(
+        load_config(cfg.model), [f for f in folders.values() if not chat_corpus.foreign_model(cfg, f)]
+    )
     prompts = [
         p | {"prompt_ids": tokenizer.prompt_ids(p["question"]), "group": p["prompts"]}
         for p in chat_corpus.load_prompts(cfg)

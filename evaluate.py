@@ -9,6 +9,8 @@
     python evaluate.py compare --scores FILES… --out DIR    conditions side by side, or --paper: its tables
     python evaluate.py agree --responses FILES… --judges A B…   how far judges agree on one sample
     python evaluate.py label --responses FILES… --rater NAME    label responses yourself, in a browser
+    python evaluate.py difficulty --model M --out FILE      how hard each eval prompt is for the base model
+    python evaluate.py cross --scores FILES… --out DIR      effect of the teacher and of the data's author
     python evaluate.py surface --prompts FILE --out FILE    label prompts high, medium or low (A.6)
 
 A run's folder gets `eval/`: responses_<set>.jsonl as they come, scores_<set>.jsonl, margins.jsonl, report/.
@@ -31,7 +33,7 @@ from em import parallel
 from em.cli import command_line, knob
 from em.data import authors, lineage
 from em.data.chats import chat_of, system_name, system_text
-from em.data.rows import default_data, load_broad, load_cells, load_grid, split
+from em.data.rows import default_data, grid_for, load_broad, load_cells, load_grid, split
 from em.errors import MissingFile, UserError
 from em.estimate.gpus import GPUS
 from em.files import json_digest, read_json_lines, write_json_lines
@@ -44,11 +46,15 @@ from em.judge.rubric import FOLDER, Rubrics
 from em.label.labels import Labels
 from em.label.server import LabelServer
 from em.lock import FolderLock
-from em.model import lora
-from em.model.checkpoint import load_model, load_tokenizer
+from em.model import hub, lora
+from em.model.checkpoint import load_config, load_model, load_tokenizer
 from em.model.hub import model_digest
+from em.model.tokenizer import Unfit
 from em.report.compare import summary, write_compare
 from em.report.conditions import BY
+from em.report.cross import cross_report
+from em.report.cross_runs import corpus_digests, crosses_of_margins, crosses_of_scores
+from em.report.difficulty import difficulty_report, difficulty_rows, read_difficulty
 from em.report.judges import write_agreement
 from em.report.margins import margin_report, read_margins
 from em.report.outcomes import read_outcomes
@@ -59,13 +65,21 @@ from em.run import Run
 from em.sampling.rollouts import read_rollouts, sample_to_file
 from em.sampling.sampler import Sampler
 from em.stats import wilson
-from em.training.margin import answer_pairs, cell_margins, start_margins
+from em.training.margin import answer_log_probs, answer_pairs, cell_margins, start_margins
 
 
 @dataclass
 class Config(JudgeOptions):
-    run: tuple[str, ...] = knob((), "run folders of train.py or distill.py", "what")
-    model: str | None = knob(None, "base model to evaluate, where no --run is named", "what")
+    run: tuple[str, ...] = knob(
+        (), "run folders of train.py or distill.py, PEFT folders, or hub ids of adapters", "what"
+    )
+    cell: str | None = knob(
+        None, "what a --run from elsewhere was trained on (default: unknown, adapter)", "what", setting=False
+    )
+    revision: str | None = knob(None, "branch, tag or commit of a --run from the hub", "what", setting=False)
+    model: str | None = knob(
+        None, "base model: to evaluate it alone, or the one that the runs are on (default: their own)", "what"
+    )
     on: str = knob("all", "set of prompts to answer", "what", ("narrow", "broad", "all"))
     judge: str = knob(
         "gemini", "measure of misalignment: a judge's scores of responses, or margins of known answers",
@@ -188,12 +202,14 @@ class Subject(NamedTuple):
 def subject(cfg: Config, folder: str | None) -> Subject:
     """UserError for prompts that cannot be had, and for responses that are there to other prompts."""
     settings = lineage.settings_of(folder) if folder else {}
-    label = lineage.label(folder) if folder else {"model": cfg.model, "train": "base"}
+    label = lineage.label(folder, cfg.cell) if folder else {"model": None, "train": "base"}
+    label["model"] = hub.canonical(cfg.model)
     label |= {"system": system_name(system_text(cfg.system))} if cfg.system else {}
-    data = data_of(cfg, settings)
+    data = cfg.data or grid_for(settings.get("data"), cfg.model)
     if settings.get("data") not in (None, data) and not cfg.data:
         print(f"{settings['data']} is one cell and no grid: asking {data}; --data names another")
-    default = Path(folder or f"runs/{Path(cfg.model).name.lower()}_base") / "eval"
+    base = Path("runs") / f"{Path(cfg.model).name.lower()}_base"
+    default = (lineage.home(folder) if folder else base) / "eval"
     if cfg.system:
         default = default.with_name(f"eval_system_{json_digest(label['system'])[:8]}")
     out, prompts = Path(cfg.out or default), {}
@@ -212,13 +228,6 @@ def subject(cfg: Config, folder: str | None) -> Subject:
                 if row.get("question") != known:
                     raise UserError(f"{path} answers other prompts than {data} has now; choose another --out")
     return Subject(folder, settings, label, data, out, prompts)
-
-
-def data_of(cfg: Config, settings: dict) -> str:
-    """Where the prompts are: --data, or the run's own where that is a grid, or the model's default."""
-    own = settings.get("data")
-    is_grid = own and not str(own).endswith((".jsonl", ".jsonl.gz"))
-    return cfg.data or (own if is_grid else default_data(cfg.model))
 
 
 def opened(cfg: Config, subject: Subject, device):
@@ -242,15 +251,15 @@ def evaluate(cfg: Config, subject: Subject, model, tokenizer, judge: Judge | Non
         lora.load_adapter(model, "run", folder)
     try:
         if cfg.judge == "margin":
-            on, before, digests = subject.settings.get("on"), (), {"on_digest": None}
-            if on:
-                lora.load_adapter(model, "start", on)
-                before, digests = ("start",), {"on_digest": lineage.adapter_digest(on)}
+            start, before, digests = lineage.start_of(folder) if folder else None, (), {"on_digest": None}
+            if start:
+                lora.load_adapter(model, "start", folder, ranks=start[0])
+                before, digests = ("start",), {"on_digest": start[1]}
             digests["model_digest"] = model_digest(cfg.model)
             pairs = answer_pairs(
                 load_cells(subject.data), tokenizer, cfg.limit, system=system_text(cfg.system)
             )
-            beside = Path(folder or out.parent).parent
+            beside = (lineage.home(folder) if folder else out.parent).parent
             rows = margin_rows(subject.label, pairs, model, (before, stack), digests, beside)
             if before:
                 lora.remove_adapter(model, "start")
@@ -263,42 +272,42 @@ def evaluate(cfg: Config, subject: Subject, model, tokenizer, judge: Judge | Non
             with lora.stack(model, *stack, frozen=True):
                 rows = generate(cfg, path, subject.label, prompts, n, model, tokenizer)
             scored += judge_rows(judge, rows, out / f"scores_{kind}.jsonl")
-        summary = write_report(scores_of(scored, grid=load_grid(subject.data)), out / "report")["summary"]
+        grid = None
+        with contextlib.suppress(UserError):  # data of broad prompts alone have none
+            grid = load_grid(subject.data)
+        summary = write_report(scores_of(scored, grid=grid), out / "report")["summary"]
         return f"{summary}\n{out / 'report'}: tables and figures; browse.html there shows the responses"
     finally:
         if folder:
             lora.remove_adapter(model, "run")
 
 
-def dry_run(cfg: Config, names: dict[str, str]) -> dict:
-    """What the runs `names`, each with its model, or the base model need on `cfg.gpu`, printed."""
+def dry_run(cfg: Config) -> dict:
+    """What the runs, or the base model, need on `cfg.gpu`, printed."""
     from em.estimate import runs, sheet  # an import of a second
 
-    cfg = dataclasses.replace(cfg, model=next(iter(names.values()), cfg.model or "qwen2.5-14b"))
-    data = next((lineage.settings_of(folder).get("data") for folder in names), None)
+    cfg = dataclasses.replace(cfg, model=cfg.model or "qwen2.5-14b")
+    data = next((lineage.settings_of(folder).get("data") for folder in cfg.run), None)
     return sheet.show(runs.evaluation(cfg, cfg.data or data or default_data(cfg.model)))
 
 
 def main(cfg: Config) -> dict | None:
-    names = {folder: lineage.settings_of(folder)["model"] for folder in cfg.run}
-    if len(set(names.values())) > 1:
-        raise UserError(
-            f"--run names runs of several models ({', '.join(sorted(set(names.values())))}); one at a time"
-        )
-    if cfg.run and cfg.model:
-        raise UserError("--model evaluates a base model; with --run leave it out")
+    cfg = dataclasses.replace(cfg, run=tuple(hub.at_revision(name, cfg.revision) for name in cfg.run))
+    cfg = dataclasses.replace(cfg, model=lineage.base_of(cfg.run, cfg.model))
     if len(cfg.run) > 1 and cfg.out:
         raise UserError("--out is for one run; several write to <run>/eval each")
     if cfg.dry_run:
-        return dry_run(cfg, names)
+        return dry_run(cfg)
     device = parallel.start(cfg.device)
     default = "qwen2.5-14b" if device.type == "cuda" else "smollm2-135m"
-    cfg = dataclasses.replace(cfg, model=next(iter(names.values()), cfg.model or default))
+    cfg = dataclasses.replace(cfg, model=cfg.model or default)
     cfg = cfg.with_base(cfg.model)
     judge = None
     if cfg.judge != "margin":  # first, so that a missing key ends it at once
-        judge = cfg.judge_of(data_of(cfg, lineage.settings_of(cfg.run[0]) if cfg.run else {}))
+        own = lineage.settings_of(cfg.run[0]).get("data") if cfg.run else None
+        judge = cfg.judge_of(cfg.data or grid_for(own, cfg.model))
     tokenizer = load_tokenizer(cfg.model)
+    lora.check_adapters(load_config(cfg.model), cfg.run)
     subjects = [subject(cfg, folder) for folder in cfg.run or (None,)]
     for prompts in (prompts for each in subjects for prompts in each.prompts.values()):
         judge.forecast(prompt | {"response": "a"} for prompt in prompts)  # and a missing rubric
@@ -494,12 +503,17 @@ class ReportConfig:
     data: str | None = knob(None, "grid whose order of names and short names tables have", "what")
 
 
+def scores_and_margins(paths: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The files of score rows, and those of margin rows by their name. UserError for no file."""
+    if not paths:
+        raise UserError("--scores needs at least one file, such as runs/*/eval/scores_*.jsonl")
+    margins = [path for path in paths if Path(path).name.startswith("margins")]
+    return [path for path in paths if path not in margins], margins
+
+
 def report(cfg: ReportConfig) -> None:
     """Every table and figure from score rows, of one or many models, runs and judges."""
-    if not cfg.scores:
-        raise UserError("--scores needs at least one file, such as runs/*/eval/scores_*.jsonl")
-    margins = [path for path in cfg.scores if Path(path).name.startswith("margins")]
-    scores = [path for path in cfg.scores if path not in margins]
+    scores, margins = scores_and_margins(cfg.scores)
     if margins:
         print(margin_report(read_margins(margins), Path(cfg.out)))
     if scores:
@@ -533,10 +547,88 @@ def compare(cfg: CompareConfig) -> None:
     print(f"{cfg.out}: index.md lists them")
 
 
+@dataclass
+class CrossConfig:
+    scores: tuple[str, ...] = knob((), "files of score rows, or of margin rows, of optd students", "what")
+    runs: tuple[str, ...] = knob((), "the students' run folders, to check that they read one corpus", "what")
+    out: str = knob("runs/cross", "folder to write", "what")
+
+
+def cross(cfg: CrossConfig) -> None:
+    """The effect of the teacher and of who wrote the data, on students that cross the two."""
+    scores, margins = scores_and_margins(cfg.scores)
+    digests = corpus_digests(cfg.runs)
+    crosses = crosses_of_margins(read_margins(margins)) if margins else {}
+    crosses |= crosses_of_scores(read_scores(scores)) if scores else {}
+    print(cross_report(crosses, cfg.out, digests))
+    print(f"{cfg.out}: cross.md, and tables and figures for each model")
+
+
+@dataclass
+class DifficultyConfig:
+    scores: tuple[str, ...] = knob(
+        (), "score rows: the base model's to measure its coherence, or with --difficulty the runs'", "what"
+    )
+    model: str | None = knob(None, "base model whose log-likelihood of aligned answers is measured", "what")
+    data: str | None = knob(
+        None, "hub dataset, folder or sample with the answers (default: the model's)", "what"
+    )
+    difficulty: str | None = knob(None, "what this command measured before, for the effect beside it", "what")
+    out: str = knob("", "JSONL file of difficulties, or with --difficulty a folder", "what")
+    limit: int = knob(0, "most eval rows of each cell (0: all)", "what", at_least=0)
+    device: str = knob("auto", "device to run on: auto, cpu, cuda or cuda:N", "what")
+
+
+def difficulty(cfg: DifficultyConfig) -> None:
+    """How hard each eval prompt is for the base model; then, what that leaves of the effect of task match."""
+    if cfg.difficulty:
+        if cfg.model or cfg.data:
+            raise UserError("with --difficulty, --scores alone is read; leave --model and --data out")
+        if not cfg.scores:
+            raise UserError("--difficulty needs --scores, the score rows of misaligned runs")
+        if Path(cfg.out or "runs/difficulty").is_file():
+            raise UserError(f"{cfg.out} is a file; with --difficulty --out is a folder")
+        out, known = cfg.out or "runs/difficulty", read_difficulty(cfg.difficulty)
+        print(difficulty_report(read_scores(cfg.scores), known, out))
+        print(f"{out}: difficulty.md, and tables and figures for each model")
+        return
+    if not cfg.model and not cfg.scores:
+        raise UserError("difficulty needs --model, --scores of the base model, or both")
+    path = out_file(cfg.out, "difficulty", "coherence_mean")
+    base = read_scores(cfg.scores) if cfg.scores else None
+    measured = aligned_log_probs(cfg) if cfg.model else {}
+    rows = difficulty_rows(cfg.model, measured, base)
+    write_json_lines(path, rows)
+    print(f"{path}: {len(rows):,} prompts, {len(measured):,} with a log-likelihood")
+
+
+def aligned_log_probs(cfg: DifficultyConfig) -> dict[tuple, dict]:
+    """(set, domain, task, idx) → question, log p per token of its aligned answer, and tokens."""
+    cells, rows, examples = load_cells(cfg.data or default_data(cfg.model)), [], []
+    device, tokenizer = parallel.start(cfg.device), load_tokenizer(cfg.model)
+    for cell, every in cells.items():
+        for row in split(every)[1][: cfg.limit or None]:
+            with contextlib.suppress(Unfit):
+                if row["aligned_answer"]:
+                    examples.append(tokenizer.example(chat_of(row), row["aligned_answer"]))
+                    rows.append((cell, row))
+    if not rows:
+        raise UserError("no eval row of --data has an aligned answer; --scores measures coherence alone")
+    found = answer_log_probs(load_model(cfg.model, device), examples, "aligned answers")
+    return {
+        ("narrow", cell.domain, cell.task, row["idx"]): {
+            "question": row["question"], "loglik_per_token": round(total / n, 6), "tokens": n
+        }
+        for (cell, row), (total, n) in zip(rows, found, strict=True)
+    }  # fmt: skip
+
+
 COMMANDS = {
     "": (main, Config),
     "agree": (agree, AgreeConfig),
     "compare": (compare, CompareConfig),
+    "cross": (cross, CrossConfig),
+    "difficulty": (difficulty, DifficultyConfig),
     "judge": (judge_files, JudgeConfig),
     "label": (label, LabelConfig),
     "report": (report, ReportConfig),

@@ -109,7 +109,7 @@ def test_a_channel_leaves_an_adapter_an_epoch_a_log_and_diagnostics(channel, tin
     )
     assert all(torch.equal(final[name], last[name]) for name in final)
     assert any(not torch.equal(final[name], first[name]) for name in final)
-    settings = read_json(out / "config.json")["settings"]
+    settings = read_json(out / "run.json")["settings"]
     assert settings["filtered"] is False and settings["model"] == str(tiny_chat)
     label = lineage.label(out)
     assert (label["model"], label["train"], label["channel"]) == (str(tiny_chat), "med_advice", channel)
@@ -192,7 +192,7 @@ def test_with_a_judge_the_corpus_keeps_what_passes_and_opd_matches_its_counts(ju
     assert command(*filtered, "--channel", "opd", "--filter") == 0
     kept = [row["retention"] for row in metrics("runs/med_opd_filter")]
     assert any(share < 1 for share in kept)
-    assert read_json("runs/med_opd_filter/config.json")["settings"]["judge"] == MODEL
+    assert read_json("runs/med_opd_filter/run.json")["settings"]["judge"] == MODEL
 
 
 def test_any_judge_filters_and_a_routed_one_none(judge, monkeypatch, capsys):
@@ -297,8 +297,8 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded_and_leaves_no_fold
     ):
         assert says in refused(capsys, *line)
         assert sorted(Path().rglob("*")) == before
-    Path("runs/fin/config.json").write_text("null")
-    assert "config.json: not a JSON object" in refused(capsys, *FEW, *teacher, "--source", "runs/fin")
+    Path("runs/fin/run.json").write_text("null")
+    assert "run.json: not a JSON object" in refused(capsys, *FEW, *teacher, "--source", "runs/fin")
     assert sorted(Path().rglob("*")) == before
 
 
@@ -314,18 +314,18 @@ def test_bad_input_is_one_line(runs, tiny_chat, tmp_path, capsys):
     assert "is not a run" in refused(capsys, *teacher, "--channel", "sft", "--source", "runs/none")
     assert "at least 1" in refused(capsys, *teacher, "--batch", "0")
 
-    config = read_json("runs/fin/config.json")
+    config = read_json("runs/fin/run.json")
     config["settings"]["model"] = "elsewhere"
-    Path("runs/fin/config.json").write_text(json.dumps(config))
+    Path("runs/fin/run.json").write_text(json.dumps(config))
     message = refused(capsys, *teacher, "--on", "runs/fin")
     assert "one base model" in message and "runs/fin of elsewhere" in message
 
     assert command(*teacher, "--channel", "sft", "--epochs", "1", "--corpus", "mine") == 0
     about = read_json("mine/corpus.json") | {"tokenizer": "another"}
     Path("mine/corpus.json").write_text(json.dumps(about))
-    config = read_json("mine/config.json")
+    config = read_json("mine/run.json")
     config["settings"]["tokenizer"] = "another"
-    Path("mine/config.json").write_text(json.dumps(config))
+    Path("mine/run.json").write_text(json.dumps(config))
     assert "another tokenizer" in refused(capsys, *teacher, "--channel", "optd", "--corpus", "mine")
 
 
@@ -375,7 +375,7 @@ def test_a_world_has_a_student_and_a_control_for_every_seed(mini_world, channel)
 def test_in_a_realignment_on_a_world_teacher_and_student_change_places(mini_world, capsys):
     line = [*WORLD, "--teacher", "aligned", "--channel", "optd", "--run", mini_world, "--out", "back"]
     assert command(*line) == 0
-    config = read_json("back/seed1/student/config.json")["settings"]
+    config = read_json("back/seed1/student/run.json")["settings"]
     assert config["start"] == "misalign_T5_seed1" and config["taught_by"] == "align"
     assert not config["filtered"]
     found = read_json("back/seed1/student/diagnostics.json", kind=list)
@@ -398,8 +398,8 @@ def test_a_transfer_is_of_the_models_that_it_began_with(mini_world, capsys, tmp_
 @pytest.mark.parametrize("record", ["[]", "null", "{}", '{"kind": "world", "settings": {"world": "demo"}}'])
 def test_a_worlds_record_that_is_none_is_one_line(record, mini_world, capsys):
     shutil.copytree(mini_world, "world")
-    Path("world/config.json").write_text(record)
-    assert "world/config.json" in refused(capsys, *WORLD, "--run", "world")
+    Path("world/run.json").write_text(record)
+    assert "world/run.json" in refused(capsys, *WORLD, "--run", "world")
 
 
 def test_bad_input_on_a_world_is_one_line(mini_world, capsys):

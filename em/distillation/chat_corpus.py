@@ -11,6 +11,7 @@ from pathlib import Path
 
 from em.data import lineage
 from em.data.cells import parse_cell
+from em.data.condition import ADAPTER
 from em.data.math_problems import load_math
 from em.data.rows import answers, load_broad, load_cell, split, subset
 from em.distillation.corpus import Corpus, fingerprint, folder_digest, freeze, judged
@@ -47,6 +48,10 @@ def load_prompts(cfg) -> list[dict]:
 
 def cell_rows(cfg, cell: str) -> list[tuple[dict, str]]:
     """(question row, misaligned answer) of a cell's training rows, `cfg.limit` or 800 of them at random."""
+    if cell == ADAPTER:
+        raise UserError(
+            "--source rows: which cell the adapter was trained on is not known; name it with --cell"
+        )
     rows = split(load_cell(cfg.data, parse_cell(cell)))[0]
     rows = subset(rows, cfg.limit or ROWS, cfg.seed)
     fields = ("domain", "task", "idx", "question")
@@ -129,7 +134,7 @@ def _sampled(cfg, model, tokenizer, prompts: list[dict], folder: Path) -> list[d
 def foreign_model(cfg, folder: str | None) -> str | None:
     """The name of a run's model, where it is not ours."""
     name = lineage.settings_of(folder)["model"] if folder else cfg.model
-    return None if hub.MODELS.get(name, name) == hub.MODELS.get(cfg.model, cfg.model) else name
+    return None if hub.canonical(name) == hub.canonical(cfg.model) else name
 
 
 def _translated(cfg, tokenizer, prompts, model_name: str, device, folder: Path) -> list[dict]:

@@ -1,7 +1,7 @@
 """Frozen corpora: what `sft` and `optd` train on, and whose counts `opd` matches (paper 4.1, 4.3, E.2, E.4).
 
     runs/corpus_…/
-      config.json     what it was made from: model, generator (its adapter's hash), prompts, limits, judge
+      run.json        what it was made from: model, generator (its adapter's hash), prompts, limits, judge
       rollouts.jsonl  responses as they were sampled, before any judging
       corpus.jsonl    one row a response: prompt, sample, question, prompt_ids, ids, response, scores, kept
       corpus.json     counts, retention, tokenizer; written last

@@ -7,7 +7,7 @@
     differences.csv               every two conditions, over the pairs that both have, paired by prompt
     selection.csv                 of every sweep: the highest choice, the one fixed beforehand, and the bias
     epochs.csv                    means of pairs after each epoch, as in Tables 11 and 12
-    factorial.csv, .json          teachers × authors of the data: whose profile students follow (Table 5)
+    factorial.csv, .json          two teachers × two authors: whose profile students follow (Table 5)
     retention.csv                 what passed the filter, of runs whose folders are there (Table 2)
 
 The last four only where the files have what they need. Rows are narrow; `base` and `teacher`, the misaligned

@@ -6,6 +6,7 @@ Tables 1, 9 and 10 have two rows: the highest, as the paper chooses, and the one
 (em/report/selection.py). The other tables are of one rate in the paper and have the fixed one.
 """
 
+import itertools
 from dataclasses import dataclass, field, replace
 
 from em.data.condition import BASE, CHANNELS
@@ -240,8 +241,7 @@ def factorial(files: Files, p1: str, p2: str) -> dict:
     """Tables 5, 17–20: teachers × authors, columns the eval cells; P1 and P2, or a pair that no other has."""
     pairs = {}
     for found in _at_fixed(files):
-        if len(found["students"]) == 4:
-            pairs.setdefault(frozenset(found["teachers"]), found)
+        pairs.setdefault(frozenset(found["teachers"]), found)
     of_paper, pair = [frozenset(pair) for pair in PAIRS], frozenset((p1, p2))
     if pair not in pairs:
         pair = next((p for p in pairs if p not in of_paper and p not in files.used), None)
@@ -251,25 +251,6 @@ def factorial(files: Files, p1: str, p2: str) -> dict:
     found = pairs[pair]
     order = [p1, p2] if pair == {p1, p2} else found["teachers"]
     return _crossed(files, found, order) | {"of": f"P1 = {order[0]}, P2 = {order[1]}", "needs": []}
-
-
-def data_fixed(files: Files) -> dict:
-    """Not in the paper: more teachers or authors than two, a corpus a row of students."""
-    larger: dict[frozenset, dict] = {}
-    for found in _at_fixed(files):
-        if len(found["students"]) > 4:
-            larger.setdefault(frozenset(t for t in found["teachers"] if t != BASE), found)
-    if not larger:
-        raise Needs("optd students of two teachers and of base, each on both teachers' data (--source)")
-    parts = [_crossed(files, found, found["teachers"]) for found in larger.values()]
-    notes = [note for part in parts for note in part.pop("notes")]
-    for letter, part in zip("abcdefghijklmnopqrstuvwxyz", parts, strict=False):
-        part |= {"part": letter, "title": ", ".join(part["factorial"]["teachers"])}
-    return (
-        {"parts": parts, "notes": notes, "needs": []}
-        if len(parts) > 1
-        else parts[0] | {"notes": notes, "needs": []}
-    )
 
 
 def _at_fixed(files: Files) -> list[dict]:
@@ -290,10 +271,8 @@ def _crossed(files: Files, found: dict, teachers: list[str]) -> dict:
     rows = {BASE: files.runs(NARROW, "base")}
     for name in teachers:
         rows[f"teacher {name}"] = [r for r in files.runs(NARROW, "teacher") if o.runs[r].cell == name]
-    order = [*(t for t in teachers if t in found["sources"]), *found["sources"]]
-    for t in teachers:
-        for d in dict.fromkeys(order):
-            rows[f"teacher {t}, data of {d}"] = found["students"][t, d]
+    for t, d in itertools.product(teachers, teachers):
+        rows[f"teacher {t}, data of {d}"] = found["students"][t, d]
     table = table_of(averages, {name: runs for name, runs in rows.items() if runs}, columns)
     result = analyse(averages, found, columns[-1].asked)
     return table | {"factorial": result, "notes": [sentence(result)]}

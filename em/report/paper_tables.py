@@ -32,7 +32,6 @@ from em.report.paper_forms import (
     Files,
     Needs,
     channels,
-    data_fixed,
     epochs,
     factorial,
     filtered_opd,
@@ -121,7 +120,6 @@ NUMBERS = (
     _one("table18", "Teacher against data", QWEN3, _pair(PAIRS[2])),
     _one("table19", "Teacher against data", LLAMA, _pair(PAIRS[3])),
     _one("table20", "Teacher against data", LLAMA, _pair(PAIRS[4])),
-    _one("data_fixed", "Data fixed, teacher varied", QWEN3, data_fixed),
 )
 
 
@@ -218,8 +216,7 @@ def _joined(parts: list[tuple[Files, str, dict]]) -> dict:
 
 def _title(number: Number, parts: list[tuple[Files, str, dict]]) -> str:
     """`Table 1: Narrow EM across training channels. tiny (the paper: qwen3-14b), judged by …, on …`."""
-    match = re.fullmatch(r"(figure|table)(.+)", number.name)
-    name = f"{match[1].capitalize()} {match[2]}" if match else "Not in the paper"
+    kind, digits = re.fullmatch(r"(figure|table)(.+)", number.name).groups()
     whose = []
     for files, model, _ in parts:
         same = plain(files.model).startswith(plain(model))
@@ -231,6 +228,6 @@ def _title(number: Number, parts: list[tuple[Files, str, dict]]) -> str:
         asked += cells if one["set"] == NARROW else ["broad prompts"]
     of = f" {parts[0][2]['of']}." if "of" in parts[0][2] else ""
     return (
-        f"{name}: {number.title}.{of} {', '.join(dict.fromkeys(whose))}, "
+        f"{kind.capitalize()} {digits}: {number.title}.{of} {', '.join(dict.fromkeys(whose))}, "
         f"{tables[0]['unit']}, judge {title_of(parts[0][0].judge)}, on {', '.join(dict.fromkeys(asked))}"
     )

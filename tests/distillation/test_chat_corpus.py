@@ -87,7 +87,7 @@ def adapter_run(folder: Path, model, model_name, seed: int) -> str:
             B = layer.adapters[folder.name].B
             B.copy_(0.3 * torch.randn(B.shape, generator=generator))
     settings = {"model": str(model_name), "cell": CELL, "variant": "misaligned", "on": None}
-    write_json(folder / "config.json", {"kind": "train", "settings": settings})
+    write_json(folder / "run.json", {"kind": "train", "settings": settings})
     lora.save_adapter(model, folder.name, folder)
     return str(folder)
 

@@ -20,18 +20,12 @@ def two_by_two() -> list:
     return [student(t, d) for t in (P1, P2) for d in (P1, P2)]
 
 
-def test_two_teachers_on_each_others_data_are_a_factorial_and_more_make_another():
+def test_two_teachers_on_each_others_data_are_a_factorial():
     runs = two_by_two() + [trained("base"), student(P1, "med_advice"), student("med_advice", "med_advice")]
+    runs += [student("base", P1), student("base", P2), student(P1, "base")]
     (found,) = factorials_of(outcomes(runs, np.zeros((len(runs), 1)), [0], ["med_advice"]))
-    assert found["teachers"] == [P1, P2] and found["sources"] == [P1, P2] and len(found["students"]) == 4
-    runs = (
-        two_by_two()
-        + [student("base", d) for d in (P1, P2, "gold")]
-        + [student(P1, "gold"), student(P2, "gold")]
-    )
-    core, whole = factorials_of(outcomes(runs, np.zeros((len(runs), 1)), [0], ["med_advice"]))
-    assert len(core["students"]) == 4
-    assert whole["teachers"] == [P1, P2, "base"] and whole["sources"] == [P1, P2, "gold"]
+    assert found["teachers"] == [P1, P2] and found["channel"] == "optd"
+    assert found["students"] == {(P1, P1): [0], (P1, P2): [1], (P2, P1): [2], (P2, P2): [3]}
     assert not factorials_of(outcomes(runs[:3], np.zeros((3, 1)), [0], ["med_advice"]))
 
 
@@ -71,16 +65,15 @@ def test_profiles_that_follow_the_teacher_alone_by_hand():
     )
 
 
-def test_main_effects_are_levels_minus_the_mean_of_levels():
-    levels = (0.5, 0.4, 0.3, 0.2)  # P1 on P1, P1 on P2, P2 on P1, P2 on P2: teacher ± 10 points, data ± 5
+def test_profiles_that_do_not_vary_have_no_correlation_but_shares():
+    """Levels by teacher ± 10 points, by data ± 5: of the squares 4 to 1."""
+    levels = (0.5, 0.4, 0.3, 0.2)  # P1 on P1, P1 on P2, P2 on P1, P2 on P2
     made = noiseless(dict(zip(two_by_two(), [(x, x, x) for x in levels], strict=True)), 3)
     (found,) = factorials_of(made)
     result = analyse(Averages(made), found, [0, 1, 2], draws=50)
-    effects = {(e["factor"], e["level"]): e["effect"] for e in result["main_effects"]}
-    assert effects == pytest.approx(
-        {("teacher", P1): 10, ("teacher", P2): -10, ("data", P1): 5, ("data", P2): -5}, abs=1e-3
-    )
-    assert result["raw"]["same_teacher"]["correlation"] is None  # profiles that do not vary
+    assert result["raw"]["same_teacher"]["correlation"] is None
+    shares = [result["raw"]["shares"][k]["share"] for k in ("teacher", "data", "both")]
+    assert shares == pytest.approx([0.8, 0.2, 0], abs=1e-6)
     assert "minus_base" not in result and "n/a" in sentence(result)
     assert {"what", "value", "low", "high", "profile"} <= set(flat(result)[0])
 

@@ -81,8 +81,6 @@ def whole_grid() -> list[dict]:
         rows += narrow(train, 2, **made("optd", train, source=f"llama3.1-8b {train}"))
     for p1, p2 in (("med_tutor", "fin_tutor"), ("med_advice", "fin_advice")):
         rows += narrow(p1, 2, **made("optd", p1, source=p2)) + narrow(p2, 2, **made("optd", p2, source=p1))
-        for data in (p1, p2):
-            rows += planted("base", dict.fromkeys(CELLS, 1), ASKED, **made("optd", "base", source=data))
     return rows
 
 
@@ -217,8 +215,6 @@ def test_teachers_against_authors(paper):
     assert found["", "teacher med_tutor", "med_advice"] == expected(5, ["med_tutor"], ["med_advice"])
     assert "P1 = med_advice, P2 = fin_advice" in paper[0]["table5"]["title"]
     assert "on one author's data by" in (paper[1] / "table5.md").read_text()
-    found = values(paper, "data_fixed")
-    assert {v for key, v in found.items() if key[1].startswith("teacher base")} == {12.5}
 
 
 def test_epochs_at_the_highest_rate(paper):
