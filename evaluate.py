@@ -6,6 +6,7 @@
     python evaluate.py --model llama3.1-8b --dry-run        memory and time on a GPU, before one is rented
     python evaluate.py judge --responses FILES… --out FILE  judge rows that exist
     python evaluate.py report --scores FILES… --out DIR     tables and figures from any number of score files
+    python evaluate.py compare --scores FILES… --out DIR    conditions side by side, or --paper: its tables
     python evaluate.py agree --responses FILES… --judges A B…   how far judges agree on one sample
     python evaluate.py label --responses FILES… --rater NAME    label responses yourself, in a browser
     python evaluate.py difficulty --model M --out FILE      how hard each eval prompt is for the base model
@@ -49,11 +50,15 @@ from em.model import hub, lora
 from em.model.checkpoint import load_config, load_model, load_tokenizer
 from em.model.hub import model_digest
 from em.model.tokenizer import Unfit
+from em.report.compare import summary, write_compare
+from em.report.conditions import BY
 from em.report.cross import cross_report
 from em.report.cross_runs import corpus_digests, crosses_of_margins, crosses_of_scores
 from em.report.difficulty import difficulty_report, difficulty_rows, read_difficulty
 from em.report.judges import write_agreement
 from em.report.margins import margin_report, read_margins
+from em.report.outcomes import read_outcomes
+from em.report.paper_tables import write_paper
 from em.report.report import write_report
 from em.report.score_table import read_scores, scores_of
 from em.run import Run
@@ -518,6 +523,31 @@ def report(cfg: ReportConfig) -> None:
 
 
 @dataclass
+class CompareConfig:
+    scores: tuple[str, ...] = knob((), "JSONL or .jsonl.gz files of score rows, or of margin rows", "what")
+    out: str = knob("runs/compare", "folder to write", "what")
+    columns: str = knob("task", "the teacher's task, domain or cell (teacher), or eval cells", "what", BY)
+    cells: tuple[str, ...] = knob((), "eval cells to average over, or the columns (default: all)", "what")
+    paper: bool = knob(False, "every table and figure of the paper that the files allow", "what")
+    model: str | None = knob(None, "which, where the files have several", "what")
+    judge: str | None = knob(None, "which, where the files have several; margin for margin rows", "what")
+
+
+def compare(cfg: CompareConfig) -> None:
+    """Conditions side by side, with both averages and differences paired by prompt; or the paper's tables."""
+    rows = read_outcomes(cfg.scores)
+    if cfg.paper and cfg.cells:
+        raise UserError("--paper has the paper's own columns and cells; leave --cells out")
+    if not cfg.paper:
+        print(summary(write_compare(rows, cfg.out, cfg.columns, cfg.cells, cfg.model, cfg.judge, cfg.scores)))
+        return print(f"{cfg.out}: table.csv, .md, .tex, .json and .png; differences.csv")
+    for entry in write_paper(rows, cfg.out, cfg.model, cfg.judge, cfg.scores):
+        lacks = f" (needs {'; '.join(entry['needs'])})" if entry["needs"] else ""
+        print(f"{entry['number']}: {entry['status']}{lacks}")
+    print(f"{cfg.out}: index.md lists them")
+
+
+@dataclass
 class CrossConfig:
     scores: tuple[str, ...] = knob((), "files of score rows, or of margin rows, of optd students", "what")
     runs: tuple[str, ...] = knob((), "the students' run folders, to check that they read one corpus", "what")
@@ -596,6 +626,7 @@ def aligned_log_probs(cfg: DifficultyConfig) -> dict[tuple, dict]:
 COMMANDS = {
     "": (main, Config),
     "agree": (agree, AgreeConfig),
+    "compare": (compare, CompareConfig),
     "cross": (cross, CrossConfig),
     "difficulty": (difficulty, DifficultyConfig),
     "judge": (judge_files, JudgeConfig),
