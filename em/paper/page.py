@@ -20,7 +20,7 @@ from PIL import Image
 from em.cli import command_line, knob
 from em.errors import UserError
 from em.experiments import comparison
-from em.files import read_json, write_text
+from em.files import read_json, read_text, write_text
 from em.paper import ours
 from em.paper.stated import NOT_MEASURED, VERDICTS, read_items, verdict
 from em.world.describe import worked_example
@@ -74,10 +74,7 @@ def write_page(
         raise UserError(f"{out} is a folder; choose another --out")
     sources = Sources(runs, model, tables or runs / "paper", results, out.parent)
     items = [_item(item, sources) for item in read_items()]
-    others = {
-        name: entries for name, entries in sources.tables.items() if name not in {i["id"] for i in items}
-    }
-    beyond = [_item(_beyond(name, entries[0]), sources) for name, entries in others.items()]
+    beyond = _beyond(sources, {item["id"] for item in items})
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -95,7 +92,7 @@ class Sources:
     """What there is to show: read once, looked up by every item."""
 
     def __init__(self, runs: Path, model: str, tables: Path, results: Path, beside: Path):
-        self.model, self.results, self.beside = model, results, beside
+        self.folder, self.model, self.results, self.beside = runs, model, results, beside
         self.tables = ours.read_index(tables)
         path = results / "authors" / "statements.json"
         self.statements = read_json(path, kind=list) if path.exists() else []
@@ -139,18 +136,35 @@ def _item(item: dict, sources: Sources) -> dict:
     return shown
 
 
-def _beyond(name: str, entry: dict) -> dict:
-    """An item of ours that the paper does not have, such as an experiment that a referee would ask for."""
-    title, _, rest = entry["title"].partition(". ")
-    about = {
-        "id": name,
-        "name": title,
-        "title": rest.rstrip("."),
-        "where": "",
-        "kind": "language",
-        "needs": "",
-    }
-    return about | {"models": PAPER_MODELS, "stated": []}
+BEYOND = {  # folders of reports under the runs' folder
+    "cross": (
+        "Data fixed, teacher varied",
+        "what the teacher adds to misalignment, and what the data's author",
+    ),
+    "difficulty": ("Difficulty of the prompts", "what it leaves of the effect of task match"),
+}
+
+
+def _beyond(sources: Sources, known: set[str]) -> list[dict]:
+    """Items of ours that the paper does not have: of compare's index, and the reports under BEYOND."""
+    about = {"where": "", "needs": "", "models": PAPER_MODELS, "stated": []}
+    found = []
+    for name, entries in sources.tables.items():
+        title, _, rest = entries[0]["title"].partition(". ")
+        if name not in known:
+            found.append(_item(about | {"id": name, "name": title, "title": rest.rstrip(".")}, sources))
+    whose = OURS if sources.model in PAPER_MODELS else DEMONSTRATION
+    for name, (title, what) in BEYOND.items():
+        for report in sorted((sources.folder / name).rglob("*.md")):
+            place = report.parent.relative_to(sources.folder).as_posix().replace("/", "-")
+            item = about | {"id": place, "name": title, "title": what, "command": f"make paper ONLY={name}"}
+            shown = _item(item, sources) | {"text": read_text(report), "links": [sources.link(report)]}
+            shown["images"] = [
+                {"caption": path.parent.name, "whose": whose, "src": image_uri(path)}
+                for path in sorted(report.parent.rglob("*.png"))
+            ]
+            found.append(shown | {"state": whose})
+    return found
 
 
 def _command(item: dict, model: str) -> str:

@@ -135,9 +135,13 @@ def test_our_tables_are_shown_with_their_verdicts(tmp_path):
 
 def test_what_the_paper_does_not_have_comes_after_it(tmp_path):
     tables = planted(tmp_path / "tables", data_fixed=level({"teacher med_tutor": 20.0}))
-    items, text = written(tmp_path, tmp_path / "nothing", tables=tables)
-    assert list(Page(text).articles) == [*IDS, "data_fixed"]
-    assert "20.0 [19.0, 21.0]" in Page(text).articles["data_fixed"]
+    report = tmp_path / "runs" / "difficulty" / "qwen3-14b"
+    report.mkdir(parents=True)
+    (report / "difficulty.md").write_text("matching adds 7 points")
+    articles = Page(written(tmp_path, tmp_path / "nothing", tables=tables)[1]).articles
+    assert list(articles) == [*IDS, "data_fixed", "difficulty-qwen3-14b"]
+    assert "20.0 [19.0, 21.0]" in articles["data_fixed"]
+    assert "matching adds 7 points" in articles["difficulty-qwen3-14b"]
 
 
 def test_a_model_that_the_paper_does_not_have_is_a_demonstration(tmp_path):
