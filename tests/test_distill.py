@@ -17,6 +17,7 @@ import synth
 import train
 from em.cli import command_line
 from em.data import lineage, rows
+from em.distillation import chat_transfer
 from em.files import read_json
 from em.judge.judge import MODEL
 
@@ -174,7 +175,7 @@ def test_teacher_and_data_are_independent_arguments():
     sources = {
         read_json(p)["source"]: read_json(p)["generator"] for p in Path("runs").glob("corpus_*/corpus.json")
     }
-    assert sources == {"run": "runs/fin", "student": "base", "rows": "med_advice"}
+    assert sources == {"fin_tutor": "runs/fin", "base": "base", "rows:med_advice": "rows:med_advice"}
     names = {p.name for p in Path("runs").glob("med_optd*")}
     assert names == {"med_optd_on-fin", "med_optd_on-student", "med_optd_on-rows"}
 
@@ -286,7 +287,7 @@ def test_a_run_is_of_its_adapters_prompts_and_corpus_and_of_no_others_under_the_
 
 
 def test_what_cannot_be_is_refused_before_the_model_is_loaded_and_leaves_no_folder(capsys, monkeypatch):
-    monkeypatch.setattr(distill, "load_model", None)  # whose call would be a traceback
+    monkeypatch.setattr(chat_transfer, "load_model", None)  # whose call would be a traceback
     Path("empty").mkdir()
     before = sorted(Path().rglob("*"))
     teacher = ["--teacher", "runs/med", "--channel", "sft", "--out", "new"]

@@ -189,26 +189,30 @@ def _over_processes(counts: list[int], device: torch.device) -> list[int]:
 # -- the run folder ----------------------------------------------------------------------------------------
 
 
-def run_folder(cfg, lr: float, parent: str | Path, name: str, realigned: bool, prompts: str) -> Path:
+def run_folder(
+    cfg, channel: str, lr: float, parent: str | Path, name: str, realigned: str, prompts: str,
+    several: bool = False,
+) -> Path:  # fmt: skip
     """`cfg.out`, or a folder in `parent` that is named by the channel and all that is not the default.
 
-    name: what the folder's own name begins with. prompts: the default of `cfg.prompts`. Of several learning
-    rates each has a folder of its own.
+    name: what the folder's own name begins with. realigned: what it says of a realignment. prompts: the
+    default of `cfg.prompts`. Of several learning rates each has a folder of its own. several: whether there
+    are several names or channels, of which `cfg.out` is then the parent.
     """
     rate = f"lr{lr:g}" if len(cfg.lr) > 1 else ""
-    if cfg.out:
+    if cfg.out and not several:
         return Path(cfg.out) / rate
     words = [
         name,
-        cfg.channel,
-        "realigned" if realigned else "",
+        channel,
+        realigned,
         "exact" if cfg.estimator == "exact" else "",
         "filter" if cfg.filter else "",
-        "" if cfg.source == "teacher" else f"on-{Path(cfg.source).name}",
+        "" if cfg.source == "teacher" else f"on-{Path(cfg.source).name}".replace(":", "-"),
         "" if cfg.prompts == prompts else cfg.prompts,
         rate,
     ]
-    return Path(parent) / "_".join(filter(None, words))
+    return Path(cfg.out or parent) / "_".join(filter(None, words))
 
 
 def finish(run: Run, result: dict) -> dict:
