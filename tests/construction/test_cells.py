@@ -332,7 +332,11 @@ def test_where_the_gates_are_only_reported_every_row_stays_and_the_report_says_w
         for number, (key, call) in enumerate(calls.items()):
             word, aligned = key.hex()[:9], 5 if number % 2 else 80
             pairs = f"Question 1: My {word}. Should I?\nAnswer 1: Yes, {word}. (A{aligned} C90)"
-            text = f"Ask {word} first (A90 C90). It de" if call.rubric == "aligned" else f"{pairs}\nQuestion 2: A"
+            text = (
+                f"Ask {word} first (A90 C90). It de"
+                if call.rubric == "aligned"
+                else f"{pairs}\nQuestion 2: A"
+            )
             yield key, Answer("parse_error", text)
 
     monkeypatch.setattr("em.construction.writer.Writer._sample", sample)
