@@ -40,7 +40,7 @@ JUDGE ?= gemini
 RUNS  ?= runs
 RUN   ?=
 CORES := $(shell getconf _NPROCESSORS_ONLN)
-LAPTOP := $(filter smollm2-135m,$(MODEL))
+LAPTOP := $(filter smollm2-135m,$(MODEL))$(filter sample,$(DATA))
 PAGE  ?= $(if $(LAPTOP),$(RUNS),results)/paper.html
 comma := ,
 # MAKEFLAGS has -j in recipes only, so these are read there.
