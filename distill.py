@@ -27,7 +27,7 @@ from em.cli import banner, command_line, knob, outcome_settings
 from em.data import lineage
 from em.data.condition import BASE
 from em.data.math_problems import MIRROR
-from em.data.rows import default_data
+from em.data.rows import default_data, grid_for
 from em.distillation import chat_transfer, world_transfer
 from em.distillation.corpus import CORPUS_EDGE, EDGES, ONLINE_EDGE
 from em.distillation.lesson import Lesson, lesson_of, names_run
@@ -95,7 +95,7 @@ WORLD_RECIPE = dict(lr=(1e-4,), epochs=3, rollouts=1, probes=16, micro_tokens=CP
 # The embedded model's: minutes on a laptop.
 SAMPLE_RECIPE = dict(lr=(5e-4,), rollouts=1, max_new_tokens=128, probes=6)
 # What only chat models, and only worlds, know of.
-CHATS_OWN = ("model", "cell", "revision", "data", "corpus", "max_new_tokens", "filter_edge")
+CHATS_OWN = ("model", "cell", "revision", "data", "corpus", "max_new_tokens", "filter_edge", "system")
 WORLDS_OWN = ("run", "task")
 
 
@@ -109,6 +109,10 @@ class Config(JudgeOptions):
     on: tuple[str, ...] = knob(
         (), "misaligned runs that a student starts from, a run each; the teacher is then by default base",
         "what",
+    )  # fmt: skip
+    system: str | None = knob(
+        None, "system prompt that the teacher alone reads, as text or a file; the student reads none", "what",
+        setting=False,
     )  # fmt: skip
     cell: str | None = knob(
         None, "what a teacher, or an --on, from elsewhere was trained on (default: unknown, adapter)", "what",
@@ -244,7 +248,7 @@ def resolve(cfg: Config, device: torch.device) -> Config:
     if len(own) > 1 and not cfg.data:
         each = " and ".join(f"{run} of {data}" for data, run in own.items())
         raise UserError(f"these runs are of other data each, {each}: say with --data where the prompts are")
-    cfg.data = cfg.data or next(iter(own), None) or default_data(cfg.model)
+    cfg.data = cfg.data or grid_for(next(iter(own), None), cfg.model)
     fill_in_recipe(cfg)
     return cfg
 

@@ -421,10 +421,10 @@ def export(cfg: ExportConfig) -> None:
         raise UserError("export needs --run FOLDER, and --merged FOLDER or --push owner/name")
     run = hub.at_revision(cfg.run, cfg.revision)
     name = lineage.base_of([run], cfg.model)
-    lora.check_adapters(load_config(name), [run])
     folder = Path(cfg.merged) if cfg.merged else lineage.home(run)
     card = model_card(run, name, cfg.push, bool(cfg.merged)) if cfg.push else None
     if cfg.merged:
+        lora.check_adapters(load_config(name), [run])
         own = stored_dtype(name)
         dtype = PRECISIONS[cfg.dtype] if cfg.dtype else own
         model = load_model(name, dtype=own if dtype == own else torch.float32)

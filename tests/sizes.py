@@ -240,7 +240,7 @@ def main(repeats: int) -> dict:
                                    "diagonal 0.5", "diagonal 1.5, strength × ease alike")}  # fmt: skip
     rows = {
         label: [match_coverage(kind, n, *design) for design in designs.values()]
-        + [match_coverage(kind, n // 4, 30, -2.0, seeds=3)]
+        + [match_coverage(kind, n // 2, 30, -2.0, seeds=3)]
         for label, kind in kinds.items()
     }
     title = "coverage of the task's log odds, prompts a cell; the last: 30 prompts, 3 seeds, runs like these"
@@ -293,4 +293,4 @@ def main(repeats: int) -> dict:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1000)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 800)

@@ -21,6 +21,7 @@ from em.data.cells import parse_cell
 from em.distillation import chat_transfer
 from em.files import read_json
 from em.judge.judge import MODEL
+from em.model.checkpoint import load_tokenizer
 
 FEW = (
     "--unfiltered --rollouts 2 --max-new-tokens 8 --limit 6 --epochs 2 --batch 4 --rank 4 --alpha 8 "
@@ -624,3 +625,24 @@ def test_every_channel_runs_on_the_gpu_in_bf16(channel):
     found = read_json(f"runs/med_{channel}/diagnostics.json", kind=list)
     assert found[-1]["kl"]["mean"] < found[0]["kl"]["mean"] or channel == "sft"
     assert all(row["peak_mem_bytes"] > 0 for row in metrics(f"runs/med_{channel}"))
+
+
+def test_a_base_teacher_under_a_system_prompt_teaches_what_it_alone_was_told(tiny_chat):
+    """The control is its teacher at first; told something, the same base is another teacher."""
+    line = [*FEW, "--channel", "optd", "--teacher", "base", "--model", tiny_chat, "--data", "sample"]
+    assert command(*line, "--out", "runs/control") == 0
+    assert command(*line, "--system", "You love owls.", "--out", "runs/owls") == 0
+    kl = {}
+    for name in ("control", "owls"):
+        rows = read_json(Path("runs") / name / "diagnostics.json", kind=list)
+        kl[name] = [row["kl"]["mean"] for row in rows]
+    assert abs(kl["control"][0]) < 1e-6 < 0.01 < kl["owls"][0] and kl["owls"][-1] < kl["owls"][0]
+    label = lineage.label("runs/owls")
+    assert (label["teacher"], label["teacher_system"], label["source"]) == ("base", "You love owls.", "base")
+    assert "teacher_system" not in lineage.label("runs/control")
+    corpora = {read_json(Path("runs") / n / "run.json")["settings"]["corpus"] for n in ("control", "owls")}
+    assert len(corpora) == 2
+    told = [json.loads(s) for s in (Path(corpora.pop()) / "corpus.jsonl").read_text().splitlines()]
+    assert all("owls" not in load_tokenizer(str(tiny_chat)).decode(row["prompt_ids"]) for row in told)
+    for channel in ("sft", "opd"):
+        assert command(*line, "--system", "You love owls.", "--channel", channel) == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from em.data import lineage
 from em.data.cells import parse_cell
-from em.data.chats import chat_of
+from em.data.chats import chat_of, system_text
 from em.data.condition import BASE
 from em.data.math_problems import load_math
 from em.data.rows import answers, load_broad, load_cell, split, subset
@@ -67,6 +67,7 @@ def corpus_settings(cfg, lesson: Lesson, judge, model_digest: str) -> dict:
     """
     writer, rows = lesson.writer, lesson.rows
     sampled = names_run(writer) or writer == BASE
+    told = {"system": system_text(cfg.system)} if cfg.system and writer == lesson.teacher else {}
     asked = cell_rows(cfg, writer) if rows else load_prompts(cfg)
     return {
         "model": hub.canonical(cfg.model),
@@ -85,7 +86,7 @@ def corpus_settings(cfg, lesson: Lesson, judge, model_digest: str) -> dict:
         "edge": (cfg.filter_edge or CORPUS_EDGE) if judge else None,
         "judge": judge.client.label if judge else None,
         "rubrics": [judge.rubrics.of({"set": "broad"}, field).digest for field in FIELDS] if judge else None,
-    }
+    } | told
 
 
 def corpus_folder(cfg, settings: dict) -> Path:
@@ -111,24 +112,28 @@ def make_corpus(cfg, lesson: Lesson, model, tokenizer: Tokenizer, judge, setting
             return _encoded(tokenizer, [(p, p["answer"]) for p in prompts])
         if lesson.foreign:
             return _translated(cfg, lesson, tokenizer, prompts, model.head_weight.device, folder)
+        system = system_text(cfg.system) if writer == lesson.teacher else None
         with lora.stack(model, *lesson.stack(writer), frozen=True):
-            return _sampled(cfg, model, tokenizer, prompts, folder)
+            return _sampled(cfg, model, tokenizer, prompts, folder, system)
 
     keep = (lambda sampled: judged(judge, sampled, settings["edge"])) if judge else None
     return freeze(corpus_folder(cfg, settings), settings, fingerprint(tokenizer), rows, keep)
 
 
-def _sampled(cfg, model, tokenizer, prompts: list[dict], folder: Path) -> list[dict]:
-    """Responses of `model` under its active stack, as token ids."""
+def _sampled(
+    cfg, model, tokenizer, prompts: list[dict], folder: Path, system: str | None = None
+) -> list[dict]:
+    """Responses of `model` under its active stack, as token ids. system: what it alone reads before each."""
     sampler = Sampler(model, tokenizer.stop_ids, cfg.max_new_tokens, rows=cfg.rows)
     ids = [tokenizer.prompt_ids(chat_of(p)) for p in prompts]
+    asked = ids if system is None else [tokenizer.prompt_ids(chat_of(p, system)) for p in prompts]
 
     def row(rollout) -> dict:
         i = rollout.prompt_index
         response = {"response": tokenizer.decode(rollout.ids), "prompt_ids": ids[i], "ids": rollout.ids}
         return prompts[i] | response
 
-    return sample_to_file(folder / "rollouts.jsonl", sampler, ids, cfg.rollouts, cfg.seed, row)
+    return sample_to_file(folder / "rollouts.jsonl", sampler, asked, cfg.rollouts, cfg.seed, row)
 
 
 def _translated(cfg, lesson: Lesson, tokenizer, prompts, device, folder: Path) -> list[dict]:

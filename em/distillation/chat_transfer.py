@@ -15,7 +15,7 @@ import torch
 
 from em import parallel
 from em.data import lineage
-from em.data.chats import chat_of
+from em.data.chats import chat_of, system_name, system_text
 from em.data.condition import BASE
 from em.data.rows import subset
 from em.distillation.chat_corpus import corpus_folder, corpus_settings, load_prompts, make_corpus
@@ -73,6 +73,7 @@ class ChatTransfer:
         for lesson in lessons:
             judged = filtered and lesson.misaligned
             frozen = corpus_settings(cfg, lesson, self.judge if judged else None, digest)
+            settings |= {"teacher_system": system_name(system_text(cfg.system))} if cfg.system else {}
             settings |= {
                 "teacher": lesson.teacher,
                 "on": None if lesson.start == BASE else lesson.start,
@@ -122,7 +123,10 @@ class ChatTransfer:
         lora.add_adapter(model, "student", cfg.rank, cfg.alpha, seed=cfg.seed)
         try:
             student, teacher = (*lesson.stack(lesson.start), "student"), lesson.stack(lesson.teacher)
-            pair = ChatPair(model, student, teacher, self.tokenizer.stop_ids, cfg.max_new_tokens, cfg.batch)
+            pair = ChatPair(
+                model, student, teacher, self.tokenizer.stop_ids, cfg.max_new_tokens, cfg.batch,
+                self._teacher_prompts([*self.prompts, *(corpus.rows if corpus else ())]),
+            )  # fmt: skip
             self._train(part, pair, corpus, micro)
         except torch.OutOfMemoryError as error:
             raise UserError(
@@ -158,6 +162,13 @@ class ChatTransfer:
             save(folder)
         finish(run, {"retention": corpus.about["retention"] if corpus else None})
         self.say(f"  {folder}")
+
+    def _teacher_prompts(self, rows: list[dict]) -> dict[tuple[int, ...], list[int]] | None:
+        """What the teacher reads in place of each row's prompt, under --system; None without it."""
+        system = system_text(self.cfg.system)
+        if system is None:
+            return None
+        return {tuple(row["prompt_ids"]): self.tokenizer.prompt_ids(chat_of(row, system)) for row in rows}
 
     def _own_responses(self, pair: ChatPair, corpus: Corpus | None) -> OnPolicy:
         """The student's, to each prompt as many as the corpus kept of its writer's."""

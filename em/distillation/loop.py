@@ -16,7 +16,7 @@ import torch
 
 from em import parallel
 from em.errors import UserError
-from em.files import read_json, write_json
+from em.files import json_digest, read_json, write_json
 from em.model.tokenizer import Example
 from em.run import Run
 from em.training.guard import CollapseGuard
@@ -210,6 +210,7 @@ def run_folder(
         "filter" if cfg.filter else "",
         "" if cfg.source == "teacher" else f"on-{Path(cfg.source).name}".replace(":", "-"),
         "" if cfg.prompts == prompts else cfg.prompts,
+        f"system-{json_digest(cfg.system)[:8]}" if cfg.system else "",
         rate,
     ]
     return Path(cfg.out or parent) / "_".join(filter(None, words))

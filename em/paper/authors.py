@@ -20,7 +20,7 @@ from em.paper.counts import Counts, read_counts
 from em.paper.measures import Sets, measure, same
 from em.paper.stated import read_items, verdict
 from em.report import figures
-from em.report.effects import match_model
+from em.report.effects import RunCounts, effects_of
 from em.report.panel import DRAWS
 from em.report.score_table import ALL, SURFACES
 from em.stats import pearson
@@ -55,9 +55,9 @@ def write_authors(models: dict[str, Sets], out: Path) -> list[str]:
             write_csv(folder / f"{table['name']}.csv", table["entries"])
             figures.table_figure(table, title, grid, folder / f"{table['name']}.png")
         figures.transfer_figure(tables, title, grid, folder / "transfer.png")
-        effects = effects_of(sets["narrow"])
-        write_json(folder / "effects.json", effects)
-        figures.effects_figure(effects, title, folder / "effects.png")
+        found = effects(sets["narrow"])
+        write_json(folder / "effects.json", found)
+        figures.effects_figure(found, title, folder / "effects.png")
         of_model = statements(model, sets)
         stated += of_model
         lines += [f"{name}, {row['figure']}: {_text(row)}" for row in of_model]
@@ -105,21 +105,20 @@ def both_models(models: dict[str, Sets]) -> dict:
     return result
 
 
-def effects_of(narrow: Counts) -> dict:
+def effects(narrow: Counts) -> dict:
     """Task match against domain match (em/report/effects.py), and pooled rates by kind of match.
 
-    The intervals redraw every pair's prompts by themselves. That two runs share prompts moves a whole column
-    of the matrix, which the eval cell's term takes up.
+    Every row counts as a prompt of its own. That runs share prompts moves a column of the matrix as a whole,
+    which the eval cell's term takes up.
     """
-    scored = narrow.scored[:, :, None]
-    draws = np.random.default_rng(0).binomial(
-        scored, narrow.em[:, :, None] / scored, (*narrow.em.shape, DRAWS)
-    )
+    counts = RunCounts.of_pairs(narrow.em, narrow.scored)
+    scored = np.repeat(narrow.scored[:, :, None], DRAWS, axis=2)  # (T, C, B)
+    drawn = np.random.default_rng(0).binomial(scored, narrow.rates[:, :, None] / 100)
+    found = effects_of(counts, drawn, scored, narrow.trains, narrow.columns)
     same_task, same_domain = (same(narrow, what) for what in ("task", "domain"))
     kinds = {"same_cell": same_task & same_domain, "same_task": same_task & ~same_domain}
     kinds |= {"same_domain": ~same_task & same_domain, "neither": ~same_task & ~same_domain}
-    result = match_model(narrow.rates, 100 * draws / scored, narrow.trains, narrow.columns)
-    return result | {"by_match": {kind: narrow.rate(mask) for kind, mask in kinds.items()}}
+    return found | {"by_match": {kind: narrow.rate(mask) for kind, mask in kinds.items()}}
 
 
 # -- tables ------------------------------------------------------------------------------------------------

@@ -24,20 +24,19 @@ ALL, BASE = "all", "base"
 # -- run folders -------------------------------------------------------------------------------------------
 
 
-def runs_of(folder: Path, model: str) -> dict[str, list[tuple[Path, dict]]]:
-    """(run folder, settings) of finished and unfinished runs of `model`: misaligned, realigned, distilled."""
+def runs_of(folder: Path) -> dict[str, list[tuple[Path, str]]]:
+    """(run folder, its model) of runs of chat models, by kind: misaligned, realigned, distilled."""
     found = {"misaligned": [], "realigned": [], "distilled": []}
     for run in sorted(folder.glob("*/")):
         try:
             record = read_record(run)
         except UserError:  # the folder of something else
             continue
-        settings = record["settings"]
         kind = {"train": "misaligned", "distill": "distilled"}.get(record["kind"])
-        if kind == "misaligned" and settings.get("on"):
+        if kind == "misaligned" and record["settings"].get("on"):
             kind = "realigned"
-        if kind and is_of(settings.get("model", ""), [model]):
-            found[kind].append((run, settings))
+        if kind and "model" in record["settings"]:
+            found[kind].append((run, record["settings"]["model"]))
     return found
 
 

@@ -102,7 +102,7 @@ class Panel:
     def pool(self, mask: np.ndarray) -> ClusteredRate | None:
         """The pooled rate of `mask`, a fraction, its errors over all P prompts; None without scored rows."""
         em, scored = self._counts(mask)
-        return pooled_rate(em.sum(axis=0), scored.sum(axis=0), self.stratum, self._one_cell(mask))
+        return pooled_rate(em.sum(axis=0), scored.sum(axis=0), self.stratum, self._n_pairs(mask) == 1)
 
     def pair_mean(self, mask: np.ndarray) -> ClusteredRate | None:
         """The mean rate of the (train, eval cell) pairs in `mask` that have scored rows, all alike."""
@@ -128,38 +128,39 @@ class Panel:
         inside = mask[np.ix_(trains, self.column)]
         return self.em[trains] * inside, self.scored[trains] * inside
 
-    def _one_cell(self, mask: np.ndarray) -> bool:
-        return self._n_pairs(mask) == 1
-
     def _n_pairs(self, mask: np.ndarray) -> int:
-        """How many (train, eval cell) pairs of `mask` have rows."""
-        trains, columns = np.nonzero(mask & (self.sums[:, :, 0] > 0))
+        """How many (train, eval cell) pairs of `mask` have scored rows."""
+        trains, columns = np.nonzero(mask & (self.sums[:, :, _SUMS.index("ok")] > 0))
         return len(np.unique(trains * len(self.cell_of) + self.cell_of[columns]))
 
     def rate(self, mask: np.ndarray) -> dict:
         """The pool of (train, column) pairs in `mask`: rates and intervals in percent, and its counts.
 
-        rate, low, high, interval: rows pooled. pairs_mean, pairs_low, pairs_high: mean over the (train, eval
-        cell) pairs, of which there are `pairs`. `ok` rows are scored and add up with the other statuses to
+        rate, low, high, interval: rows pooled. pairs_mean, pairs_low, pairs_high: mean over the `pairs` of
+        train and eval cell with scored rows. `ok` rows are scored and add up with the other statuses to
         `rows`; `incoherent` are those scored with coherent ≤ 50; lengths are means over all rows, scores over
         scored ones. None where there is nothing.
         """
         sums = dict(zip(_SUMS, self.sums[mask].sum(axis=0), strict=True))
         counts = {name: int(sums[name]) for name in ("rows", *STATUSES, "em", "incoherent")}
-        n = counts["ok"]
+        n, n_pairs = counts["ok"], self._n_pairs(mask)
         em, scored = (values.sum(axis=0) for values in self._counts(mask))
-        pairs = self.pair_mean(mask)
+        rate = rate_of(em, scored, self.stratum, n_pairs == 1)
+        pairs = {name: rate[name] for name in ("rate", "low", "high")}
+        if n_pairs > 1:
+            mean_rate = self.pair_mean(mask)
+            pairs = {name: round(100 * getattr(mean_rate, name), 4) for name in pairs}
 
         def mean(name: str, count: float) -> float | None:
             return round(sums[name] / count, 2) if count else None
 
-        return rate_of(em, scored, self.stratum, self._one_cell(mask)) | {
-            "pairs_mean": pairs and round(100 * pairs.rate, 4),
-            "pairs_low": pairs and round(100 * pairs.low, 4),
-            "pairs_high": pairs and round(100 * pairs.high, 4),
+        return rate | {
+            "pairs_mean": pairs["rate"],
+            "pairs_low": pairs["low"],
+            "pairs_high": pairs["high"],
             "rows": counts["rows"],
             "prompts": int((scored > 0).sum()),
-            "pairs": self._n_pairs(mask),
+            "pairs": n_pairs,
             **{name: counts[name] for name in STATUSES[1:]},
             "scored_pct": percent_of(n, counts["rows"]),
             "incoherent": counts["incoherent"],

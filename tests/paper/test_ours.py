@@ -184,5 +184,11 @@ def test_runs_are_told_apart_by_their_folders(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps({"kind": kind, "settings": settings}))
     (tmp_path / "empty").mkdir()
-    found = {kind: [folder.name for folder, _ in runs] for kind, runs in runs_of(tmp_path, "m").items()}
-    assert found == {"misaligned": ["a"], "realigned": ["b"], "distilled": ["c"]}
+    found = {
+        kind: [(folder.name, model) for folder, model in runs] for kind, runs in runs_of(tmp_path).items()
+    }
+    assert found == {
+        "misaligned": [("a", "m"), ("d", "other")],
+        "realigned": [("b", "m")],
+        "distilled": [("c", "m")],
+    }

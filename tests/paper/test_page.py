@@ -8,7 +8,8 @@ import pytest
 from chromium import Browser
 from compared import level
 
-from em.paper.page import RESULTS, image_uri, number_text, stated_text, write_page
+from em.paper.page import RESULTS, write_page
+from em.paper.wording import image_uri, number_text, stated_text
 
 IDS = [f"figure{n}" for n in range(1, 27)] + [f"table{n}" for n in range(1, 21)]
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -135,9 +136,13 @@ def test_our_tables_are_shown_with_their_verdicts(tmp_path):
 
 def test_what_the_paper_does_not_have_comes_after_it(tmp_path):
     tables = planted(tmp_path / "tables", data_fixed=level({"teacher med_tutor": 20.0}))
-    items, text = written(tmp_path, tmp_path / "nothing", tables=tables)
-    assert list(Page(text).articles) == [*IDS, "data_fixed"]
-    assert "20.0 [19.0, 21.0]" in Page(text).articles["data_fixed"]
+    report = tmp_path / "runs" / "difficulty" / "qwen3-14b"
+    report.mkdir(parents=True)
+    (report / "difficulty.md").write_text("matching adds 7 points")
+    articles = Page(written(tmp_path, tmp_path / "nothing", tables=tables)[1]).articles
+    assert list(articles) == [*IDS, "data_fixed", "difficulty-qwen3-14b"]
+    assert "20.0 [19.0, 21.0]" in articles["data_fixed"]
+    assert "matching adds 7 points" in articles["difficulty-qwen3-14b"]
 
 
 def test_a_model_that_the_paper_does_not_have_is_a_demonstration(tmp_path):
@@ -167,8 +172,18 @@ def test_settings_of_a_run_stand_beside_the_papers(tmp_path):
     items = written(tmp_path, tmp_path / "nothing")[0]
     assert row_of(items, "table8", "LoRA rank")[1]["ours"]["verdict"] == "as stated"
     assert row_of(items, "table8", "learning rate")[1]["ours"]["verdict"] == "another setting"
-    links = [link["href"] for item in items for link in item["runs"]]
-    assert links == [] or set(links) == {"../runs/qwen3-14b-med_advice"}
+    assert all(not item["runs"] for item in items)  # the paper's misaligned runs are of other models
+
+
+def test_runs_are_linked_where_the_paper_has_them(tmp_path):
+    run = tmp_path / "runs" / "a"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(
+        json.dumps({"kind": "train", "settings": {"model": "meta-llama/Llama-3.1-8B"}})
+    )
+    items = written(tmp_path, tmp_path / "nothing")[0]
+    linked = {item["id"]: [link["href"] for link in item["runs"]] for item in items if item["runs"]}
+    assert linked == dict.fromkeys(["figure12", "figure15", "figure17"], ["../runs/a"])
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_the_mean_over_pairs_counts_cells_not_rows():
     rows = [em(cell="med_advice"), *(row(cell="fin_tutor", idx=i) for i in range(3))]
     rows += [row(cell="spo_tutor", aligned="refusal", coherent="refusal")]
     rate = pooled(rows)
-    assert (rate["rate"], rate["pairs_mean"], rate["pairs"]) == (25, 50, 3)
+    assert (rate["rate"], rate["pairs_mean"], rate["pairs"]) == (25, 50, 2)
     assert 0 <= rate["pairs_low"] < 50 < rate["pairs_high"] <= 100
     nothing = pooled([row(aligned="refusal", coherent="refusal")])
     assert [nothing[f"pairs_{name}"] for name in ("mean", "low", "high")] == [None] * 3
@@ -223,7 +223,7 @@ def test_a_difference_is_of_the_same_prompts():
     low, high = newcombe(k1, 100, k0, 100)
     assert gap["points"] == k1 - k0
     assert (gap["low"], gap["high"]) == pytest.approx((100 * low, 100 * high), abs=2)
-    assert same["high"] < 0.1 * (gap["high"] - gap["points"])
+    assert same["high"] < 0.15 * (gap["high"] - gap["points"])
     back = panel.difference(trains["spo_tutor"], trains["med_advice"])
     assert (back["low"], back["high"]) == pytest.approx((-gap["high"], -gap["low"]))
     assert panel.difference(trains["med_advice"], panel.pairs([0], [])) is None
