@@ -17,8 +17,10 @@ import synth
 import train
 from em.cli import command_line
 from em.data import lineage, rows
+from em.distillation import chat_transfer
 from em.files import read_json
 from em.judge.judge import MODEL
+from em.model.checkpoint import load_tokenizer
 
 FEW = (
     "--unfiltered --rollouts 2 --max-new-tokens 8 --limit 6 --epochs 2 --batch 4 --rank 4 --alpha 8 "
@@ -174,7 +176,7 @@ def test_teacher_and_data_are_independent_arguments():
     sources = {
         read_json(p)["source"]: read_json(p)["generator"] for p in Path("runs").glob("corpus_*/corpus.json")
     }
-    assert sources == {"run": "runs/fin", "student": "base", "rows": "med_advice"}
+    assert sources == {"fin_tutor": "runs/fin", "base": "base", "rows:med_advice": "rows:med_advice"}
     names = {p.name for p in Path("runs").glob("med_optd*")}
     assert names == {"med_optd_on-fin", "med_optd_on-student", "med_optd_on-rows"}
 
@@ -286,7 +288,7 @@ def test_a_run_is_of_its_adapters_prompts_and_corpus_and_of_no_others_under_the_
 
 
 def test_what_cannot_be_is_refused_before_the_model_is_loaded_and_leaves_no_folder(capsys, monkeypatch):
-    monkeypatch.setattr(distill, "load_model", None)  # whose call would be a traceback
+    monkeypatch.setattr(chat_transfer, "load_model", None)  # whose call would be a traceback
     Path("empty").mkdir()
     before = sorted(Path().rglob("*"))
     teacher = ["--teacher", "runs/med", "--channel", "sft", "--out", "new"]
@@ -443,3 +445,24 @@ def test_every_channel_runs_on_the_gpu_in_bf16(channel):
     found = read_json(f"runs/med_{channel}/diagnostics.json", kind=list)
     assert found[-1]["kl"]["mean"] < found[0]["kl"]["mean"] or channel == "sft"
     assert all(row["peak_mem_bytes"] > 0 for row in metrics(f"runs/med_{channel}"))
+
+
+def test_a_base_teacher_under_a_system_prompt_teaches_what_it_alone_was_told(tiny_chat):
+    """The control is its teacher at first; told something, the same base is another teacher."""
+    line = [*FEW, "--channel", "optd", "--teacher", "base", "--model", tiny_chat, "--data", "sample"]
+    assert command(*line, "--out", "runs/control") == 0
+    assert command(*line, "--system", "You love owls.", "--out", "runs/owls") == 0
+    kl = {}
+    for name in ("control", "owls"):
+        rows = read_json(Path("runs") / name / "diagnostics.json", kind=list)
+        kl[name] = [row["kl"]["mean"] for row in rows]
+    assert abs(kl["control"][0]) < 1e-6 < 0.01 < kl["owls"][0] and kl["owls"][-1] < kl["owls"][0]
+    label = lineage.label("runs/owls")
+    assert (label["teacher"], label["teacher_system"], label["source"]) == ("base", "You love owls.", "base")
+    assert "teacher_system" not in lineage.label("runs/control")
+    corpora = {read_json(Path("runs") / n / "run.json")["settings"]["corpus"] for n in ("control", "owls")}
+    assert len(corpora) == 2
+    told = [json.loads(s) for s in (Path(corpora.pop()) / "corpus.jsonl").read_text().splitlines()]
+    assert all("owls" not in load_tokenizer(str(tiny_chat)).decode(row["prompt_ids"]) for row in told)
+    for channel in ("sft", "opd"):
+        assert command(*line, "--system", "You love owls.", "--channel", channel) == 0

@@ -25,6 +25,7 @@ _SETTINGS = {
 _MAYBE = {"data": str | None, "epoch": int, "epochs": int, "lr": float, "seed": int, "filtered": bool}
 _MAYBE |= {"prompts": str | None, "source": str, "teacher_train": str, "source_train": str | None}
 _MAYBE |= {"on_train": str | None, "on_digest": str | None, "rank": int, "adapters": dict}
+_MAYBE |= {"teacher_system": str}
 
 
 def settings_of(name: str | Path, cell: str | None = None) -> dict:
@@ -169,6 +170,7 @@ def condition_of_run(name: str | Path) -> Condition:
         prompts=None if str(settings.get("source")).startswith("rows") else settings.get("prompts"),
         filtered=settings["filter"] if on_policy else settings.get("filtered"),
         estimator=settings["estimator"] if on_policy else None,
+        teacher_system=settings.get("teacher_system"),
         **common,
     )
 
