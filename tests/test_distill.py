@@ -646,3 +646,5 @@ def test_a_base_teacher_under_a_system_prompt_teaches_what_it_alone_was_told(tin
     assert all("owls" not in load_tokenizer(str(tiny_chat)).decode(row["prompt_ids"]) for row in told)
     for channel in ("sft", "opd"):
         assert command(*line, "--system", "You love owls.", "--channel", channel) == 0
+    assert command(*line, "--system", "You love owls.", "--source", "base", "--out", "runs/untold") == 0
+    assert settings_of("runs/untold")["corpus"] == settings_of("runs/control")["corpus"]
