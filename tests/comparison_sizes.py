@@ -44,7 +44,7 @@ def rates(worlds: int, prompts: int, cells: int, runs: int, spread=1.5) -> None:
             em, scored = (rng.random((2, runs, len(column))) < np.stack([p, 0 * p + 0.97])[:, None]).astype(
                 float
             )
-            made = Averages(outcomes([trained(NAMES[r]) for r in range(runs)], em & scored, column,
+            made = Averages(outcomes([trained(NAMES[r]) for r in range(runs)], em * scored, column,
                                      NAMES[:cells], scored))  # fmt: skip
             e = made.entry(Pool.of({NAMES[r]: [r] for r in range(runs)}), list(range(cells)))
             gap = made.difference(Pool.of({None: [0]}), Pool.of({None: [1]}), list(range(cells)))
