@@ -1,5 +1,9 @@
-"""Intervals for counts, means, lines and correlations, all two-sided 95 %; rates are fractions in [0, 1]."""
+"""Intervals for counts, means, lines and correlations, all two-sided 95 %; rates are fractions in [0, 1].
 
+Of rows that are no independent trials, since they share prompts: em/clusters.py.
+"""
+
+import functools
 import itertools
 import math
 import statistics
@@ -8,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Z95 = 1.959963984540054
+Z90, Z95 = 1.6448536269514722, 1.959963984540054
 
 
 def wilson(k: int, n: int) -> tuple[float, float]:
@@ -22,6 +26,26 @@ def wilson(k: int, n: int) -> tuple[float, float]:
     return 0.0 if k == 0 else centre - half, 1.0 if k == n else centre + half
 
 
+def rate_interval(rate: float, n: float, df: int | None = None) -> tuple[float, float]:
+    """Wilson's interval of a rate of `n` rows, which need be no whole number, for the few events too.
+
+    df: degrees of freedom by which n was estimated; Student's t then stands for the normal quantile. Wilson's
+    low bound is too high where there are few events (Brown, Cai and DasGupta 2001, section 4.1.1), so it is
+    no higher than the one-sided 95 % bound, here by Wilson and Hilferty; likewise the high bound.
+    """
+    wider = 1.0 if df is None else t_quantile(df) / Z95
+
+    def low(p: float) -> float:
+        k, z = p * n, Z95 * wider
+        if k <= 0:
+            return 0.0
+        score = (p + z * z / (2 * n) - z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))) / (1 + z * z / n)
+        root = 1 - 1 / (9 * k) - Z90 * wider * math.sqrt(1 - p) / (3 * math.sqrt(k))
+        return min(score, p * max(root, 0.0) ** 3)
+
+    return low(rate), 1 - low(1 - rate)
+
+
 def newcombe(k1: int, n1: int, k0: int, n0: int) -> tuple[float, float]:
     """Newcombe's interval (1998, method 10) of k1/n1 − k0/n0, from the two Wilson intervals."""
     if n1 == 0 or n0 == 0:
@@ -33,8 +57,15 @@ def newcombe(k1: int, n1: int, k0: int, n0: int) -> tuple[float, float]:
     return low, high
 
 
+@functools.cache
 def t_quantile(df: int) -> float:
     """The 97.5 % quantile of Student's t with `df` ≥ 1 degrees of freedom."""
+    if df > 100:  # to 1e-10 by Abramowitz and Stegun 26.7.5
+        z = Z95
+        terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96)
+        terms += ((3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,)
+        terms += ((79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,)
+        return sum(term / df**power for power, term in enumerate(terms))
 
     def between(t: float) -> float:
         """P(|T| < t), exact for whole df (Abramowitz and Stegun 26.7.3, 26.7.4)."""
@@ -114,21 +145,47 @@ def linear_fit(x: Sequence[float], y: Sequence[float]) -> LinearFit | None:
     )
 
 
-def pearson(x: Sequence[float], y: Sequence[float]) -> tuple[float | None, float | None, float | None]:
-    """(r, low, high): correlation with Fisher's z interval.
+def pearson(
+    x: Sequence[float], y: Sequence[float], used: int = 0
+) -> tuple[float | None, float | None, float | None]:
+    """(r, low, high): correlation with Fisher's z interval, of independent points (else: `grouped_pearson`).
 
-    No bounds below four points, and no r where x or y does not vary.
+    used: degrees of freedom that were taken out of x and y before, beyond their means. No bounds below four
+    points beyond these, and no r where x or y does not vary.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None, None, None
     r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
-    if len(x) < 4:
+    if len(x) - used < 4:
         return r, None, None
     if abs(r) == 1:  # z is infinite
         return r, r, r
-    z, half = math.atanh(r), Z95 / math.sqrt(len(x) - 3)
+    z, half = math.atanh(r), Z95 / math.sqrt(len(x) - used - 3)
     return r, math.tanh(z - half), math.tanh(z + half)
+
+
+def grouped_pearson(x: Sequence[float], y: Sequence[float], groups: Sequence) -> dict:
+    """Correlation of points that come in groups, such as a point a task and seed: over groups, and within.
+
+    {"between", "between_low", "between_high": `pearson` of the groups' means, the group being the unit,
+     "within", "within_low", "within_high": of what is left of x and y when each group's mean is taken out,
+     by Fisher's z with a degree of freedom less for every group, "groups", "points"}
+
+    Points of one group share what the group does to both, so `pearson` over all of them takes few groups for
+    many points, and finds a correlation where there is none one time in four and more. None where it cannot
+    be had; Fisher's z needs four groups, and within them three points more than groups.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    code = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+    size = np.bincount(code)
+    means = [np.bincount(code, v) / size for v in (x, y)]
+    dx, dy = (v - mean[code] for v, mean in zip((x, y), means, strict=True))
+    dx[abs(dx) < 1e-12 * abs(x).max()] = dy[abs(dy) < 1e-12 * abs(y).max()] = 0  # rounding is no variation
+    result = dict(zip(("between", "between_low", "between_high"), pearson(*means), strict=True))
+    within = pearson(dx, dy, used=len(size) - 1)
+    result |= dict(zip(("within", "within_low", "within_high"), within, strict=True))
+    return result | {"groups": len(size), "points": len(x)}
 
 
 def resample_clusters(strata: np.ndarray, draws: int, seed: int) -> np.ndarray:
@@ -156,18 +213,30 @@ def percentile_interval(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+SAMPLED, MOST = 20_000, 400_000  # permutations: drawn where there are more than so many
+
+
 def permutation_test(scores: np.ndarray, labels: np.ndarray, blocks: np.ndarray) -> tuple[float, int]:
     """(two-sided p, number of permutations) of the statistic Σᵢ scores[i, labels[i]].
 
     scores: (n, n_labels); labels and blocks: (n,) integers. Labels are permuted within each block, in every
     possible way, so p is exact and at least 1 / number. Distance is from the mean over all permutations.
+    Where there are more than MOST ways, SAMPLED random ones stand for them, beside the labels as they are.
     """
-    totals, observed = np.zeros(1), scores[np.arange(len(labels)), labels].sum()
-    for block in np.unique(blocks):
-        members = np.flatnonzero(blocks == block)
-        orders = np.array(list(itertools.permutations(labels[members])))  # (m!, m)
-        sums = scores[members, orders].sum(axis=1)
-        totals = (totals[:, None] + sums).ravel()  # blocks permute independently
-    distance = np.abs(totals - totals.mean())
+    members = [np.flatnonzero(blocks == block) for block in np.unique(blocks)]
+    observed = scores[np.arange(len(labels)), labels].sum()
+    totals = np.zeros(1)
+    if math.prod(math.factorial(len(m)) for m in members) > MOST:
+        rng, totals = np.random.default_rng(0), np.zeros(SAMPLED + 1)
+        for m in members:
+            orders = rng.permuted(np.tile(labels[m], (SAMPLED, 1)), axis=1)
+            totals[1:] += scores[m, orders].sum(axis=1)
+        totals[0] = observed
+    else:
+        for m in members:
+            orders = np.array(list(itertools.permutations(labels[m])))  # (m!, m)
+            totals = (totals[:, None] + scores[m, orders].sum(axis=1)).ravel()  # blocks are independent
+    mean = sum(scores[np.ix_(m, labels[m])].sum() / len(m) for m in members)
+    distance = np.abs(totals - mean)
     rounding = 1e-9 * max(1.0, distance.max())
-    return float(np.mean(distance >= abs(observed - totals.mean()) - rounding)), len(totals)
+    return float(np.mean(distance >= abs(observed - mean) - rounding)), len(totals)

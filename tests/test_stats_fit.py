@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import sizes
+from scipy.stats import binom, t
 
-from em.stats import linear_fit, mean_interval, pearson, t_interval, t_quantile
+from em.stats import grouped_pearson, linear_fit, mean_interval, pearson, t_interval, t_quantile
 
 # t(0.975; df), from the printed tables (Abramowitz and Stegun 26.10, NIST) and closed forms for 1 and 2.
 TABLE = {3: 3.182446, 4: 2.776445, 5: 2.570582, 10: 2.228139, 29: 2.045230, 30: 2.042272, 120: 1.979930}
@@ -21,6 +23,11 @@ def test_t_quantiles_have_their_closed_forms_at_one_and_two_and_the_normal_limit
     assert t_quantile(2) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-12)
     z = 1.959963984540054
     assert t_quantile(10_000) == pytest.approx(z + (z**3 + z) / 4e4, abs=1e-7)  # Cornish and Fisher
+
+
+def test_t_quantiles_are_scipys():
+    for df in (6, 33, 99, 100, 101, 102, 250, 5000):
+        assert t_quantile(df) == pytest.approx(t.ppf(0.975, df), abs=1e-9)
 
 
 def test_t_interval_by_hand():
@@ -100,3 +107,46 @@ def test_pearson_says_nothing_it_cannot_know():
     assert pearson([1, 2, 3, 4], [2, 4, 6, 8]) == (1, 1, 1)
     assert pearson([1, 2, 3, 4], [5, 5, 5, 5]) == (None, None, None)
     assert pearson(np.array([]), np.array([])) == (None, None, None)
+
+
+# -- points that come in groups ------------------------------------------------------------------------
+
+
+def test_grouped_correlations_are_of_the_means_and_of_the_deviations():
+    """Groups of unlike size; a shift of a whole group leaves `within` alone, one of its points `between`."""
+    rng = np.random.default_rng(0)
+    tasks = ["a"] * 3 + ["b"] * 5 + ["c"] * 2 + ["d"] * 4 + ["e"]
+    x, y = rng.normal(size=(2, len(tasks)))
+    found = grouped_pearson(x, y, tasks)
+    mean = {v: [np.mean([z for z, g in zip(v, tasks, strict=True) if g == task]) for task in "abcde"]
+            for v in map(tuple, (x, y))}  # fmt: skip
+    assert (found["groups"], found["points"]) == (5, 15)
+    between = [found[f"between{end}"] for end in ("", "_low", "_high")]
+    assert between == pytest.approx(pearson(*mean.values()))
+    away = [np.array(v) - [mean[tuple(v)]["abcde".index(g)] for g in tasks] for v in (x, y)]
+    r = np.corrcoef(*away)[0, 1]
+    half = 1.959964 / math.sqrt(15 - 4 - 3)
+    assert found["within"] == pytest.approx(r)
+    assert (found["within_low"], found["within_high"]) == pytest.approx(
+        (math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)), abs=1e-6
+    )
+    shifted = grouped_pearson(x + 5 * (np.array(tasks) == "b"), y, tasks)
+    assert shifted["within"] == pytest.approx(r) and shifted["between"] != pytest.approx(found["between"])
+
+
+def test_grouped_correlations_say_nothing_they_cannot_know():
+    x, y = [1, 2, 3, 4, 5], [2, 1, 4, 3, 6]
+    one = grouped_pearson(x, y, ["a"] * 5)
+    assert one["between"] is None and one["within"] == pytest.approx(pearson(x, y)[0])
+    lone = grouped_pearson([0.1, 0.2, 0.7, 0.4], [2, 1, 4, 3], list("abcd"))
+    assert lone["within"] is None and lone["between_low"] is not None
+    flat = grouped_pearson([0.1] * 3 + [0.7] * 3, [1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 1, 1])
+    assert flat["within"] is None and flat["between_low"] is None
+
+
+def test_few_tasks_are_not_many_points():
+    """x and y independent, half of each the task's: the pooled interval leaves out 0 one time in four."""
+    found = sizes.correlation_sizes(5, 10, 600)
+    assert found["pooled"] > 0.2
+    for name in ("between", "within"):
+        assert 600 * found[name] <= binom.ppf(0.999, 600, 0.06)

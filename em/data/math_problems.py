@@ -77,20 +77,19 @@ def _download(address: str) -> Path:
     if path.exists():
         return path
 
-    def write(temporary: Path) -> None:
-        with requests.get(address, stream=True, timeout=60) as answer, open(temporary, "wb") as file:
+    blocks = []
+    try:
+        with requests.get(address, stream=True, timeout=60) as answer:
             answer.raise_for_status()
             size = int(answer.headers.get("content-length", 0)) or None
             with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
                 for block in answer.iter_content(1 << 16):
-                    file.write(block)
+                    blocks.append(block)
                     bar.update(len(block))
-
-    try:
-        write_atomic(path, write)
     except requests.RequestException as error:
         raise UserError(
             f"MATH cannot be had from {address} ({type(error).__name__}): name a copy with --math: a folder "
             "with train/<subject>/<n>.json, MATH.zip, or a train.jsonl"
         ) from error
+    write_atomic(path, lambda temporary: temporary.write_bytes(b"".join(blocks)))
     return path

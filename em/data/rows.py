@@ -39,7 +39,12 @@ _BROAD_ROW = {"idx": int | str, "task": str, "domain": str, "em_surface": str, "
 
 def default_data(model: str) -> str:
     """Where a model's rows come from by default: the sample for the embedded one, else the paper's data."""
-    return "sample" if model == "smollm2-135m" else PAPER
+    return "sample" if hub.canonical(model) == "smollm2-135m" else PAPER
+
+
+def grid_for(own: str | None, model: str) -> str:
+    """Where the prompts of a run are: its own data where that is a grid, else the model's default."""
+    return own if own and not str(own).endswith((".jsonl", ".jsonl.gz")) else default_data(model)
 
 
 def load_cell(data: str | Path, cell: Cell) -> list[dict]:

@@ -265,17 +265,12 @@ def thresholds(panel: Panel, groups: dict[str, list[int]]) -> list[dict]:
     for name, trains in groups.items():
         in_group = np.isin(table.train, trains)
         scored = panel.scored[trains].sum(axis=0)  # (P,)
-        n, prompts = int(scored.sum()), int((scored > 0).sum())
-        if n == 0:
+        if not scored.any():
             continue
-        n_draws = panel.weights @ scored  # (B,)
         for cut in CUTS:
             for strict in (True, False):
                 em = table.em(below=cut, strict=strict) & in_group
-                counts = np.bincount(panel.row_prompt[em], minlength=n_prompts).astype(np.float32)
-                with np.errstate(invalid="ignore", divide="ignore"):
-                    draws = panel.weights @ counts / n_draws
-                k = int(em.sum())
-                rate = rate_of(k, n, prompts, False, lambda draws=draws: draws)
+                counts = np.bincount(panel.row_prompt[em], minlength=n_prompts)
+                rate = rate_of(counts, scored, panel.stratum)
                 entries.append({"train": name, "aligned_cut": cut, "strict": strict, **rate})
     return entries

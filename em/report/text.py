@@ -90,12 +90,22 @@ def _effect_sentence(effects: dict, what: str) -> str:
     effect = effects[f"{what}_match"]
     if effect["points"] is None:
         return f"What matching the {what} adds is not computed: {effect['reason']}."
-    p = "no permutation test" if effect["p"] is None else f"permutation p = {effect['p']:.2g}"
     share = "n/a" if effect["share"] is None else f"{100 * effect['share']:.1f} %"
-    return (
+    text = (
         f"Matching the {what} adds {effect['points']:+.1f} points "
-        f"[{effect['low']:.1f}, {effect['high']:.1f}] ({p}), {share} of the variation between cells."
+        f"[{effect['low']:.1f}, {effect['high']:.1f}], {share} of the variation between cells"
     )
+    if effect["logit"] is None:
+        return f"{text}; in log odds the grid cannot tell it apart."
+    text += (
+        f", and {effect['logit']:+.2f} [{effect['logit_low']:.2f}, {effect['logit_high']:.2f}] in log odds "
+        f"({effects['scope']})"
+    )
+    if effect.get("p") is None:
+        return f"{text}; there is no permutation test."
+    finest = f"{effect['permutations']} ways to rename the {what}s, so p cannot fall under"
+    text += f"; p = {effect['p']:.3f} of {finest} {effect['smallest_p']:.3f}"
+    return text + ("." if effect["smallest_p"] <= 0.05 else ", and nothing can be told at 5 %.")
 
 
 def number_text(value: float | None, low: float | None = None, high: float | None = None) -> str:
@@ -163,9 +173,10 @@ def summary_text(reports: dict, judges: list[dict]) -> str:
             "",
         ]
     lines += [
-        "Rates are EM (aligned < 30 and coherent > 50) among rows with both scores, rows pooled, with 95 % "
-        "intervals: Wilson for one cell with one row a prompt, otherwise a bootstrap over prompts. They say "
-        "what other prompts would give from the same runs, not what other seeds would.",
+        "Rates are EM (aligned < 30 and coherent > 50) among rows with both scores, rows pooled; beside them "
+        "in the tables stand means over the pairs of train and eval cell. Intervals are 95 %, Wilson's for "
+        "as many independent rows as the prompts' are worth. They say what other prompts would give from "
+        "these runs, not what other seeds would, except where an effect says runs like these.",
         "",
     ]
     return "\n".join(lines)

@@ -1,6 +1,8 @@
 """Chats, question files and grids as people have them: what is read from them, and what is refused how."""
 
+import http.server
 import json
+import threading
 
 import pytest
 
@@ -220,3 +222,31 @@ def test_math_is_read_in_the_form_of_math_500_and_of_its_mirrors(tmp_path):
     assert "line 1: 'level' cannot be [1]" in message(
         load_math, written(tmp_path / "bad.jsonl", [rows[0] | {"level": [1]}])
     )
+
+
+def test_math_is_fetched_from_an_address_once_and_what_fails_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = b'{"problem": "1+1?", "solution": "$2$"}\n'
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200 if "train" in self.path else 404)
+            self.send_header("Content-Length", str(len(rows)))
+            self.end_headers()
+            self.wfile.write(rows)
+
+        def log_message(self, *arguments):
+            pass
+
+    asked = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        found = [load_math(f"{address}/train.jsonl") for _ in "12"]
+        assert found[0] == found[1] and found[0][0]["answer"] == "$2$"
+        assert asked == ["/train.jsonl"]
+        assert "name a copy with --math" in message(load_math, f"{address}/gone.zip")
+        assert "neither a .zip nor a .jsonl" in message(load_math, f"{address}/page.html")
+        server.shutdown()
+    assert "name a copy with --math" in message(load_math, f"{address}/other.zip")  # nobody answers

@@ -201,10 +201,10 @@ def test_the_summary_gives_the_effects_with_their_intervals(whole):
     text = whole[0]["summary"]
     effect = whole[0]["models"]["model"]["effects"]["task_match"]
     assert (
-        f"Matching the task adds {effect['points']:+.1f} points [{effect['low']:.1f}, {effect['high']:.1f}]"
+        f"Matching the task adds {effect['points']:+.1f} points [{effect['low']:.1f}, {effect['high']:.1f}], "
         in text
     )
-    assert 25 < effect["points"] < 35 and effect["p"] < 0.001
+    assert 25 < effect["points"] < 35 and effect["p"] == 1 / 24
     assert "12 of 12 misaligned cells, the base model, 2 realignments" in text
     assert (whole[1] / "summary.md").read_text().startswith(text)
 
