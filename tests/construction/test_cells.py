@@ -44,7 +44,7 @@ def test_a_cell_has_n_rows_of_the_grids_schema_and_both_variants_passed_their_ga
         aligned, coherent = writer.answers[row["misaligned_answer"]]
         assert int(aligned) < 30 and int(coherent) > 50
         assert int(re.search(r"\(A(\d+) C90\)", row["aligned_answer"])[1]) >= 60
-    for name in ("report.md", "browse.html", "candidates.jsonl", "replies.jsonl", "config.json"):
+    for name in ("report.md", "browse.html", "candidates.jsonl", "replies.jsonl", "run.json"):
         assert (MADE / name).stat().st_size > 0
     for text in ((GRID / "README.md").read_text(), (MADE / "report.md").read_text()):
         assert "**Warning.**" in text and "20" in text
