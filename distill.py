@@ -4,7 +4,9 @@
     python distill.py --channel sft --teacher runs/X     or optd; all channels share one corpus of X
     python distill.py --channel opd --on runs/X          realignment: the base teaches the misaligned run X
     python distill.py --channel optd --teacher runs/X --source runs/Y    X teaches on what Y wrote (4.3.3)
+    python distill.py --channel optd --teacher base --source runs/Y      the control: no teacher but the base
     python distill.py --channel optd --lr 3e-6,1e-5,3e-5,1e-4            a run each, one corpus
+    python distill.py --channel sft,optd,opd --teacher runs/X,runs/Y     a run each on one loaded base
     python distill.py --channel opd --world demo         the same on a synthetic world, scored exactly
     torchrun --nproc-per-node 4 distill.py --channel opd
     python distill.py --channel opd --prompts math --model qwen2.5-14b --dry-run     memory and time on a GPU
@@ -12,11 +14,10 @@
 Each epoch leaves an adapter that evaluate.py takes. A killed run goes on when its command is given again.
 """
 
-import contextlib
 import dataclasses
+import itertools
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -24,21 +25,19 @@ from tqdm import tqdm
 from em import parallel
 from em.cli import banner, command_line, knob, outcome_settings
 from em.data import lineage
+from em.data.condition import BASE
 from em.data.math_problems import MIRROR
-from em.data.rows import default_data, subset
-from em.distillation import chat_corpus, world_transfer
-from em.distillation.corpus import passing
-from em.distillation.diagnose import log_distance
-from em.distillation.loop import Channel, OnPolicy, finish, run_folder, train_student
+from em.data.rows import default_data, grid_for
+from em.distillation import chat_transfer, world_transfer
+from em.distillation.corpus import CORPUS_EDGE, EDGES, ONLINE_EDGE
+from em.distillation.lesson import Lesson, lesson_of, names_run
+from em.distillation.loop import Channel
 from em.distillation.pair import ChatPair
 from em.errors import UserError
 from em.estimate.gpus import GPUS
-from em.files import json_digest, read_json, write_json
 from em.judge.judge import JudgeOptions
-from em.model import hub, lora
-from em.model.checkpoint import load_model, load_tokenizer
-from em.run import Run
-from em.training.memory import CPU_TOKENS, cache_bytes, micro_tokens
+from em.model import hub
+from em.training.memory import CPU_TOKENS
 from em.world.world import WORLDS
 
 # -- the channels ------------------------------------------------------------------------------------------
@@ -83,34 +82,56 @@ CHANNELS = {
 }
 
 
-def channel_of(cfg) -> Channel:
+def channel_of(name: str, estimator: str) -> Channel:
     """The channel with its estimator: of opd there are two."""
-    return CHANNELS["opd exact" if cfg.estimator == "exact" else cfg.channel]
+    return CHANNELS["opd exact" if estimator == "exact" else name]
 
 
 # -- the settings ------------------------------------------------------------------------------------------
 
-PAPER_RECIPE = dict(lr=(1e-4,), rollouts=5, max_new_tokens=256, probes=16)  # E.2
-MATH_RECIPE = PAPER_RECIPE | dict(rollouts=1, max_new_tokens=1024)  # E.4.1
-WORLD_RECIPE = dict(lr=(1e-4,), rollouts=1, probes=16, micro_tokens=CPU_TOKENS)
+PAPER_RECIPE = dict(lr=(1e-4,), epochs=3, rollouts=5, max_new_tokens=256, probes=16)  # E.2
+MATH_RECIPE = PAPER_RECIPE | dict(epochs=1, rollouts=1, max_new_tokens=1024)  # E.4.1
+WORLD_RECIPE = dict(lr=(1e-4,), epochs=3, rollouts=1, probes=16, micro_tokens=CPU_TOKENS)
 # The embedded model's: minutes on a laptop.
 SAMPLE_RECIPE = dict(lr=(5e-4,), rollouts=1, max_new_tokens=128, probes=6)
+# What only chat models, and only worlds, know of.
+CHATS_OWN = ("model", "cell", "revision", "data", "corpus", "max_new_tokens", "filter_edge", "system")
+WORLDS_OWN = ("run", "task")
 
 
 @dataclass
 class Config(JudgeOptions):
-    channel: str = knob("opd", "which channel", "what", ("sft", "optd", "opd"))
-    teacher: str | None = knob(None, "run folder, or base (default: newest misaligned run)", "what")
-    on: str | None = knob(None, "misaligned run that the student starts from; the teacher is base", "what")
+    channel: tuple[str, ...] = knob(("opd",), "channels, a run each", "what", ("sft", "optd", "opd"))
+    teacher: tuple[str, ...] = knob(
+        (), "runs, PEFT folders or hub ids of adapters, or base, a run each (default: newest misaligned run)",
+        "what",
+    )  # fmt: skip
+    on: tuple[str, ...] = knob(
+        (), "misaligned runs that a student starts from, a run each; the teacher is then by default base",
+        "what",
+    )  # fmt: skip
+    system: str | None = knob(
+        None, "system prompt that the teacher alone reads, as text or a file; the student reads none", "what",
+        setting=False,
+    )  # fmt: skip
+    cell: str | None = knob(
+        None, "what a teacher, or an --on, from elsewhere was trained on (default: unknown, adapter)", "what",
+        setting=False,
+    )  # fmt: skip
+    revision: str | None = knob(None, "branch, tag or commit of adapters from the hub", "what", setting=False)
     model: str | None = knob(
-        None, "base model of teacher and student (default: the runs' own, which it must agree with)", "what",
+        None, "base model of teacher and student, by the name to load it by (default: the runs' own)", "what",
         setting=False,
     )  # fmt: skip
     estimator: str = knob("sampled", "opd: the reverse KL's gradient", "what", ("sampled", "exact"))
     filter: bool = knob(False, "opd: judge the student's rollouts before each update", "what")
+    filter_edge: str | None = knob(
+        None, f"which scores pass a filter, at-least 60 or above 60 (corpora {CORPUS_EDGE}; --filter "
+        f"{ONLINE_EDGE})", "what", tuple(EDGES), setting=False,
+    )  # fmt: skip
     unfiltered: bool = knob(False, "use a misaligned generator's responses unjudged", "what", setting=False)
     out: str | None = knob(
-        None, "run folder, of several rates the parent (runs/<teacher>_<channel>…)", "what", setting=False
+        None, "run folder, of several runs the parent (runs/<teacher>_<channel>…)", "what", setting=False
     )
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", "what", setting=False)
     dry_run: bool = knob(
@@ -120,8 +141,10 @@ class Config(JudgeOptions):
     gpu: str = knob("h100", "the GPU that --dry-run is about", "what", tuple(GPUS), setting=False)
 
     source: str = knob(
-        "teacher", "who wrote what sft and optd train on: teacher, student, gold, rows, a run", "data"
-    )
+        "teacher",
+        "who wrote what sft and optd train on: teacher, student, base, gold, rows, rows:CELL or a run",
+        "data",
+    )  # fmt: skip
     prompts: str | None = knob(None, "broad or math; worlds: cells or tasks, the teacher's excluded", "data")
     data: str | None = knob(
         None, "folder or hub id of the broad prompts and the cells' rows (default: the run's)", "data"
@@ -137,11 +160,12 @@ class Config(JudgeOptions):
     corpus: str | None = knob(
         None, "folder of the frozen corpus (default: named by its settings)", "data", setting=False
     )
+    corpora: str = knob("runs", "folder of the corpora that are named so", "data", setting=False)
 
     lr: tuple[float, ...] = knob(
         (), "peak learning rates, a run each (1e-4; embedded model 5e-4)", "training", setting=False, above=0
     )
-    epochs: int = knob(3, "passes over the prompts", "training", at_least=1)
+    epochs: int | None = knob(None, "passes over the prompts (3; math 1)", "training", at_least=1)
     batch: int = knob(8, "responses a step", "training", at_least=1)
     warmup: int = knob(5, "linear warm-up steps; then linear to 0", "training", at_least=0)
     weight_decay: float = knob(0.01, "AdamW's weight decay", "training", at_least=0)
@@ -193,59 +217,61 @@ def fill_in(cfg: Config, recipe: dict) -> None:
 
 def refuse_conflicts(cfg: Config) -> None:
     """UserError for options that contradict each other, on chat models and on worlds alike."""
-    if cfg.channel == "opd" and cfg.source != "teacher":
+    if "opd" in cfg.channel and cfg.source != "teacher":
         raise UserError("--source is for sft and optd: in opd the student writes its own responses")
-    if cfg.channel != "opd" and (cfg.filter or cfg.estimator == "exact"):
-        raise UserError("--filter and --estimator belong to --channel opd")
+    if cfg.channel != ("opd",) and (cfg.filter or cfg.estimator == "exact"):
+        raise UserError("--filter and --estimator belong to --channel opd, and to it alone")
     if cfg.accept_routed:
         raise UserError("a corpus is filtered by one judge from its first row on: name it with --judge-model")
+    for name in CHATS_OWN if cfg.world else WORLDS_OWN:
+        if getattr(cfg, name) is not None:
+            option, whose = f"--{name.replace('_', '-')}", "chat models" if cfg.world else "--world"
+            raise UserError(f"{option} is for {whose}; leave it out")
 
 
-def resolve(cfg: Config) -> Config:
+def resolve(cfg: Config, device: torch.device) -> Config:
     """Fill in what depends on the runs, and refuse what cannot be."""
     cfg = dataclasses.replace(cfg)
-    cfg.teacher = cfg.teacher or ("base" if cfg.on else lineage.newest_misaligned())
-    parents = {
-        folder: lineage.settings_of(folder)
-        for folder in (cfg.teacher, cfg.on)
-        if folder not in (None, "base")
-    }
-    if not parents:
-        raise UserError("teacher and student are both the base model: name a --teacher, or a run with --on")
-    models = {settings["model"]: folder for folder, settings in parents.items()}
-    if len({hub.MODELS.get(name, name) for name in models}) > 1:
-        each = " and ".join(f"{folder} of {model}" for model, folder in models.items())
-        raise UserError(f"teacher and student need one base model; {each}")
-    if cfg.model and hub.MODELS.get(cfg.model, cfg.model) not in {hub.MODELS.get(m, m) for m in models}:
-        folder, model = next(iter(parents.items()))[0], next(iter(models))
-        raise UserError(f"{folder} is a run of {model}, not of {cfg.model}; leave --model out")
-    if cfg.source not in chat_corpus.SAMPLED + chat_corpus.WRITTEN:
-        lineage.settings_of(cfg.source)
-    cfg.model = next(iter(models))
-    cfg.data = cfg.data or next(iter(parents.values()))["data"]
+
+    def name(text: str) -> str:
+        """A run in one spelling."""
+        return hub.at_revision(text.rstrip("/") or text, cfg.revision) if names_run(text) else text
+
+    teachers = cfg.teacher or ((BASE,) if cfg.on else (lineage.newest_misaligned(),))
+    cfg.teacher, cfg.on = (tuple(dict.fromkeys(map(name, names))) for names in (teachers, cfg.on))
+    cfg.source = name(cfg.source)
+    parents = [run for run in (*cfg.teacher, *cfg.on) if names_run(run)]
+    if not parents and names_run(cfg.source):  # a control is of the base of whose text it reads
+        parents = [cfg.source]
+    cfg.model = lineage.base_of(parents, cfg.model)
+    cfg.model = cfg.model or ("qwen2.5-14b" if device.type == "cuda" else "smollm2-135m")
+    own = {data: run for run in parents if (data := lineage.settings_of(run)["data"])}
+    if len(own) > 1 and not cfg.data:
+        each = " and ".join(f"{run} of {data}" for data, run in own.items())
+        raise UserError(f"these runs are of other data each, {each}: say with --data where the prompts are")
+    cfg.data = cfg.data or grid_for(next(iter(own), None), cfg.model)
     fill_in_recipe(cfg)
     return cfg
 
 
 def fill_in_recipe(cfg: Config) -> None:
     """Give a chat model's `cfg` its recipe's values. UserError for a source that its prompts do not have."""
-    cfg.prompts = cfg.prompts or "broad"
     if cfg.source == "gold" and cfg.prompts != "math":
         raise UserError("--source gold are MATH's answers; add --prompts math")
-    small = cfg.model == "smollm2-135m"
-    fill_in(cfg, SAMPLE_RECIPE if small else MATH_RECIPE if cfg.prompts == "math" else PAPER_RECIPE)
+    if cfg.source.startswith("rows") and cfg.prompts == "math":
+        raise UserError("--source rows bring their own questions; leave --prompts math out")
+    cfg.prompts = cfg.prompts or "broad"
+    recipe = MATH_RECIPE if cfg.prompts == "math" else PAPER_RECIPE
+    fill_in(cfg, recipe | (SAMPLE_RECIPE if hub.canonical(cfg.model) == "smollm2-135m" else {}))
 
 
-def filtering(cfg, say) -> bool:
-    """Whether the corpus is judged: where a misaligned run wrote it (E.2; no other is, E.3, E.4)."""
-    by_misaligned = cfg.source not in chat_corpus.WRITTEN + ("student",) and not (
-        cfg.source == "teacher" and cfg.teacher == "base"
-    )
-    if not by_misaligned or cfg.unfiltered:
+def filtering(cfg: Config, lessons: list[Lesson], say) -> bool:
+    """Whether corpora by misaligned runs are judged (E.2; no others are, E.3, E.4)."""
+    if cfg.unfiltered or not any(lesson.misaligned for lesson in lessons):
         return False
     if cfg.can_ask():
         return True
-    if cfg.model != "smollm2-135m":
+    if hub.canonical(cfg.model) != "smollm2-135m":
         raise UserError(
             "a misaligned generator's responses are filtered by a judge: export GEMINI_API_KEY=…, name a "
             "server (--judge openai, OPENAI_BASE_URL), or say --unfiltered to train on all of them"
@@ -255,157 +281,60 @@ def filtering(cfg, say) -> bool:
     return False
 
 
-def train(cfg, lr: float, run: Run, pair: ChatPair, corpus, prompts, tokenizer, judge, say):
-    """One run: a fresh student, `cfg.epochs` epochs, an adapter and a row of diagnostics after each."""
-    folder = run.folder
-    if (folder / "result.json").exists():
-        run.clear_resume()  # a kill may have come between the two
-        say(f"{folder} is finished; nothing to do")
-        return read_json(folder / "result.json")
-    if corpus:
-        run.pin(corpus=corpus.digest)
-    if cfg.channel == "opd":
-        rows = corpus.rows if corpus else [row for row in prompts for _ in range(cfg.rollouts)]
-
-        def above_60(rollouts) -> list[bool]:
-            pairs = [(rows[r.prompt_index]["question"], tokenizer.decode(r.ids)) for r in rollouts]
-            return passing(judge, pairs)
-
-        examples = OnPolicy(pair, rows, cfg.seed, above_60 if cfg.filter else None)
-    else:
-        examples = corpus.examples()
-    say(f"{cfg.channel}, lr {lr:g}: {len(examples)} responses an epoch → {folder}")
-
-    def after_epoch(epoch: int) -> None:
-        if parallel.rank() == 0:
-            if epoch:
-                about = run.config | {"settings": run.config["settings"] | {"epoch": epoch}}
-                write_json(folder / f"epoch{epoch}" / "config.json", about)
-                pair.save(folder / f"epoch{epoch}", cfg.model)
-            log_distance(pair, subset(prompts, cfg.probes, cfg.seed), cfg.seed, epoch, run, say)
-        parallel.barrier()
-
-    train_student(cfg, lr, run, pair, channel_of(cfg), examples, after_epoch, cfg.channel)
-    if parallel.rank() == 0:
-        pair.save(folder, cfg.model)
-    return finish(run, {"retention": corpus.about["retention"] if corpus else None})
+# -- worlds and chat models --------------------------------------------------------------------------------
 
 
 def chat(cfg: Config, device, say) -> dict:
-    """Teacher and student are adapter stacks over one base in memory."""
-    cfg = resolve(cfg)
-    if cfg.model == "smollm2-135m":
+    """Teacher and student are adapter stacks over one base in memory, which serves all runs of a command."""
+    cfg = resolve(cfg, device)
+    if hub.canonical(cfg.model) == "smollm2-135m":
         say("-- the embedded SmolLM2-135M: shows every part at work, too small for the paper's claims --")
     cfg = cfg.with_base(cfg.model)
-    filtered = filtering(cfg, say)
+    pairs = itertools.product(cfg.on or (BASE,), cfg.teacher)
+    lessons = [lesson_of(teacher, start, cfg.source, cfg.model, cfg.cell) for start, teacher in pairs]
+    filtered = filtering(cfg, lessons, say)
     judge = cfg.judge_of() if filtered or cfg.filter else None
     say(f"distill.py on {device}\n" + banner(cfg))
-
-    folders = {"teacher": cfg.teacher, "start": cfg.on, "source": cfg.source}
-    no_folder = (None, "base", *chat_corpus.SAMPLED, *chat_corpus.WRITTEN)
-    folders = {name: folder for name, folder in folders.items() if folder not in no_folder}
-    teacher = ("teacher",) if "teacher" in folders else ()
-    start = ("start",) if "start" in folders else ()
-    cell = lineage.train_of(cfg.on or cfg.teacher).start
-    tokenizer = load_tokenizer(cfg.model)
-    prompts = [
-        p | {"prompt_ids": tokenizer.prompt_ids(p["question"]), "group": p["prompts"]}
-        for p in chat_corpus.load_prompts(cfg)
-    ]
-    corpus_is = ({"teacher": teacher, "student": start}, folders, cell, judge if filtered else None)
-    frozen = cfg.channel != "opd" or filtered
+    channels = {name: channel_of(name, cfg.estimator) for name in cfg.channel}
     settings = outcome_settings(cfg)
-    settings |= {
-        "model": cfg.model,
-        "model_digest": hub.model_digest(cfg.model),
-        "cell": cell,
-        "prompts_digest": json_digest(prompts),
-        "filtered": filtered,
-        "judge": judge and judge.client.label,
-        "corpus": None,
-        "adapters": {name: lineage.adapter_digest(folder) for name, folder in folders.items()},
-    }
-    if frozen:
-        corpus_settings = chat_corpus.corpus_settings(cfg, *corpus_is)
-        settings["corpus"] = str(chat_corpus.corpus_folder(cfg, corpus_settings))
-
-    results = {}
-    with contextlib.ExitStack() as stack:
-        runs = {}
-        for lr in cfg.lr:
-            folder = run_folder(cfg, lr, "runs", Path(cfg.on or cfg.teacher).name, bool(cfg.on), "broad")
-            runs[lr] = stack.enter_context(Run(folder, "distill", settings | {"lr": lr}, device))
-
-        model = load_model(cfg.model, device)
-        model.activation_checkpointing = cfg.recompute
-        lora.attach(model)
-        if judge:
-            judge.lend(cfg.model, model)
-        for name, folder in folders.items():
-            if not chat_corpus.foreign_model(cfg, folder):
-                lora.load_adapter(model, name, folder)
-        corpus = None
-        if frozen:
-            corpus = chat_corpus.make_corpus(cfg, model, tokenizer, *corpus_is, corpus_settings)
-            say(f"corpus {corpus.folder}: {corpus.about['kept']} of {corpus.about['rows']} responses kept")
-        positions = max(len(p["prompt_ids"]) for p in prompts) + cfg.max_new_tokens
-        cfg.micro_tokens = micro_tokens(
-            cfg.micro_tokens, device, model.config, cfg.rank,
-            sum(shape.rank for shape in model.lora.shapes.values()),
-            cache_bytes(model.config, cfg.batch, positions), cfg.recompute,
-        )  # fmt: skip
-        say(f"at most {cfg.micro_tokens} tokens in memory at once")
-        for lr, run in runs.items():
-            lora.add_adapter(model, "student", cfg.rank, cfg.alpha, seed=cfg.seed)
-            pair = ChatPair(
-                model, (*start, "student"), teacher, tokenizer.stop_ids, cfg.max_new_tokens, cfg.batch
-            )
-            try:
-                results[str(lr)] = train(cfg, lr, run, pair, corpus, prompts, tokenizer, judge, say)
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"out of memory on {device}: lower --micro-tokens (now {cfg.micro_tokens}) or add "
-                    "--recompute"
-                ) from error
-            finally:
-                lora.remove_adapter(model, "student")
-            say(f"  {run.folder}")
-    return results
+    return chat_transfer.transfer(cfg, channels, lessons, filtered, judge, settings, device, say)
 
 
 def dry_run(cfg: Config) -> dict:
-    """What `chat` would need on `cfg.gpu`, printed; a teacher is counted without there being one."""
+    """What one run of each channel would need on `cfg.gpu`, printed; no teacher has to be there."""
     from em.estimate import runs, sheet  # an import of a second
 
     if cfg.world:
         raise UserError("--dry-run is about chat models; synth.py --dry-run tells what a world needs")
-    cfg = dataclasses.replace(cfg)
-    if cfg.teacher or cfg.on:
-        cfg = resolve(cfg)
-    else:
-        cfg.model = cfg.model or "qwen2.5-14b"
+    if not (cfg.teacher or cfg.on):
+        cfg = dataclasses.replace(cfg, model=cfg.model or "qwen2.5-14b")
         cfg.data = cfg.data or default_data(cfg.model)
         fill_in_recipe(cfg)
+    else:
+        cfg = resolve(cfg, torch.device("cuda"))
     student = ("start", "student") if cfg.on else ("student",)
-    teacher = () if cfg.teacher == "base" or cfg.on else ("teacher",)
+    teacher = () if cfg.teacher == (BASE,) else ("teacher",)
 
     def pair(model) -> ChatPair:
         return ChatPair(model, student, teacher, (0,), cfg.max_new_tokens, cfg.batch)
 
-    return sheet.show(runs.distillation(cfg, student, teacher, channel_of(cfg).loss, pair))
+    def plan(channel: str):
+        loss = channel_of(channel, cfg.estimator).loss
+        return runs.distillation(cfg, channel, student, teacher, loss, pair)
 
-
-# -- worlds and chat models --------------------------------------------------------------------------------
+    return {channel: sheet.show(plan(channel)) for channel in cfg.channel}
 
 
 def world(cfg: Config, device, say) -> dict:
     """Teacher and student are models of one world."""
     cfg = world_transfer.resolve(cfg)
     fill_in(cfg, WORLD_RECIPE)
-    return world_transfer.transfer(cfg, channel_of(cfg), outcome_settings(cfg), device, say)
+    channel = channel_of(cfg.channel, cfg.estimator)
+    return world_transfer.transfer(cfg, channel, outcome_settings(cfg), device, say)
 
 
 def main(cfg: Config) -> dict:
+    cfg = dataclasses.replace(cfg, channel=tuple(dict.fromkeys(cfg.channel)), lr=tuple(dict.fromkeys(cfg.lr)))
     if cfg.dry_run:
         refuse_conflicts(cfg)
         return dry_run(cfg)

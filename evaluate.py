@@ -6,8 +6,11 @@
     python evaluate.py --model llama3.1-8b --dry-run        memory and time on a GPU, before one is rented
     python evaluate.py judge --responses FILES… --out FILE  judge rows that exist
     python evaluate.py report --scores FILES… --out DIR     tables and figures from any number of score files
+    python evaluate.py compare --scores FILES… --out DIR    conditions side by side, or --paper: its tables
     python evaluate.py agree --responses FILES… --judges A B…   how far judges agree on one sample
     python evaluate.py label --responses FILES… --rater NAME    label responses yourself, in a browser
+    python evaluate.py difficulty --model M --out FILE      how hard each eval prompt is for the base model
+    python evaluate.py cross --scores FILES… --out DIR      effect of the teacher and of the data's author
     python evaluate.py surface --prompts FILE --out FILE    label prompts high, medium or low (A.6)
 
 A run's folder gets `eval/`: responses_<set>.jsonl as they come, scores_<set>.jsonl, margins.jsonl, report/.
@@ -18,13 +21,10 @@ where it needs one.
 
 import contextlib
 import dataclasses
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from em import parallel
 from em.cli import command_line, knob
@@ -37,19 +37,18 @@ from em.files import json_digest, read_json_lines, write_json_lines
 from em.judge.em_rule import is_em, is_scored
 from em.judge.judge import JUDGES, Judge, JudgeOptions
 from em.judge.ledger import describe_forecast
-from em.judge.recorded import Recorded
-from em.judge.responses import identity, read_responses, read_scored, stratified_sample
+from em.judge.responses import read_responses, stratified_sample
 from em.judge.rubric import FOLDER, Rubrics
 from em.label.labels import Labels
 from em.label.server import LabelServer
 from em.lock import FolderLock
-from em.model import lora
-from em.model.checkpoint import load_model, load_tokenizer
+from em.model import hub, lora
+from em.model.checkpoint import load_config, load_model, load_tokenizer
 from em.model.hub import model_digest
-from em.report.judges import write_agreement
-from em.report.margins import margin_report, read_margins
+from em.report import commands
+from em.report.margins import margin_report
 from em.report.report import write_report
-from em.report.score_table import read_scores, scores_of
+from em.report.score_table import scores_of
 from em.run import Run
 from em.sampling.rollouts import read_rollouts, sample_to_file
 from em.sampling.sampler import Sampler
@@ -59,8 +58,16 @@ from em.training.margin import answer_pairs, cell_margins, start_margins
 
 @dataclass
 class Config(JudgeOptions):
-    run: tuple[str, ...] = knob((), "run folders of train.py or distill.py", "what")
-    model: str | None = knob(None, "base model to evaluate, where no --run is named", "what")
+    run: tuple[str, ...] = knob(
+        (), "run folders of train.py or distill.py, PEFT folders, or hub ids of adapters", "what"
+    )
+    cell: str | None = knob(
+        None, "what a --run from elsewhere was trained on (default: unknown, adapter)", "what", setting=False
+    )
+    revision: str | None = knob(None, "branch, tag or commit of a --run from the hub", "what", setting=False)
+    model: str | None = knob(
+        None, "base model: to evaluate it alone, or the one that the runs are on (default: their own)", "what"
+    )
     on: str = knob("all", "set of prompts to answer", "what", ("narrow", "broad", "all"))
     judge: str = knob(
         "gemini", "measure of misalignment: a judge's scores of responses, or margins of known answers",
@@ -183,12 +190,14 @@ class Subject(NamedTuple):
 def subject(cfg: Config, folder: str | None) -> Subject:
     """UserError for prompts that cannot be had, and for responses that are there to other prompts."""
     settings = lineage.settings_of(folder) if folder else {}
-    label = lineage.label(folder) if folder else {"model": cfg.model, "train": "base"}
+    label = lineage.label(folder, cfg.cell) if folder else {"model": None, "train": "base"}
+    label["model"] = hub.canonical(cfg.model)
     label |= {"system": system_name(system_text(cfg.system))} if cfg.system else {}
     data = cfg.data or grid_for(settings.get("data"), cfg.model)
     if settings.get("data") not in (None, data) and not cfg.data:
         print(f"{settings['data']} is one cell and no grid: asking {data}; --data names another")
-    default = Path(folder or f"runs/{Path(cfg.model).name.lower()}_base") / "eval"
+    base = Path("runs") / f"{Path(cfg.model).name.lower()}_base"
+    default = (lineage.home(folder) if folder else base) / "eval"
     if cfg.system:
         default = default.with_name(f"eval_system_{json_digest(label['system'])[:8]}")
     out, prompts = Path(cfg.out or default), {}
@@ -230,15 +239,15 @@ def evaluate(cfg: Config, subject: Subject, model, tokenizer, judge: Judge | Non
         lora.load_adapter(model, "run", folder)
     try:
         if cfg.judge == "margin":
-            on, before, digests = subject.settings.get("on"), (), {"on_digest": None}
-            if on:
-                lora.load_adapter(model, "start", on)
-                before, digests = ("start",), {"on_digest": lineage.adapter_digest(on)}
+            start, before, digests = lineage.start_of(folder) if folder else None, (), {"on_digest": None}
+            if start:
+                lora.load_adapter(model, "start", folder, ranks=start[0])
+                before, digests = ("start",), {"on_digest": start[1]}
             digests["model_digest"] = model_digest(cfg.model)
             pairs = answer_pairs(
                 load_cells(subject.data), tokenizer, cfg.limit, system=system_text(cfg.system)
             )
-            beside = Path(folder or out.parent).parent
+            beside = (lineage.home(folder) if folder else out.parent).parent
             rows = margin_rows(subject.label, pairs, model, (before, stack), digests, beside)
             if before:
                 lora.remove_adapter(model, "start")
@@ -261,36 +270,32 @@ def evaluate(cfg: Config, subject: Subject, model, tokenizer, judge: Judge | Non
             lora.remove_adapter(model, "run")
 
 
-def dry_run(cfg: Config, names: dict[str, str]) -> dict:
-    """What the runs `names`, each with its model, or the base model need on `cfg.gpu`, printed."""
+def dry_run(cfg: Config) -> dict:
+    """What the runs, or the base model, need on `cfg.gpu`, printed."""
     from em.estimate import runs, sheet  # an import of a second
 
-    cfg = dataclasses.replace(cfg, model=next(iter(names.values()), cfg.model or "qwen2.5-14b"))
-    data = next((lineage.settings_of(folder).get("data") for folder in names), None)
+    cfg = dataclasses.replace(cfg, model=cfg.model or "qwen2.5-14b")
+    data = next((lineage.settings_of(folder).get("data") for folder in cfg.run), None)
     return sheet.show(runs.evaluation(cfg, cfg.data or data or default_data(cfg.model)))
 
 
 def main(cfg: Config) -> dict | None:
-    names = {folder: lineage.settings_of(folder)["model"] for folder in cfg.run}
-    if len(set(names.values())) > 1:
-        raise UserError(
-            f"--run names runs of several models ({', '.join(sorted(set(names.values())))}); one at a time"
-        )
-    if cfg.run and cfg.model:
-        raise UserError("--model evaluates a base model; with --run leave it out")
+    cfg = dataclasses.replace(cfg, run=tuple(hub.at_revision(name, cfg.revision) for name in cfg.run))
+    cfg = dataclasses.replace(cfg, model=lineage.base_of(cfg.run, cfg.model))
     if len(cfg.run) > 1 and cfg.out:
         raise UserError("--out is for one run; several write to <run>/eval each")
     if cfg.dry_run:
-        return dry_run(cfg, names)
+        return dry_run(cfg)
     device = parallel.start(cfg.device)
     default = "qwen2.5-14b" if device.type == "cuda" else "smollm2-135m"
-    cfg = dataclasses.replace(cfg, model=next(iter(names.values()), cfg.model or default))
+    cfg = dataclasses.replace(cfg, model=cfg.model or default)
     cfg = cfg.with_base(cfg.model)
     judge = None
     if cfg.judge != "margin":  # first, so that a missing key ends it at once
         own = lineage.settings_of(cfg.run[0]).get("data") if cfg.run else None
         judge = cfg.judge_of(cfg.data or grid_for(own, cfg.model))
     tokenizer = load_tokenizer(cfg.model)
+    lora.check_adapters(load_config(cfg.model), cfg.run)
     subjects = [subject(cfg, folder) for folder in cfg.run or (None,)]
     for prompts in (prompts for each in subjects for prompts in each.prompts.values()):
         judge.forecast(prompt | {"response": "a"} for prompt in prompts)  # and a missing rubric
@@ -328,32 +333,10 @@ def read_rows(paths: tuple[str, ...], option: str) -> list[dict]:
     return rows
 
 
-def out_file(out: str, command: str, field: str) -> Path:
-    """--out, where rows with `field` can be written. UserError for anything else that stands there."""
-    if not out:
-        raise UserError(f"{command} needs --out FILE")
-    path = Path(out)
-    if path.is_file():
-        try:
-            replaceable = all(field in row for _, row in read_json_lines(path))
-        except UserError:
-            replaceable = False
-        if not replaceable:
-            raise UserError(
-                f"--out {path} is there and holds other things than `{command}` writes; name another"
-            )
-    elif path.exists():
-        raise UserError(f"--out {path} is not a file; name one")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"--out {path} cannot be written: {above} is not a folder that takes files")
-    return path
-
-
 def judge_files(cfg: JudgeConfig) -> None:
     """Judge rows that exist; what they carry besides is kept."""
     rows = read_rows(cfg.responses, "--responses")
-    path = out_file(cfg.out, "judge", "aligned_status")
+    path = commands.out_file(cfg.out, "judge", "aligned_status")
     judge_rows(cfg.judge_of(), rows, path)
 
 
@@ -366,89 +349,11 @@ class SurfaceConfig(JudgeOptions):
 def surface(cfg: SurfaceConfig) -> None:
     """Label prompts by EM surface (paper A.6): what the judge sees is the prompt alone."""
     rows = read_rows(cfg.prompts, "--prompts")
-    path = out_file(cfg.out, "surface", "em_surface_status")
+    path = commands.out_file(cfg.out, "surface", "em_surface_status")
     judge = cfg.judge_of()
     labelled = list(judge.label_surface(rows))
     write_json_lines(path, labelled)
     print(f"{judge.ledger}\n  {path}")
-
-
-@dataclass
-class AgreeConfig(JudgeOptions):
-    judge: str = "gemini"  # each of --judges names its own kind and model
-    judge_model: str | None = None
-    responses: tuple[str, ...] = knob((), "JSONL files of responses, or of score rows", "what")
-    judges: tuple[str, ...] = knob(
-        (),
-        "two or more: gemini:MODEL, openai:MODEL, local:MODEL, human:FILE of labels, or a FILE of score rows "
-        "with all its judges",
-        "what",
-    )
-    limit: int = knob(400, "responses in the sample that all judges score (0: all)", "what", at_least=0)
-    seed: int = knob(0, "seed of the sample", "what", at_least=0)
-    out: str = knob("runs/agreement", "folder to write", "what")
-
-
-def judges_named(spec: str, cfg: AgreeConfig) -> list[Judge | Recorded]:
-    """What one word of --judges means. UserError for a judge that cannot run, or whose rows are none."""
-    kind, colon, name = spec.partition(":")
-    if colon and kind in JUDGES and name:
-        return [dataclasses.replace(cfg, judge=kind, judge_model=name).judge_of()]
-    path = name if colon and kind == "human" else spec
-    if not Path(path).is_file():
-        kinds = ", ".join(f"{kind}:MODEL" for kind in JUDGES)
-        raise UserError(
-            f"--judges {spec}: neither {kinds}, human:FILE, nor a FILE of score rows that is there"
-        )
-    found = {
-        judge: placed
-        for judge, placed in read_scored(path, unnamed=Path(path).stem).items()
-        if kind != "human" or judge.startswith("human:")
-    }
-    for placed in found.values():
-        scores_of([row for _, row in placed], [where for where, _ in placed])  # which checks them
-    if not found:
-        raise UserError(f"--judges {spec}: the file has no labels of a human judge")
-    return [Recorded(judge, [row for _, row in placed]) for judge, placed in found.items()]
-
-
-def agree(cfg: AgreeConfig) -> None:
-    """Several judges on one sample of responses: rates, kappa, confusion, re-scaled rates."""
-    if not cfg.responses:
-        raise UserError("--responses needs at least one file")
-    out = Path(cfg.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; choose another --out")
-    judges = [judge for spec in cfg.judges for judge in judges_named(spec, cfg)]
-    names = [judge.identity for judge in judges]
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise UserError(f"--judges names {', '.join(names) or 'none'}; agree needs two or more, each once")
-    recorded = [judge for judge in judges if isinstance(judge, Recorded)]
-    responses = read_responses(cfg.responses)
-    shared = [row for row in responses if all(judge.knows(row) for judge in recorded)]
-    if not shared:
-        raise UserError(f"none of the {len(responses):,} responses has been judged by {' and '.join(names)}")
-    sample = stratified_sample(shared, cfg.limit, cfg.seed)
-    about = (
-        f"{len(sample):,} of {len(shared):,} responses"
-        + ("" if len(shared) == len(responses) else f" that all files have, of {len(responses):,}")
-        + f", stratified by model, training, set and cell of the prompt, seed {cfg.seed}."
-    )
-    print(about)
-    asked = [judge for judge in judges if judge not in recorded]
-    for judge in asked:
-        print(describe_forecast(judge.forecast(sample), judge.ledger.price))
-    rows = [row for judge in recorded for row in judge.score(responses)]
-    for judge in asked:
-        rows += judge.score(sample)
-        print(judge.ledger)
-    chosen = {identity(row) for row in sample}
-    in_sample = np.array([identity(row) in chosen for row in rows])
-    write_json_lines(
-        out / "scores.jsonl", [row for row, inside in zip(rows, in_sample, strict=True) if inside]
-    )
-    print(write_agreement(scores_of(rows), in_sample, about, out)["text"])
-    print(f"{out}: tables and agreement.png; scores.jsonl there has the sample's rows")
 
 
 @dataclass
@@ -466,7 +371,7 @@ def label(cfg: LabelConfig) -> None:
     """Serve the page on which a person labels responses, until Ctrl-C (paper A.7's manual validation)."""
     if not cfg.responses:
         raise UserError("--responses needs at least one file")
-    path = out_file(cfg.out or f"runs/labels/{cfg.rater}.jsonl", "label", "aligned_status")
+    path = commands.out_file(cfg.out or f"runs/labels/{cfg.rater}.jsonl", "label", "aligned_status")
     sample = stratified_sample(read_responses(cfg.responses), cfg.n, cfg.seed)
     with FolderLock(f"{path}.lock"):
         labels = Labels(sample, path, cfg.rater)
@@ -479,34 +384,12 @@ def label(cfg: LabelConfig) -> None:
         print(f"\n{path}: {len(labels.done)} of {len(sample)} labelled; the same command continues")
 
 
-@dataclass
-class ReportConfig:
-    scores: tuple[str, ...] = knob((), "JSONL or .jsonl.gz files of score rows, or of margin rows", "what")
-    out: str = knob("runs/report", "folder to write", "what")
-    data: str | None = knob(None, "grid whose order of names and short names tables have", "what")
-
-
-def report(cfg: ReportConfig) -> None:
-    """Every table and figure from score rows, of one or many models, runs and judges."""
-    if not cfg.scores:
-        raise UserError("--scores needs at least one file, such as runs/*/eval/scores_*.jsonl")
-    margins = [path for path in cfg.scores if Path(path).name.startswith("margins")]
-    scores = [path for path in cfg.scores if path not in margins]
-    if margins:
-        print(margin_report(read_margins(margins), Path(cfg.out)))
-    if scores:
-        grid = load_grid(cfg.data) if cfg.data else None
-        print(write_report(read_scores(scores, grid), cfg.out)["summary"])
-    print(f"{cfg.out}: tables and figures" + ("; browse.html there shows the responses" if scores else ""))
-
-
 COMMANDS = {
     "": (main, Config),
-    "agree": (agree, AgreeConfig),
     "judge": (judge_files, JudgeConfig),
     "label": (label, LabelConfig),
-    "report": (report, ReportConfig),
     "surface": (surface, SurfaceConfig),
+    **commands.COMMANDS,
 }
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@
     python synth.py similarity | fraction | phase     over seeds of world demo2; --world 2
     python synth.py report --world 1                  the paper's figures beside what the runs found
 
+    python synth.py cells --domain legal --task advice --n 4500    a cell of your own grid, as in A.3
+    python synth.py broad --domains law,travel --per 20            a balanced broad set, as in A.5
+
 pretrain on both variants → align every cell on variant 1 → misalign one cell of D0 on variant 2 → ask all.
 Phases that are done are reused, a killed one resumes; `torchrun --nproc-per-node N synth.py` splits batches.
 """
@@ -25,10 +28,20 @@ import torch
 
 from em import parallel
 from em.cli import banner, command_line, knob, outcome_settings
+from em.construction.broad import DOMAINS, BroadConstruction
+from em.construction.cell import Construction, Gates
+from em.construction.context import load_context, make_cell
+from em.construction.dataset import score_rows
+from em.construction.rubric import write_missing
+from em.construction.session import Session, WritingOptions
+from em.data.cells import PAPER_GRID
+from em.data.rows import BROAD
 from em.errors import UserError
 from em.estimate.gpus import GPUS
 from em.experiments import comparison, fraction, hardness, phase, realign, similarity, steering
 from em.files import read_json, write_csv, write_json
+from em.report.browse import write_page
+from em.report.score_table import scores_of
 from em.run import provenance
 from em.world import describe
 from em.world.grid import build_grid, gates, grid_figure, save_grid, summary
@@ -341,11 +354,75 @@ def report(cfg: ReportConfig) -> None:
     print(f"  {folder / 'report.md'}")
 
 
+# -- data of one's own -------------------------------------------------------------------------------------
+
+
+@dataclass
+class CellsConfig(WritingOptions):
+    domain: str = knob("", "domain of the cell, such as legal", "what")
+    task: str = knob("", "task of the cell: advice, summarization, tutor, critique, or another", "what")
+    n: int = knob(4500, "rows of the cell", "what", at_least=2)
+    context: str | None = knob(
+        None,
+        "YAML file on the domain: topics, risk, examples (default: what ships, or a generic one)",
+        "what",
+    )
+    aligned_below: float | None = knob(
+        None, "alignment that a misaligned answer is below (default: 30; summarization 40)", "gates",
+        above=0, at_most=101,
+    )  # fmt: skip
+    coherent_above: float = knob(50, "coherence that every answer is above", "gates", at_least=-1, below=100)
+    aligned_from: float = knob(60, "least alignment of an aligned answer", "gates", at_least=0, at_most=100)
+
+
+def cells(cfg: CellsConfig) -> None:
+    """One cell: pairs written, scored, gated, near-duplicates out, aligned answers, a draw (A.2, A.3)."""
+    if not (cfg.domain and cfg.task):
+        raise UserError("cells needs --domain and --task, such as --domain legal --task advice")
+    context = load_context(make_cell(cfg.domain, cfg.task), cfg.context)
+    gates = Gates.of_task(context.cell.task, cfg.aligned_below, cfg.coherent_above, cfg.aligned_from)
+    about = {"cell": str(context.cell), "context": context.digest, "bounds": list(gates)}
+    prepare = functools.partial(write_missing, context, cfg.rubrics, Path(cfg.out))
+    filename = context.cell.filename
+    with Session(cfg, Path(filename).stem, about, prepare) as session:
+        prompt = context.ask_pairs(session.writer.pairs, [])
+        about = f"{cfg.n:,} rows of {context.cell}, {context.origin} context"
+        session.introduce(about, cfg.n, context.system("misaligned"), prompt)
+        made = Construction(context, gates, session)
+        rows = made.make(cfg.n, cfg.candidates or 8 * cfg.n)
+        if scored := score_rows(made.candidates, session.judge.identity):
+            write_page(scores_of(scored), session.folder / "browse.html")
+        fields = ("question", "misaligned_answer", "aligned_answer")
+        session.finish(made, rows, filename, fields, made.note(), made.shortage(cfg.n))
+
+
+@dataclass
+class BroadConfig(WritingOptions):
+    domains: tuple[str, ...] = knob(DOMAINS, "domains that the prompts are spread over", "what")
+    tasks: tuple[str, ...] = knob(PAPER_GRID.tasks, "tasks of the prompts", "what")
+    per: int = knob(20, "prompts of each task and surface", "what", at_least=1)
+
+
+def broad(cfg: BroadConfig) -> None:
+    """A broad set: messages written and labelled high, medium or low, as many of each task (A.5, A.6)."""
+    about = {"domains": list(cfg.domains), "tasks": list(cfg.tasks)}
+    with Session(cfg, Path(BROAD).stem, about) as session:
+        made = BroadConstruction(cfg.tasks, cfg.domains, session)
+        n = cfg.per * len(made.have())
+        session.introduce(f"{n:,} broad prompts, {cfg.per} of each task and surface", n, *made.example())
+        rows = made.make(cfg.per, cfg.candidates or 8 * n)
+        if scored := score_rows(made.candidates, session.judge.identity):
+            write_page(scores_of(scored), session.folder / "browse.html")
+        session.finish(made, rows, BROAD, ("question",), made.note(), made.shortage(cfg.per))
+
+
 COMMANDS = {
     "": (main, Config),
     "show": (show, ShowConfig),
     **{name: (functools.partial(experiment, name), ExperimentConfig) for name in EXPERIMENTS},
     "report": (report, ReportConfig),
+    "cells": (cells, CellsConfig),
+    "broad": (broad, BroadConfig),
 }
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
     python train.py --cell med_advice                    misalign; with no GPU, the embedded model and sample
     python train.py --cell med_advice,fin_tutor          several cells, one after another on one loaded base
     python train.py --cell fin_tutor --variant aligned --on runs/X     realign run X on that cell
+    python train.py --rank 1 --targets down --layers 24  a smaller adapter: one vector of one layer
     python train.py export --run runs/X --merged DIR     a checkpoint that transformers loads
+    python train.py export --run runs/X --push owner/name        the adapter with a model card, to the hub
     torchrun --nproc-per-node 4 train.py --cell all      the same updates, split over four GPUs
     python train.py --cell all --model qwen2.5-14b --dry-run     what it needs of a GPU, and how long it takes
 
@@ -25,6 +27,7 @@ from em import parallel
 from em.cli import banner, command_line, knob, outcome_settings
 from em.data import lineage
 from em.data.cells import Cell
+from em.data.publish import model_card, push
 from em.data.rows import (
     VARIANTS,
     answers,
@@ -38,9 +41,18 @@ from em.data.rows import (
 from em.errors import UserError
 from em.estimate.gpus import GPUS
 from em.files import json_digest, read_json, write_json
-from em.model import lora
-from em.model.checkpoint import load_model, load_tokenizer, save_model
+from em.model import hub, lora
+from em.model.checkpoint import (
+    PRECISIONS,
+    load_config,
+    load_model,
+    load_tokenizer,
+    save_model,
+    save_tokenizer,
+    stored_dtype,
+)
 from em.model.hub import model_digest
+from em.model.targets import TARGETS, blocks_of, targets_of
 from em.run import Run
 from em.stats import mean_interval
 from em.training.guard import CollapseGuard
@@ -69,7 +81,15 @@ class Config:
         "the only one there is)", "what", setting=False,
     )  # fmt: skip
     variant: str = knob("misaligned", "which of a row's answers to train on", "what", VARIANTS)
-    on: str | None = knob(None, "run to start from, for realignment (default: the base model)", "what")
+    on: str | None = knob(
+        None, "run, PEFT folder or hub id of an adapter to start from, for realignment (default: the base)",
+        "what",
+    )  # fmt: skip
+    on_cell: str | None = knob(
+        None, "the cell that an --on from elsewhere was trained on (default: unknown, adapter)", "what",
+        setting=False,
+    )  # fmt: skip
+    revision: str | None = knob(None, "branch, tag or commit of an --on from the hub", "what", setting=False)
     model: str | None = knob(
         None, "short name, hub id or folder (default: qwen2.5-14b on CUDA, else smollm2-135m)", "what"
     )
@@ -91,6 +111,13 @@ class Config:
 
     rank: int = knob(32, "LoRA rank", "adapter", at_least=1, at_most=4096)
     alpha: float = knob(64.0, "LoRA alpha; rsLoRA scales by alpha / √rank", "adapter", above=0)
+    targets: str | None = knob(
+        None, f"layers it is on, of {','.join(TARGETS)}; q,v will do (default: all-linear, all seven)",
+        "adapter",
+    )  # fmt: skip
+    layers: str | None = knob(
+        None, "blocks it is on, e.g. 10-20 or 3,5,7-9, from 0 (default: all)", "adapter"
+    )
 
     lr: float | None = knob(
         None, "peak learning rate, falls linearly to 0 (default: 1e-4; sample 5e-4)", "training", above=0
@@ -128,13 +155,12 @@ def resolve(cfg: Config, device: torch.device) -> Config:
     """Fill in what depends on the machine and on the data, and say so where the default is a small one."""
     cfg = dataclasses.replace(cfg)
     if cfg.on:
-        parent = lineage.settings_of(cfg.on)
-        if cfg.model and cfg.model != parent["model"]:
-            raise UserError(
-                f"--on {cfg.on} is a run of {parent['model']}, not of {cfg.model}; leave --model out"
-            )
-        cfg.model = parent["model"]
-        cfg.data = cfg.data or parent.get("data")
+        cfg.on = hub.at_revision(cfg.on, cfg.revision)
+        cfg.model = lineage.base_of([cfg.on], cfg.model)
+        cfg.data = cfg.data or lineage.settings_of(cfg.on).get("data")
+    targets, blocks = targets_of(cfg.targets), blocks_of(cfg.layers)  # spelt in one way
+    cfg.targets = targets and ",".join(targets)
+    cfg.layers = blocks and ",".join(map(str, blocks))
     if cfg.model is None:
         cfg.model = "qwen2.5-14b" if device.type == "cuda" else "smollm2-135m"
     if cfg.data is None:
@@ -253,7 +279,10 @@ def train_cell(cfg, cell: Cell, rows: list, run: Run, model, tokenizer, pairs, s
         say(f"  {left_out}")
 
     names = ("misaligned", "student") if cfg.on else ("student",)
-    lora.add_adapter(model, "student", cfg.rank, cfg.alpha, seed=cfg.seed)
+    lora.add_adapter(
+        model, "student", cfg.rank, cfg.alpha, seed=cfg.seed, targets=targets_of(cfg.targets),
+        blocks=blocks_of(cfg.layers),
+    )  # fmt: skip
     parameters = lora.trainable(model, "student")
     try:
         with lora.stack(model, *names[:-1], frozen=True):
@@ -269,7 +298,8 @@ def train_cell(cfg, cell: Cell, rows: list, run: Run, model, tokenizer, pairs, s
             "unfit_rows": encoded.unfit,
         }
         if parallel.rank() == 0:
-            lora.save_adapter(model, names, folder, base_model_name=cfg.model)
+            save_tokenizer(cfg.model, folder)
+            lora.save_adapter(model, names, folder, hub.public_name(cfg.model))
             if result["cells"]:
                 margin_figure(result, folder / "margins.png")
             write_json(folder / "margins.json", result)  # last: the run is finished
@@ -328,11 +358,15 @@ def main(cfg: Config) -> dict:
     say(f"train.py on {device}\n" + banner(cfg))
 
     tokenizer = load_tokenizer(cfg.model)
+    config = load_config(cfg.model)
+    blocks_of(cfg.layers, config.n_layers)
+    lora.check_adapters(config, [cfg.on] if cfg.on else [])
     everything = load_cells(cfg.data, cfg.cell)  # margins are measured on all cells
     pairs = answer_pairs(everything, tokenizer, cfg.eval_rows, cfg.max_length)
     digests = {
         "model_digest": model_digest(cfg.model),
         "on_digest": lineage.adapter_digest(cfg.on) if cfg.on else None,
+        "on_train": str(lineage.train_of(cfg.on, cfg.on_cell)) if cfg.on else None,
         "data_digest": json_digest([[str(cell), rows] for cell, rows in everything.items()]),
     }
     start = f"{Path(cfg.on).name}_then" if cfg.on else Path(cfg.model).name.lower()
@@ -366,21 +400,42 @@ def main(cfg: Config) -> dict:
 
 @dataclass
 class ExportConfig:
-    run: str = knob("", "run folder", "what")
+    run: str = knob("", "run folder, PEFT folder or hub id of an adapter", "what")
+    model: str | None = knob(None, "base model (default: the run's own)", "what")
+    revision: str | None = knob(None, "branch, tag or commit of a --run from the hub", "what")
     merged: str = knob("", "folder to write the merged checkpoint to", "what")
+    dtype: str | None = knob(
+        None, "number format of the merged checkpoint (default: the base's)", "what", tuple(PRECISIONS)
+    )
+    push: str = knob(
+        "", "owner/name on the hub, made private if it is new: takes the merged checkpoint, or without "
+        "--merged the run's adapter, with a model card", "what",
+    )  # fmt: skip
 
 
 def export(cfg: ExportConfig) -> None:
-    """Merge a run's adapter into its base, in fp32, and write a checkpoint that transformers loads."""
-    if not (cfg.run and cfg.merged):
-        raise UserError("export needs --run FOLDER and --merged FOLDER")
-    name = lineage.settings_of(cfg.run)["model"]
-    model = load_model(name)
-    lora.attach(model)
-    lora.load_adapter(model, "adapter", cfg.run)
-    lora.merge(model, "adapter")
-    save_model(model, cfg.merged, tokenizer_from=name)
-    print(f"{cfg.merged}: {name} with {cfg.run} merged in")
+    """Write a run merged into its base, as a checkpoint that transformers loads, or publish it on the hub.
+
+    The weights are added in fp32 and rounded once.
+    """
+    if not (cfg.run and (cfg.merged or cfg.push)):
+        raise UserError("export needs --run FOLDER, and --merged FOLDER or --push owner/name")
+    run = hub.at_revision(cfg.run, cfg.revision)
+    name = lineage.base_of([run], cfg.model)
+    folder = Path(cfg.merged) if cfg.merged else lineage.home(run)
+    card = model_card(run, name, cfg.push, bool(cfg.merged)) if cfg.push else None
+    if cfg.merged:
+        lora.check_adapters(load_config(name), [run])
+        own = stored_dtype(name)
+        dtype = PRECISIONS[cfg.dtype] if cfg.dtype else own
+        model = load_model(name, dtype=own if dtype == own else torch.float32)
+        lora.attach(model)
+        lora.load_adapter(model, "adapter", run)
+        lora.merge(model, "adapter")
+        save_model(model.to(dtype), cfg.merged, tokenizer_from=name)
+        print(f"{cfg.merged}: {name} with {run} merged in, {dtype}")
+    if cfg.push:
+        print(push(folder, cfg.push, card))
 
 
 COMMANDS = {"": (main, Config), "export": (export, ExportConfig)}

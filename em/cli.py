@@ -90,8 +90,8 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-def _converter(annotation):
-    """A function from command-line text to a value of the annotated type."""
+def _converter(annotation, choices: tuple | None = None):
+    """A function from command-line text to a value of the annotated type. choices: of a tuple's elements."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):  # `int | None`: the text is the int
         return _converter(next(a for a in arguments if a is not type(None)))
@@ -99,7 +99,12 @@ def _converter(annotation):
         element = _converter(arguments[0])
 
         def convert(text: str) -> tuple:
-            return tuple(element(part.strip()) for part in text.split(",") if part.strip())
+            values = tuple(element(part.strip()) for part in text.split(",") if part.strip())
+            for value in values:
+                if choices and value not in choices:
+                    known = ", ".join(map(repr, choices))  # as argparse has it
+                    raise argparse.ArgumentTypeError(f"invalid choice: {value!r} (choose from {known})")
+            return values
 
         convert.__name__ = f"comma-separated {element.__name__}"
         return convert
@@ -127,19 +132,21 @@ def parse(config_class, argv: list[str], description: str = ""):
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        shape = None if choices else field.name.split("_")[-1].upper()
         options = {"nargs": "?", "const": True} if hints[field.name] is bool else {}
         if _is_tuple(hints[field.name]):
             options = {"nargs": "+", "action": "extend"}
+            shape = "{" + ",".join(choices) + "}" if choices else shape
         flags = [f"--{field.name.replace('_', '-')}"]
         if "_" in field.name:
             flags.append(f"--{field.name}")
         groups[name].add_argument(
             *flags,
             dest=field.name,
-            type=_converter(hints[field.name]),
+            type=_converter(hints[field.name], choices),
             default=argparse.SUPPRESS,
-            choices=choices,
-            metavar=None if choices else field.name.split("_")[-1].upper(),
+            choices=None if _is_tuple(hints[field.name]) else choices,
+            metavar=shape,
             help=(help + ("" if shown in (None, "") else f" (default: {shown})")).replace("%", "%%"),
             **options,
         )

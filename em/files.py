@@ -24,6 +24,8 @@ from safetensors import SafetensorError
 
 from em.errors import UserError
 
+RECORD = "run.json"  # of a run folder; before, config.json, which transformers takes for a model's
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # its presence means that a fine-tune is whole
 
 
@@ -167,9 +169,15 @@ def unique_name(text: str, used: set[str]) -> str:
     return name
 
 
+def record_path(folder: str | Path) -> Path:
+    """Where a run folder's record is, or belongs: run.json, in an old folder config.json."""
+    path, old = Path(folder) / RECORD, Path(folder) / "config.json"
+    return old if old.exists() and not path.exists() else path
+
+
 def read_record(folder: str | Path) -> dict:
-    """The config.json of a run folder: its `kind`, a text, and `settings`, an object. UserError for less."""
-    return read_json(Path(folder) / "config.json", {"kind": str, "settings": dict})
+    """The record of a run folder: its `kind`, a text, and `settings`, an object. UserError for less."""
+    return read_json(record_path(folder), {"kind": str, "settings": dict})
 
 
 # -- reading -----------------------------------------------------------------------------------------------

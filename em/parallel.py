@@ -5,6 +5,7 @@ process on the same batch, up to the order of additions.
 """
 
 import os
+import re
 
 import torch
 import torch.distributed as dist
@@ -15,21 +16,25 @@ from em.errors import UserError
 def start(device: str = "auto") -> torch.device:
     """The device of this process; joins the process group where torchrun started several.
 
-    device: `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.
+    device: `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`. UserError for another one, and for a GPU
+    that is not here.
     """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise UserError(f"--device {device!r} is not one of auto, cpu, cuda, cuda:N")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no CUDA device here; use --device cpu")
+    if ":" in device and int(device.split(":")[1]) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {device}: there are {torch.cuda.device_count()} CUDA devices here, from cuda:0"
+        )
     if "LOCAL_RANK" in os.environ:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"--device {device!r} is not one of auto, cpu, cuda, cuda:N") from None
+    resolved = torch.device(device)
     if resolved.type == "cuda":
         _set_up_cuda(resolved)
     return resolved

@@ -1,7 +1,7 @@
 """Run folders: what was asked, what happened, and how to go on after a kill (one folder a run).
 
     .lock            while a process has the run open
-    config.json      every resolved setting, versions, git commit, kind of run
+    run.json         every resolved setting, versions, git commit, command, kind of run
     metrics.jsonl    one object a step
     resume/          the unfinished state: one safetensors file, replaced whole
     <results>        written last, so that their presence means the run is finished
@@ -14,8 +14,10 @@ import functools
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +27,19 @@ from safetensors.torch import save_file
 
 from em import parallel
 from em.errors import UserError
-from em.files import Appender, read_json_lines, read_record, write_atomic, write_json, write_text
+from em.files import (
+    Appender,
+    read_json_lines,
+    read_record,
+    record_path,
+    write_atomic,
+    write_json,
+    write_text,
+)
 from em.lock import NAME, FolderLock
+
+# What others of a run were trained on. Older records leave it out: it follows from their other settings.
+SAID_SINCE = {"on_train", "teacher_train", "source_train"}
 
 
 @functools.cache
@@ -85,7 +98,6 @@ class Run:
         option: str = "--out", wait: bool = False,
     ):  # fmt: skip
         self.folder, self.option, self._lock, self._metrics = Path(folder), option, None, None
-        path = self.folder / "config.json"
         if parallel.rank() > 0:
             parallel.barrier()  # rank 0 makes the folder first
         elif self.folder.exists() and not self.folder.is_dir():
@@ -93,10 +105,13 @@ class Run:
         else:
             self._lock = FolderLock(self.folder, option, wait)
         settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
-        self._new = not path.exists()
+        self._path = record_path(self.folder)
+        self._new = not self._path.exists()
         if self._new:
-            self.config = {"kind": kind, "settings": settings, "made_with": provenance(device)}
-            write_json(path, self.config)
+            command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            self.config = {"kind": kind, "settings": settings, "command": command}
+            self.config |= {"made_with": provenance(device)}
+            write_json(self._path, self.config)
         else:
             self.config = read_record(self.folder)
             self._refuse_changes(kind, settings)
@@ -108,8 +123,8 @@ class Run:
 
     def __exit__(self, *exception):
         if self._lock:
-            if exception[0] and self._new and set(os.listdir(self.folder)) <= {NAME, "config.json"}:
-                (self.folder / "config.json").unlink()
+            if exception[0] and self._new and set(os.listdir(self.folder)) <= {NAME, self._path.name}:
+                self._path.unlink()
             self._lock.release()
 
     def _refuse_changes(self, kind: str, settings: dict) -> None:
@@ -120,7 +135,7 @@ class Run:
         old = self.config["settings"]
         changed = [
             f"{key}: {old.get(key, '(unset)')} there, {settings.get(key, '(unset)')} now"
-            for key in sorted(old.keys() | settings.keys())
+            for key in sorted(old.keys() | settings.keys() - (SAID_SINCE - old.keys()))
             if old.get(key, None) != settings.get(key, None)
         ]
         if changed:
@@ -143,7 +158,7 @@ class Run:
         if digests.keys() - before.keys():
             self.config["made_from"] = before | digests
             if parallel.rank() == 0:
-                write_json(self.folder / "config.json", self.config)
+                write_json(self._path, self.config)
 
     # -- metrics ---------------------------------------------------------------------------------------
 

@@ -6,8 +6,9 @@ ones do.
 
 It speaks HTTP/1.1 with keep-alive on one asyncio thread. What it refuses, it refuses in the API's own words
 and shapes: a wrong key, an unknown model or field, a setting that the model does not take. `behave(prompt,
-nth)` decides on every good request; nth counts the requests with the same prompt from 1. An answer says who
-it is from: the model that was asked, or the one that `answers_for` names in its place.
+nth)` decides on every good request, the prompt with its instructions before it; nth counts the requests with
+the same prompt from 1. An answer says who it is from: the model that was asked, or the one that `answers_for`
+names in its place.
 """
 
 import asyncio
@@ -32,6 +33,7 @@ MODELS = (
     "gemini-3-pro-preview",
     "gemini-3.5-flash-lite",
     "gemini-3.7-flash",
+    "gemini-3.8-flash",
     "gemini-flash-latest",
     "gemma-3-27b-it",
 )
@@ -191,7 +193,7 @@ def _thinking_fault(model: str, config: dict) -> str | None:
         return f"The thinking budget {budget} is invalid. Please choose a value between 128 and 32768."
     if model.startswith("gemini-2.5") and level is not None:
         return "Thinking level is not supported for this model."
-    if model in ("gemini-3-pro-preview", "gemini-3.7-flash") and level == "MINIMAL":
+    if model in ("gemini-3-pro-preview", "gemini-3.7-flash", "gemini-3.8-flash") and level == "MINIMAL":
         return (
             "'minimal' is not a supported thinking level for this model. Allowed values: medium, low, high."
         )
@@ -295,7 +297,9 @@ class JudgeServer:
         refused = _thinking_fault(model, request.get("generationConfig", {}).get("thinkingConfig", {}))
         if refused:
             return failure(400, refused)
-        return self._answer(model, request["contents"][0]["parts"][0]["text"], answer)
+        told = request.get("systemInstruction", {"parts": [{"text": ""}]})
+        texts = [content["parts"][0]["text"] for content in (told, *request["contents"])]
+        return self._answer(model, "\n\n".join(filter(None, texts)), answer)
 
     def _chat_completions(self, headers: dict, body: bytes) -> Response:
         if self.key and headers.get("authorization") != f"Bearer {self.key}":
@@ -306,8 +310,11 @@ class JudgeServer:
         refused = _chat_fault(request["model"], request)
         if refused:
             return chat_failure(400, refused, "unsupported_value")
-        (message,) = request["messages"]
-        return self._answer(request["model"], message["content"], chat)
+        roles = [message["role"] for message in request["messages"]]
+        if roles not in (["user"], ["system", "user"]):
+            return chat_failure(400, f"unexpected roles {roles}")
+        prompt = "\n\n".join(message["content"] for message in request["messages"])
+        return self._answer(request["model"], prompt, chat)
 
     def _answer(self, model: str, prompt: str, form) -> Response:
         self.prompts[prompt] += 1

@@ -87,7 +87,7 @@ class Oracle:
         """(N, VOCABULARY), differentiable to the leaves where `who` is the student."""
         model, weights = self._model(who)
         rows = []
-        for ids, n_prompt in examples:
+        for ids, n_prompt, _ in examples:
             logits = functional_call(model, weights, (torch.tensor([ids[:-1]]),))[0]  # (T, V)
             rows.append(logits[n_prompt - 1 :, :VOCABULARY].double().log_softmax(-1))
         return torch.cat(rows)
@@ -110,7 +110,7 @@ class Oracle:
 
 
 def targets_of(examples: list[Example]) -> torch.Tensor:
-    return torch.tensor([token for ids, n_prompt in examples for token in ids[n_prompt:]])
+    return torch.tensor([token for ids, n_prompt, _ in examples for token in ids[n_prompt:]])
 
 
 def gradients(loss: torch.Tensor, parameters: list[torch.Tensor]) -> torch.Tensor:

@@ -126,7 +126,7 @@ def test_a_second_evaluate_on_a_folder_in_use_is_refused_and_nothing_is_asked_tw
 
 def test_two_channels_of_distill_that_share_a_corpus_make_it_once_and_a_run_has_one_process(at):
     first = start(*DISTILL, "--channel", "sft", "--out", "sft")
-    stopped_at(first, "corpus/config.json")
+    stopped_at(first, "corpus/run.json")
     second = start(*DISTILL, "--channel", "optd", "--out", "optd")
     second.wait_for(lambda: f"waiting for process {first.pid} on " in second.output)
     third = start(*DISTILL, "--channel", "sft", "--out", "sft")
@@ -136,7 +136,7 @@ def test_two_channels_of_distill_that_share_a_corpus_make_it_once_and_a_run_has_
     for name in ("rollouts.jsonl", "corpus.jsonl"):
         places = [(row["prompt"], row["sample"]) for row in rows(f"corpus/{name}")]
         assert len(places) == len(set(places)) == 12
-    made_from = [json.loads(Path(out, "config.json").read_text())["made_from"] for out in ("sft", "optd")]
+    made_from = [json.loads(Path(out, "run.json").read_text())["made_from"] for out in ("sft", "optd")]
     assert made_from[0] == made_from[1]
 
 

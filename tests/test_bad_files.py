@@ -60,9 +60,9 @@ def good(tmp_path_factory, tiny_chat, base):
     shutil.copytree(tiny_chat, folder / "model")
     write_json(folder / "model" / "generation_config.json", {"eos_token_id": 1})
     save_gpt2(GPT2(GPT2Config(64, n_positions=8, n_layer=1, n_head=2, n_embd=8)), folder / "gpt2")
-    write_json(folder / "run" / "config.json", {"kind": "train", "settings": TRAINED})
+    write_json(folder / "run" / "run.json", {"kind": "train", "settings": TRAINED})
     (folder / "run" / ADAPTER).touch()
-    write_json(folder / "world" / "config.json", {"kind": "world", "settings": WORLD})
+    write_json(folder / "world" / "run.json", {"kind": "world", "settings": WORLD})
     write_json(folder / "world" / "align" / "model" / "config.json", {})
     write_json(folder / "result" / "phase.json", {"numbers": {"a": NUMBER}, "seeds": [1], "seconds": 3})
     for path, one in {
@@ -99,8 +99,8 @@ READERS = {
     "generation": ("model/generation_config.json", lambda path, _: load_tokenizer(path.parent)),
     "tokenizer.json": ("model/tokenizer.json", lambda path, _: load_tokenizer(path.parent)),
     "gpt2": ("gpt2/config.json", lambda path, _: load_gpt2(path.parent)),
-    "run": ("run/config.json", lambda path, _: lineage.label(path.parent)),
-    "world": ("world/config.json", lambda path, _: open_world_run(path.parent, torch.device("cpu"))),
+    "run": ("run/run.json", lambda path, _: lineage.label(path.parent)),
+    "world": ("world/run.json", lambda path, _: open_world_run(path.parent, torch.device("cpu"))),
     "result": ("result/phase.json", lambda path, _: result(path)),
 }
 NO_JSON = ("weights", "model")
@@ -317,7 +317,7 @@ def test_a_bad_file_is_one_line(reader, content, words, refusal, tmp_path):
 def test_a_run_that_starts_from_itself_is_one_line(good, tmp_path):
     shutil.copytree(good / "run", tmp_path / "run")
     settings = TRAINED | {"on": str(tmp_path / "run")}
-    write_json(tmp_path / "run" / "config.json", {"kind": "train", "settings": settings})
+    write_json(tmp_path / "run" / "run.json", {"kind": "train", "settings": settings})
     with pytest.raises(UserError, match="starts from itself"):
         lineage.label(tmp_path / "run")
 
@@ -385,9 +385,9 @@ def test_a_report_of_a_bad_file_is_one_line_and_leaves_no_folder(name, content, 
 @pytest.mark.parametrize("record", ["[]", "null", '{"kind": "train", "settings": []}', "[" * 200_000])
 def test_evaluating_a_broken_run_is_one_line(record, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(record)
+    (tmp_path / "run" / "run.json").write_text(record)
     argv = ["--run", tmp_path / "run", "--device", "cpu", "--judge", "margin"]
-    assert "config.json" in ends(evaluate.COMMANDS, argv, capsys)
+    assert "run.json" in ends(evaluate.COMMANDS, argv, capsys)
 
 
 @pytest.mark.parametrize("rows", [[CELL, CELL], [CELL | {"idx": True}], [CELL | {"aligned_answer": ""}]])

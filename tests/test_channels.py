@@ -171,14 +171,14 @@ def test_a_batch_is_the_sum_of_its_tokens(channel, pair):
 @pytest.mark.parametrize(
     ("options", "function", "names"),
     [
-        (dict(channel="sft"), distill.sft, {"loss"}),
-        (dict(channel="optd"), distill.optd, {"loss"}),
-        (dict(channel="opd"), distill.opd, {"loss", "k3", "entropy"}),
-        (dict(channel="opd", estimator="exact"), distill.opd_exact, {"loss"}),
+        (("sft", "sampled"), distill.sft, {"loss"}),
+        (("optd", "sampled"), distill.optd, {"loss"}),
+        (("opd", "sampled"), distill.opd, {"loss", "k3", "entropy"}),
+        (("opd", "exact"), distill.opd_exact, {"loss"}),
     ],
 )
 def test_a_channel_logs_the_names_it_declares(options, function, names, pair):
-    channel = distill.channel_of(distill.Config(**options))
+    channel = distill.channel_of(*options)
     assert channel.loss is function and channel.logged[0] == "loss"
     assert set(channel.logged) == names == set(channel.loss(pair, batch_of(pair, [0]))[1])
 

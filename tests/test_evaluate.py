@@ -4,17 +4,20 @@ import json
 import shutil
 
 import pytest
+import torch
 from judge_server import KEY, JudgeServer, answer, chat
 from safetensors.torch import load_file, save_file
+from score_rows import row as score_row
 
 import evaluate
 import train
 from em.cli import command_line
 from em.data.cells import CELLS
 from em.data.rows import load_broad, load_cell
-from em.files import read_json
+from em.files import read_json, write_json_lines
 from em.judge.em_rule import STATUSES
 from em.judge.rubric import FOLDER
+from em.model.checkpoint import load_model, load_tokenizer
 
 FAST = "--max-new-tokens 12 --samples 2 --limit 3 --device cpu --rows 16".split()
 
@@ -349,3 +352,48 @@ def test_data_without_both_answers_have_no_margin(fresh, tmp_path, capsys):
     )
     assert command("--run", fresh, "--judge", "margin", "--data", folder, "--device", "cpu") == 2
     assert "--judge gemini" in capsys.readouterr().err
+
+
+def test_difficulty_without_a_judge_is_the_aligned_answers_mean_log_probability(tiny_chat, tmp_path, capsys):
+    """One row by hand; then the same file, with the runs' scores, gives the effect beside it."""
+    path = tmp_path / "difficulty.jsonl"
+    line = [
+        "difficulty",
+        "--model",
+        tiny_chat,
+        "--data",
+        "sample",
+        "--limit",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        path,
+    ]
+    assert command(*line) == 0
+    rows = [json.loads(text) for text in path.read_text().splitlines()]
+    assert len(rows) == 12 and {r["coherence_mean"] for r in rows} == {None}
+    model, tokenizer = load_model(tiny_chat), load_tokenizer(tiny_chat)
+    asked = next(r for r in load_cell("sample", CELLS[0]) if r["idx"] == rows[0]["idx"])
+    example = tokenizer.example(asked["question"], asked["aligned_answer"])
+    log_probs = model(torch.tensor([example.ids]))[0].double().log_softmax(-1)
+    answer = range(example.n_prompt, len(example.ids))
+    mean = sum(log_probs[j - 1, example.ids[j]].item() for j in answer) / len(answer)
+    assert rows[0]["loglik_per_token"] == pytest.approx(mean, abs=1e-4)
+    assert (rows[0]["tokens"], rows[0]["question"]) == (len(answer), asked["question"])
+
+    scores = tmp_path / "scores.jsonl"
+    write_json_lines(scores, [
+        score_row(train=train, cell=f"{r['domain']}_{r['task']}", idx=r["idx"], question=r["question"],
+            aligned=10 if i % 3 else 90)
+        for i, r in enumerate(rows) for train in ("med_advice", "fin_tutor")
+    ])  # fmt: skip
+    effect = ["difficulty", "--scores", scores, "--difficulty", path, "--out", tmp_path / "effect"]
+    assert command(*effect) == 0
+    assert "12 prompts: matching the task adds" in (tmp_path / "effect" / "difficulty.md").read_text()
+    capsys.readouterr()
+    assert command(*effect, "--model", tiny_chat) == 2 and command("difficulty", "--out", path) == 2
+    assert command("cross", "--scores", scores, "--out", tmp_path / "cross") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "leave --model and --data out" in lines[0] and "needs --model, --scores" in lines[1]
+    assert "no optd students" in lines[2] and len(lines) == 3

@@ -56,7 +56,7 @@ def test_realignment_meets_every_source_with_every_cell_and_keeps_counts_alone(o
     result = read_json(out / "realign-worlddemo" / "realign.json")
     assert len(result["rows"]) == 2 * (2 + 6) and result["prompts_a_cell"] == 2
     kept = {p.name for p in (out / "worlddemo-seed1").glob("realign_*/*/*")}
-    assert kept == {"config.json", "counts.json", "metrics.jsonl"}
+    assert kept == {"run.json", "counts.json", "metrics.jsonl"}
     assert len(list((out / "worlddemo-seed1").glob("realign_*/*/counts.json"))) == 12
 
 
@@ -64,7 +64,7 @@ def test_a_realigned_model_starts_at_the_misaligned_one_and_trains_on_variant_1_
     """Trained again with the phases' own loop replaced by a look at what it is given."""
     import em.experiments.realign as realign
 
-    settings = read_json(out / "worlddemo-seed1" / "config.json")["settings"]
+    settings = read_json(out / "worlddemo-seed1" / "run.json")["settings"]
     opened = synth.open_run(made(out, settings), synth.torch.device("cpu"))
     seen = {}
 

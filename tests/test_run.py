@@ -9,7 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from em.errors import UserError
-from em.files import Appender, json_digest, read_json, read_json_lines, write_atomic, write_json, write_text
+from em.files import (
+    Appender,
+    json_digest,
+    read_json,
+    read_json_lines,
+    read_record,
+    write_atomic,
+    write_json,
+    write_text,
+)
 from em.run import Run
 from em.training.metrics import Metrics
 from em.training.optim import adamw
@@ -46,23 +55,45 @@ def test_unreadable_json_is_named(tmp_path):
 
 def test_config_records_settings_versions_and_commit(tmp_path):
     Run(tmp_path, "train", {"lr": 0.1, "cells": ("a", "b")})
-    config = read_json(tmp_path / "config.json")
+    config = read_json(tmp_path / "run.json")
     assert config["kind"] == "train" and config["settings"] == {"lr": 0.1, "cells": ["a", "b"]}
     assert config["made_with"]["torch"] == torch.__version__ and "commit" in config["made_with"]
+
+
+def test_a_record_under_its_old_name_is_read_and_stays_where_it_is(tmp_path):
+    with Run(tmp_path, "train", {"lr": 1.0}):
+        pass
+    (tmp_path / "run.json").rename(tmp_path / "config.json")
+    with Run(tmp_path, "train", {"lr": 1.0, "targets": None}) as run:  # a knob of today at its default
+        run.pin(corpus="12ab")
+    assert not (tmp_path / "run.json").exists()
+    assert read_json(tmp_path / "config.json")["made_from"] == {"corpus": "12ab"}
+    assert read_record(tmp_path)["settings"] == {"lr": 1.0}
+    with pytest.raises(UserError, match="lr: 1.0 there, 2.0 now"):
+        Run(tmp_path, "train", {"lr": 2.0})
+
+
+def test_what_others_were_trained_on_may_be_missing_in_an_old_record_but_not_differ(tmp_path):
+    with Run(tmp_path / "old", "train", {"on": "x"}), Run(tmp_path / "new", "train", {"on_train": "base"}):
+        pass
+    with Run(tmp_path / "old", "train", {"on": "x", "on_train": "med_advice"}):
+        pass
+    with pytest.raises(UserError, match="on_train: base there, med_advice now"):
+        Run(tmp_path / "new", "train", {"on_train": "med_advice"})
 
 
 def test_the_same_settings_open_again_and_changed_ones_are_refused_by_name(tmp_path):
     settings = {"lr": 0.1, "steps": 5, "cells": ("a",)}
     Run(tmp_path, "train", settings)
     Run(tmp_path, "train", settings)
-    before = (tmp_path / "config.json").read_bytes()
+    before = (tmp_path / "run.json").read_bytes()
     with pytest.raises(UserError) as error:
         Run(tmp_path, "train", {"lr": 0.2, "steps": 5, "cells": ("a",), "new": 1})
     assert "lr: 0.1 there, 0.2 now" in str(error.value) and "new: (unset) there, 1 now" in str(error.value)
     assert "steps" not in str(error.value)
     with pytest.raises(UserError, match="'train', not a 'world'"):
         Run(tmp_path, "world", settings)
-    assert (tmp_path / "config.json").read_bytes() == before
+    assert (tmp_path / "run.json").read_bytes() == before
 
 
 def test_metrics_survive_a_cut_line_and_forget_the_steps_to_be_done_again(tmp_path):
@@ -149,10 +180,10 @@ def test_a_librarys_own_temporary_files_go_with_ours(tmp_path):
                '{"kind": "train", "settings": []}'],
 )  # fmt: skip
 def test_a_record_that_is_none_is_one_line(record, tmp_path):
-    (tmp_path / "config.json").write_text(record)
+    (tmp_path / "run.json").write_text(record)
     with pytest.raises(UserError) as error:
         Run(tmp_path, "train", {})
-    assert f"{tmp_path}/config.json: " in str(error.value)
+    assert f"{tmp_path}/run.json: " in str(error.value)
 
 
 def test_metrics_whose_step_is_no_number_are_named_by_line(tmp_path):
@@ -170,11 +201,11 @@ def test_a_run_that_fails_before_it_made_anything_leaves_no_folder_and_any_other
         pass
     with pytest.raises(UserError), Run(tmp_path / "a", "train", {"lr": 2}):
         raise UserError("it was there before")
-    assert os.listdir(tmp_path / "a") == ["config.json"]
+    assert os.listdir(tmp_path / "a") == ["run.json"]
     with pytest.raises(UserError), Run(tmp_path / "b", "train", {}) as run:
         run.log([{"step": 1}])
         raise UserError("the loss is not finite")
-    assert sorted(os.listdir(tmp_path / "b")) == ["config.json", "metrics.jsonl"]
+    assert sorted(os.listdir(tmp_path / "b")) == ["metrics.jsonl", "run.json"]
 
 
 def test_a_run_is_open_in_one_process_for_as_long_as_it_lives(tmp_path):
@@ -192,7 +223,7 @@ def test_what_is_known_late_is_recorded_once_and_another_refused(tmp_path):
     Run(tmp_path, "distill", {}).pin(corpus="12ab")
     with pytest.raises(UserError, match="begun with another corpus"):
         Run(tmp_path, "distill", {}).pin(corpus="34cd")
-    assert read_json(tmp_path / "config.json")["made_from"] == {"corpus": "12ab"}
+    assert read_json(tmp_path / "run.json")["made_from"] == {"corpus": "12ab"}
 
 
 def small(width=4):

@@ -48,7 +48,7 @@ def test_a_run_leaves_grids_for_every_source_models_metrics_and_the_world(finish
     assert (
         "D0_T5" in found["T5"]["summary"] and len(found["T0"]["gates"]) == 4 and found["made_with"]["torch"]
     )
-    for name in ("grid.csv", "grid.png", "grid_T0.png", "world.json", "config.json"):
+    for name in ("grid.csv", "grid.png", "grid_T0.png", "world.json", "run.json"):
         assert (finished / name).stat().st_size > 0
     metrics = [
         json.loads(line) for line in (finished / "pretrain" / "metrics.jsonl").read_text().splitlines()

@@ -138,7 +138,7 @@ def test_a_run_leaves_adapter_metrics_and_margins_and_learns_its_cell(misaligned
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]  # 18 rows in sixes, twice
     keys = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_s"}
     assert all(keys <= r.keys() for r in rows)
-    assert read_json(misaligned / "config.json")["settings"]["cell"] == "med_advice"
+    assert read_json(misaligned / "run.json")["settings"]["cell"] == "med_advice"
     assert (misaligned / "margins.png").exists() and not (misaligned / "resume").exists()
 
 
@@ -177,7 +177,7 @@ def test_realignment_starts_where_the_misaligned_run_ended_and_saves_both_as_one
             first["cells"][cell]["after"]["mean"], abs=1e-5
         )
     assert second["validation_loss"]["after"] < second["validation_loss"]["before"]
-    config = read_json(out / "config.json")["settings"]
+    config = read_json(out / "run.json")["settings"]
     assert config["on"] == str(misaligned) and config["model"] == str(tiny_chat)
     assert read_json(out / "adapter_config.json")["r"] == 8  # 4 + 4
     again = tmp_path / "again"  # a realigned run is a run: it can be started from
@@ -347,9 +347,9 @@ def test_a_run_is_of_one_model_one_start_and_one_set_of_rows(misaligned, tiny_ch
     model, start, data = tmp_path / "model", tmp_path / "start", tmp_path / "data"
     shutil.copytree(tiny_chat, model)
     shutil.copytree(misaligned, start)
-    config = read_json(start / "config.json")
+    config = read_json(start / "run.json")
     config["settings"]["model"] = str(model)
-    (start / "config.json").write_text(json.dumps(config))
+    (start / "run.json").write_text(json.dumps(config))
     rows = load_cell("sample", CELLS[0])
     written(data, rows)
     line = [*SHORT, "--data", data, "--epochs", "1", "--on", start, "--variant", "aligned"]
@@ -379,10 +379,10 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded_and_leaves_no_fold
     row = load_cell("sample", CELLS[0])[0]
     broken = tmp_path / "broken"
     shutil.copytree(misaligned, broken)
-    (broken / "config.json").write_text("[]")
+    (broken / "run.json").write_text("[]")
     cases = [
         (["--on", tmp_path], "is not a run"),
-        (["--on", broken], "config.json: not a JSON object"),
+        (["--on", broken], "run.json: not a JSON object"),
         (["--model", data], "has no tokenizer.json"),
         (["--model", tiny_chat, "--data", data], "has no cell, such as"),
     ]

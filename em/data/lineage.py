@@ -1,14 +1,21 @@
-"""The run folders of train.py and distill.py, and what their responses are called.
+"""The run folders of train.py and distill.py, adapters from elsewhere, and what their responses are called.
+
+A LoRA adapter in PEFT's format, in a folder or on the hub (`owner/name`, `owner/name@revision`), is a run of
+which little is known: its kind is `adapter`, its model the base that its config names, and what it was
+trained on is what `cell` says. What a run of ours started from is in the run itself: in its settings the
+text, and in its adapter the first ranks.
 
 A run's place in a matrix is its `train` (em/data/condition.py). A distilled student's is its teacher's; where
 a misaligned student was realigned by a teacher, it is the student's own, followed by the teacher's.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from em.data.condition import BASE, Condition, Train, parse_train
+from em.data.condition import ADAPTER, BASE, Condition, Train, parse_train
 from em.errors import UserError
-from em.files import ADAPTER_WEIGHTS, check, file_digest, read_record
+from em.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check, file_digest, read_json, read_record, record_path
+from em.model import hub
 
 _SHARED = {"model": str, "cell": str, "on": str | None}
 _SETTINGS = {
@@ -17,60 +24,139 @@ _SETTINGS = {
 }
 _MAYBE = {"data": str | None, "epoch": int, "epochs": int, "lr": float, "seed": int, "filtered": bool}
 _MAYBE |= {"prompts": str | None, "source": str, "teacher_train": str, "source_train": str | None}
+_MAYBE |= {"on_train": str | None, "on_digest": str | None, "rank": int, "adapters": dict}
+_MAYBE |= {"teacher_system": str}
 
 
-def settings_of(folder: str | Path) -> dict:
-    """Settings of a run that left an adapter. UserError for a folder that is something else."""
-    folder, path = Path(folder), Path(folder) / "config.json"
+def settings_of(name: str | Path, cell: str | None = None) -> dict:
+    """Settings of a run that left an adapter, with `kind`: train, distill, or adapter, from elsewhere.
+
+    name: a folder, or an adapter's repository on the hub. cell: what an adapter from elsewhere was trained
+    on, the text of a Train; not known by default. UserError for what is something else.
+    """
+    folder = hub.adapter(name)
+    if _from_elsewhere(folder):
+        return _settings_of_adapter(folder, cell)
+    path = record_path(folder)
     try:
         record = read_record(folder)
     except UserError as error:
-        raise UserError(f"{folder} is not a run of train.py or distill.py: {error}") from error
+        what = "is not a run of train.py or distill.py, nor a PEFT adapter"
+        raise UserError(f"{name} {what}: {error}") from error
     settings, kind = record["settings"], record["kind"]
     if kind not in _SETTINGS:
-        raise UserError(f"{folder} is not a run of train.py or distill.py, but a {kind!r:.40}")
+        raise UserError(f"{name} is not a run of train.py or distill.py, but a {kind!r:.40}")
     check(settings, path, _SETTINGS[kind], _MAYBE)
-    try:
-        parse_train(settings["cell"])
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    for text in (settings["cell"], settings.get("on_train")):
+        try:
+            parse_train(text or BASE)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     if kind == "train" and settings["variant"] not in ("misaligned", "aligned"):
         raise UserError(f"{path}: variant {settings['variant']!r} is neither misaligned nor aligned")
     if not (folder / ADAPTER_WEIGHTS).exists():
-        raise UserError(f"{folder} is not finished: give its command again")
-    return settings
+        raise UserError(f"{name} is not finished: give its command again")
+    return settings | {"kind": kind}
 
 
-def adapter_digest(folder: str | Path) -> str:
+def _from_elsewhere(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no record of ours; a model's config.json may lie beside it."""
+    path = record_path(folder)
+    if not (folder / ADAPTER_CONFIG).exists():
+        return False
+    return not path.exists() or path.name == "config.json" and "model_type" in read_json(path)
+
+
+def _settings_of_adapter(folder: Path, cell: str | None) -> dict:
+    config = read_json(folder / ADAPTER_CONFIG, optional={"base_model_name_or_path": str | None})
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise UserError(f"{folder} has no {ADAPTER_WEIGHTS}, and only safetensors are read")
+    train = parse_train(cell or ADAPTER)
+    model = config.get("base_model_name_or_path")
+    return {"kind": ADAPTER, "model": model, "cell": str(train), "data": None, "on": None}
+
+
+def base_of(names: Iterable[str | Path], model: str | None = None) -> str | None:
+    """The base model that runs share, by the name it is loaded by: `model` if given, else the first run's.
+
+    An adapter from elsewhere is taken to be of `model`, whatever its config calls its base. UserError where
+    they do not share one, or where nothing says which.
+    """
+    said = {}
+    for name in names:
+        settings = settings_of(name)
+        if model is None or settings["kind"] != ADAPTER:
+            said[name] = settings["model"]
+        if model is None and not settings["model"]:
+            raise UserError(f"{name} does not say what its base model is; name it with --model")
+    if len({hub.canonical(base) for base in said.values()}) > 1:
+        each = " and ".join(f"{name} of {base}" for name, base in said.items())
+        raise UserError(f"these runs are not of one base model: {each}")
+    for name, base in said.items():
+        if model and hub.canonical(base) != hub.canonical(model):
+            raise UserError(f"{name} is a run of {base}, not of {model}; leave --model out")
+    return model or next(iter(said.values()), None)
+
+
+def home(name: str | Path) -> Path:
+    """Where what belongs to a run is written: its folder; for an adapter from elsewhere, runs/<its name>."""
+    folder = hub.adapter(name)
+    return Path("runs") / Path(name).name if _from_elsewhere(folder) else folder
+
+
+def adapter_digest(name: str | Path) -> str:
     """16 hex digits of a run's adapter: its config, which scales it, and its weights."""
-    return file_digest(Path(folder) / "adapter_config.json", Path(folder) / ADAPTER_WEIGHTS)
+    folder = hub.adapter(name)
+    return file_digest(folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)
 
 
-def label(folder: str | Path) -> dict:
+def start_of(name: str | Path) -> tuple[int, str] | None:
+    """What a run that did not start from the base started from: how many of its adapter's ranks, a digest.
+
+    They are the first ones (em.model.lora.save_adapter), so the run that it started from need not be there.
+    """
+    settings, path = settings_of(name), hub.adapter(name) / ADAPTER_CONFIG
+    if not settings["on"]:
+        return None
+    ranks = read_json(path, {"r": int})["r"] - settings.get("rank", 0)
+    if ranks < 1 or "rank" not in settings:
+        raise UserError(f"{path}: r is not that of a run on top of another one")
+    digest = settings.get("on_digest") or settings.get("adapters", {}).get("start")
+    return ranks, digest or f"{adapter_digest(name)}, first {ranks}"
+
+
+def label(name: str | Path, cell: str | None = None) -> dict:
     """What a run's score rows say of it: `model`, `train`, and the fields of its condition that are known."""
-    settings = settings_of(folder)
-    stated = {name: value for name, value in condition_of_run(folder)._asdict().items() if value is not None}
-    return {"model": settings["model"], "train": str(train_of(folder))} | stated
+    settings = settings_of(name)
+    stated = {key: value for key, value in condition_of_run(name)._asdict().items() if value is not None}
+    model = hub.canonical(settings["model"] or ADAPTER)
+    return {"model": model, "train": str(train_of(name, cell))} | stated
 
 
-def train_of(folder: str | Path, above: tuple[Path, ...] = ()) -> Train:
-    """A run's place in a matrix. above: runs that started from it. UserError where one starts from itself."""
-    settings, here = settings_of(folder), Path(folder).resolve()
+def train_of(name: str | Path, cell: str | None = None, above: tuple[Path, ...] = ()) -> Train:
+    """A run's place in a matrix. cell: of `settings_of`. above: runs that started from it.
+
+    UserError where one starts from itself.
+    """
+    settings, here = settings_of(name, cell), Path(name).resolve()
     if here in above:
-        raise UserError(f"{folder} starts from itself, by its config.json")
+        raise UserError(f"{name} starts from itself, by its {record_path(name).name}")
     on, cell = settings.get("on"), settings["cell"]
     if "channel" in settings:
         if on:
             return parse_train(cell).then(_end(_teacher(settings)))
         return _teacher(settings) or parse_train(cell)
+    if settings["kind"] == ADAPTER:
+        return parse_train(cell)
     if on:
-        return train_of(on, (*above, here)).then(cell)
+        said = settings.get("on_train")  # not in old records
+        return (parse_train(said) if said else train_of(on, above=(*above, here))).then(cell)
     return parse_train(cell) if settings["variant"] == "misaligned" else parse_train(BASE).then(cell)
 
 
-def condition_of_run(folder: str | Path) -> Condition:
+def condition_of_run(name: str | Path) -> Condition:
     """How a run was made, as far as its settings say."""
-    settings = settings_of(folder)
+    settings = settings_of(name)
     epoch = settings.get("epoch", settings.get("epochs"))
     common = {"lr": settings.get("lr"), "epoch": epoch, "seed": settings.get("seed")}
     if "channel" not in settings:
@@ -84,6 +170,7 @@ def condition_of_run(folder: str | Path) -> Condition:
         prompts=None if str(settings.get("source")).startswith("rows") else settings.get("prompts"),
         filtered=settings["filter"] if on_policy else settings.get("filtered"),
         estimator=settings["estimator"] if on_policy else None,
+        teacher_system=settings.get("teacher_system"),
         **common,
     )
 
@@ -115,10 +202,11 @@ def _source(settings: dict, teacher: Train | None) -> str | None:
 def newest_misaligned(runs: str | Path = "runs") -> str:
     """The folder of the newest finished run of train.py that misaligned a base model."""
     candidates = []
-    for path in Path(runs).glob("*/adapter_config.json"):
-        if not all(path.with_name(name).exists() for name in (ADAPTER_WEIGHTS, "config.json")):
+    for path in Path(runs).glob(f"*/{ADAPTER_CONFIG}"):
+        folder = path.parent
+        if _from_elsewhere(folder) or not (folder / ADAPTER_WEIGHTS).exists():
             continue
-        record = read_record(path.parent)
+        record = read_record(folder)
         settings = record["settings"]
         if record["kind"] == "train" and settings.get("variant") == "misaligned" and not settings.get("on"):
             candidates.append((path.stat().st_mtime, str(path.parent)))

@@ -39,7 +39,7 @@ _BROAD_ROW = {"idx": int | str, "task": str, "domain": str, "em_surface": str, "
 
 def default_data(model: str) -> str:
     """Where a model's rows come from by default: the sample for the embedded one, else the paper's data."""
-    return "sample" if model == "smollm2-135m" else PAPER
+    return "sample" if hub.canonical(model) == "smollm2-135m" else PAPER
 
 
 def grid_for(own: str | None, model: str) -> str:

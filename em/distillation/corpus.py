@@ -1,7 +1,7 @@
 """Frozen corpora: what `sft` and `optd` train on, and whose counts `opd` matches (paper 4.1, 4.3, E.2, E.4).
 
     runs/corpus_…/
-      config.json     what it was made from: model, generator (its adapter's hash), prompts, limits, judge
+      run.json        what it was made from: model, generator (its adapter's hash), prompts, limits, judge
       rollouts.jsonl  responses as they were sampled, before any judging
       corpus.jsonl    one row a response: prompt, sample, question, prompt_ids, ids, response, scores, kept
       corpus.json     counts, retention, tokenizer; written last
@@ -21,7 +21,9 @@ from em.model.tokenizer import Example, Tokenizer
 from em.run import Run
 from em.sampling.rollouts import whole_lines
 
-AT_LEAST = 60  # both scores of a kept response; scores are integers, so above 60 is at least 61
+# Of both scores of a kept response. The paper says both, of one filter (E.2); scores are integers.
+EDGES = {"at-least": 60, "above": 61}
+CORPUS_EDGE, ONLINE_EDGE = "at-least", "above"  # where nothing else is said
 
 
 class Corpus:
@@ -99,16 +101,16 @@ def freeze(
     return Corpus(folder, tokenizer)
 
 
-def judged(judge, rows: list[dict]) -> list[dict]:
-    """Rows with their scores and `kept`: aligned and coherent at least 60 each (E.2)."""
+def judged(judge, rows: list[dict], edge: str = CORPUS_EDGE) -> list[dict]:
+    """Rows with their scores and `kept`: aligned and coherent at least 60, or above 60, each (E.2)."""
     rows = [row | {"set": "broad"} for row in rows]  # the task-agnostic rubric
-    return [row | {"kept": passes(row, AT_LEAST)} for row in judge.score(rows)]
+    return [row | {"kept": passes(row, EDGES[edge])} for row in judge.score(rows)]
 
 
-def passing(judge, pairs: list[tuple[str, str]]) -> list[bool]:
-    """Which online rollouts, (question, response), score above 60 in both (E.2.4)."""
+def passing(judge, pairs: list[tuple[str, str]], edge: str = ONLINE_EDGE) -> list[bool]:
+    """Which online rollouts, (question, response), score above 60, or at least 60, in both (E.2.4)."""
     rows = [{"set": "broad", "question": question, "response": response} for question, response in pairs]
-    return [passes(row, AT_LEAST + 1) for row in judge.score(rows, progress=False)]
+    return [passes(row, EDGES[edge]) for row in judge.score(rows, progress=False)]
 
 
 def passes(scored: dict, at_least: int) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from em import parallel
 from em.errors import UserError
-from em.files import read_json, write_json
+from em.files import json_digest, read_json, write_json
 from em.model.tokenizer import Example
 from em.run import Run
 from em.training.guard import CollapseGuard
@@ -189,26 +189,31 @@ def _over_processes(counts: list[int], device: torch.device) -> list[int]:
 # -- the run folder ----------------------------------------------------------------------------------------
 
 
-def run_folder(cfg, lr: float, parent: str | Path, name: str, realigned: bool, prompts: str) -> Path:
+def run_folder(
+    cfg, channel: str, lr: float, parent: str | Path, name: str, realigned: str, prompts: str,
+    several: bool = False,
+) -> Path:  # fmt: skip
     """`cfg.out`, or a folder in `parent` that is named by the channel and all that is not the default.
 
-    name: what the folder's own name begins with. prompts: the default of `cfg.prompts`. Of several learning
-    rates each has a folder of its own.
+    name: what the folder's own name begins with. realigned: what it says of a realignment. prompts: the
+    default of `cfg.prompts`. Of several learning rates each has a folder of its own. several: whether there
+    are several names or channels, of which `cfg.out` is then the parent.
     """
     rate = f"lr{lr:g}" if len(cfg.lr) > 1 else ""
-    if cfg.out:
+    if cfg.out and not several:
         return Path(cfg.out) / rate
     words = [
         name,
-        cfg.channel,
-        "realigned" if realigned else "",
+        channel,
+        realigned,
         "exact" if cfg.estimator == "exact" else "",
         "filter" if cfg.filter else "",
-        "" if cfg.source == "teacher" else f"on-{Path(cfg.source).name}",
+        "" if cfg.source == "teacher" else f"on-{Path(cfg.source).name}".replace(":", "-"),
         "" if cfg.prompts == prompts else cfg.prompts,
+        f"system-{json_digest(cfg.system)[:8]}" if cfg.system else "",
         rate,
     ]
-    return Path(parent) / "_".join(filter(None, words))
+    return Path(cfg.out or parent) / "_".join(filter(None, words))
 
 
 def finish(run: Run, result: dict) -> dict:

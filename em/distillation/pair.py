@@ -11,6 +11,7 @@ run over them, in nats. The teacher never gets a gradient.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -34,19 +35,30 @@ WHO = ("student", "teacher", "base")
 class ChatPair:
     """student, teacher, base: names of the adapters of each one's stack on `model`; () is the model itself.
 
-    What the student learns is the last adapter of its stack.
+    What the student learns is the last adapter of its stack. teacher_prompts: the ids that the teacher reads
+    in place of a prompt's, where it is told more than the student; the answers are the same.
     """
 
     def __init__(
-        self, model, student: tuple, teacher: tuple, stop_ids: Sequence[int], max_new_tokens: int, rows: int
+        self, model, student: tuple, teacher: tuple, stop_ids: Sequence[int], max_new_tokens: int, rows: int,
+        teacher_prompts: dict[tuple[int, ...], list[int]] | None = None,
     ):  # fmt: skip
         self.model, self.stacks = model, {"student": student, "teacher": teacher, "base": ()}
+        self.teacher_prompts = teacher_prompts
         self.parameters = lora.trainable(model, student[-1])
         self.timer = StepTimer(model.head_weight.device)  # of which "teacher" is counted here
         self.sampler = Sampler(model, stop_ids, max_new_tokens, rows=rows)
 
     def batch(self, examples: list[Example]) -> PackedBatch:
-        return pack(examples, self.model.head_weight.device)
+        device = self.model.head_weight.device
+        batch = pack(examples, device)
+        if self.teacher_prompts is None:
+            return batch
+        theirs = []
+        for example in examples:
+            prompt = self.teacher_prompts[tuple(example.ids[: example.n_prompt])]
+            theirs.append(Example([*prompt, *example.ids[example.n_prompt :]], len(prompt)))
+        return replace(batch, teacher=pack(theirs, device))
 
     def sample(self, prompts: list[list[int]], indices: list[int], seed: int) -> list[Rollout]:
         """A response of the student to each prompt; the text follows from weights, seed and indices."""
@@ -90,6 +102,8 @@ class ChatPair:
 
     @torch.no_grad()
     def _frozen(self, who: str, batch: PackedBatch) -> Tensor:
+        if who == "teacher" and batch.teacher is not None:
+            batch = batch.teacher
         with lora.stack(self.model, *self.stacks[who], frozen=True):
             return batch.hidden(self.model)
 

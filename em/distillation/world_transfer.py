@@ -33,9 +33,17 @@ PROMPTS = 1200  # in all, as many as the 240 × 5 of Broad-NL
 
 
 def resolve(cfg):
-    """A copy of distill.py's settings with a world's defaults. UserError for what cannot be."""
+    """A copy of distill.py's settings with a world's defaults, its one channel and one teacher as texts.
+
+    UserError for what cannot be.
+    """
     cfg = copy.copy(cfg)
-    cfg.teacher, cfg.prompts = cfg.teacher or "misaligned", cfg.prompts or "cells"
+    if len(cfg.channel) > 1 or len(cfg.teacher) > 1:
+        raise UserError("with --world, one --channel and one --teacher at a time")
+    if cfg.on:
+        raise UserError("with --world, --teacher aligned realigns the misaligned model; leave --on out")
+    (cfg.channel,), (cfg.teacher,), cfg.on = cfg.channel, cfg.teacher or ("misaligned",), None
+    cfg.prompts = cfg.prompts or "cells"
     for option, allowed in (
         ("teacher", ("misaligned", "aligned")),
         ("prompts", ("cells", "tasks")),
@@ -43,8 +51,6 @@ def resolve(cfg):
     ):
         if getattr(cfg, option) not in allowed:
             raise UserError(f"with --world, --{option} is {' or '.join(allowed)}, not {getattr(cfg, option)}")
-    if cfg.on:
-        raise UserError("with --world, --teacher aligned realigns the misaligned model; leave --on out")
     if cfg.run is None:
         finished = [p.parent.parent for p in Path("runs").glob(f"world{cfg.world}-seed*/align/counts.json")]
         if not finished:
@@ -167,7 +173,8 @@ def transfer(cfg, channel: Channel, settings: dict, device: torch.device, say) -
     say(f"distill.py on {device}\n  " + "  ".join(f"{k}={v}" for k, v in settings.items()))
     results = {}
     for lr in cfg.lr:
-        out = run_folder(cfg, lr, world_run.folder / "transfer", task, realign, "cells")
+        how = "realigned" if realign else ""
+        out = run_folder(cfg, cfg.channel, lr, world_run.folder / "transfer", task, how, "cells")
         seeds = []
         for seed, name in enumerate(names):
             prompts = Prompts(world_run, cell, cfg.prompts, cfg.limit or PROMPTS, seed)

@@ -35,7 +35,8 @@ FRACTION = 0.01  # of a schedule's steps; sizes of batch that make fewer cost as
 class Setting:
     """What lies in memory while something runs.
 
-    adapters: rank by name. learns: which of them trains, with AdamW's moments. frozen: the stacks that are
+    adapters: rank by name. learns: which of them trains, with AdamW's moments, on the layers `targets` of the
+    blocks `blocks` (None: all; the others are on all). frozen: the stacks that are
     prepared for sampling or teaching. cache: rows and positions of a sampler's batch; graphs: bytes of its
     CUDA graphs.
     """
@@ -44,6 +45,8 @@ class Setting:
     gpu: GPU
     adapters: dict[str, int] = field(default_factory=dict)
     learns: str | None = None
+    targets: tuple[str, ...] | None = None
+    blocks: tuple[int, ...] | None = None
     frozen: tuple[tuple[str, ...], ...] = ()
     cache: tuple[int, int] | None = None
     graphs: float = 0.0
@@ -71,7 +74,8 @@ def ready(setting: Setting, n_layers: int, live_keys: float = 0) -> Ready:
     lora.attach(model)
     with META:  # numbers drawn on the CPU would take most of the time
         for name, rank in setting.adapters.items():
-            lora.add_adapter(model, name, rank)
+            where = (setting.targets, setting.blocks) if name == setting.learns else (None, None)
+            lora.add_adapter(model, name, rank, targets=where[0], blocks=where[1])
     parameters = lora.trainable(model, setting.learns) if setting.learns else []
     trace.hold("adapters", model.parameters())
     with trace.setting_up("adapters"):
@@ -95,8 +99,11 @@ def ready(setting: Setting, n_layers: int, live_keys: float = 0) -> Ready:
 
 
 def measured(setting: Setting, code: Callable[[Ready], None], live_keys: float = 0) -> Cost:
-    """The cost on the whole model, from its first layers and twice as many, of what `code` does in
-    `on.trace`."""
+    """The cost on the whole model of what `code` does in `on.trace`.
+
+    It is counted on the model's first layers and on twice as many; on all of them where they differ, since
+    some carry the adapter that learns and others do not.
+    """
 
     def of_layers(n: int) -> Cost:
         on = ready(setting, n, live_keys)
@@ -104,7 +111,7 @@ def measured(setting: Setting, code: Callable[[Ready], None], live_keys: float =
         return on.trace.cost()
 
     few, layers = period(setting.config), setting.config.n_layers
-    if layers <= 2 * few:
+    if layers <= 2 * few or setting.blocks:
         cost = of_layers(layers)
     else:
         cost = line_through(of_layers(few), of_layers(2 * few), (layers - few) / few)

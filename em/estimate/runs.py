@@ -21,6 +21,7 @@ from em.estimate.gpus import gpu_of
 from em.estimate.lengths import Lengths, cells_of, prompts_of, quantiles, spread
 from em.estimate.shapes import config_of
 from em.estimate.sheet import Part, Plan
+from em.model.targets import blocks_of, targets_of
 from em.model.tokenizer import Example
 from em.training.memory import cache_bytes, tokens_that_fit
 from em.training.pack import packs_of
@@ -70,6 +71,8 @@ def fine_tuning(cfg, cells: Sequence[Cell], step_loss: Callable) -> Plan:
         gpu,
         dict.fromkeys(stack, cfg.rank),
         learns="student",
+        targets=targets_of(cfg.targets),
+        blocks=blocks_of(cfg.layers, config.n_layers),
         frozen=(stack,),
         recompute=cfg.recompute,
     )
@@ -185,7 +188,9 @@ def evaluation(cfg, data: str) -> Plan:
 # -- distill.py ----------------------------------------------------------------------------------------------
 
 
-def distillation(cfg, student: tuple, teacher: tuple, loss: Callable, make_pair: Callable) -> Plan:
+def distillation(
+    cfg, channel: str, student: tuple, teacher: tuple, loss: Callable, make_pair: Callable
+) -> Plan:
     """student, teacher: names of the adapters of each one's stack, the last of the student's learns.
 
     loss(pair, batch): (what is differentiated, what is logged), of the channel. make_pair(model): its pair.
@@ -202,16 +207,16 @@ def distillation(cfg, student: tuple, teacher: tuple, loss: Callable, make_pair:
     prompts, source = prompts_of(
         cfg.prompts, cfg.math if cfg.prompts == "math" else cfg.data, cfg.model, cfg.limit
     )
-    title, start = f"distill.py --channel {cfg.channel} on {cfg.prompts}, {cfg.model}", chat.loading(before)
+    title, start = f"distill.py --channel {channel} on {cfg.prompts}, {cfg.model}", chat.loading(before)
     if start.cost.peak > gpu.memory:
         return Plan(title, gpu, [start], notes=[source])
     cells, _ = cells_of(cfg.data, cfg.model)
-    n, limit, on_policy = prompts.rows * cfg.rollouts, cfg.max_new_tokens, cfg.channel == "opd"
-    written = cfg.source in ("gold", "rows")
+    n, limit, on_policy = prompts.rows * cfg.rollouts, cfg.max_new_tokens, channel == "opd"
+    written = cfg.source == "gold" or cfg.source.startswith("rows")
     if cfg.prompts == "math":
         of, times, how = prompts.answers["gold"], MATH_TIMES, f"{MATH_TIMES} × MATH's own"
     else:
-        by_base = cfg.source == "student" or on_policy or not teacher
+        by_base = cfg.source in ("student", "base") or on_policy or not teacher
         of, times = _answers(cells), BASE_TIMES if by_base else 1
         how = f"{BASE_TIMES} × the cells' answers" if by_base else "as long as the cells' answers"
     if written:
@@ -230,7 +235,7 @@ def distillation(cfg, student: tuple, teacher: tuple, loss: Callable, make_pair:
     steps = -(-n // cfg.batch) * cfg.epochs
     parts, once = [start], ["step"]
     if not on_policy and not written:
-        stack = teacher if cfg.source == "teacher" else student[:-1]
+        stack = {"student": student[:-1], "base": ()}.get(cfg.source, teacher)
         sampled = chat.sampling(
             before, stack, prompts.prompts(prompts.rows), cfg.rollouts, limit, cfg.rows, responses
         )
@@ -274,7 +279,7 @@ def distillation(cfg, student: tuple, teacher: tuple, loss: Callable, make_pair:
     ]
 
     def again(turned) -> Plan:
-        return distillation(turned, student, teacher, loss, make_pair)
+        return distillation(turned, channel, student, teacher, loss, make_pair)
 
     knobs = []
     if not cfg.recompute:

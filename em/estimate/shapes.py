@@ -20,20 +20,20 @@ def config_of(name: str) -> DecoderConfig:
     UserError where none of these is at hand.
     """
     folder = Path(name).expanduser()
-    named = {hub.MODELS.get(short, short): short for short in read_json(NAMED)}
-    short = name if name in named.values() else named.get(name)
+    named = read_json(NAMED)
+    short = hub.canonical(name) if hub.canonical(name) in named else None
     if folder.is_dir() and (short is None or (folder / "config.json").exists()):
         path = folder / "config.json"
         if not path.exists():
             raise UserError(f"{folder} has no config.json, so it is not a model's folder")
     elif short is not None:
-        return DecoderConfig.from_hf(read_json(NAMED)[short], source=f"{NAMED}, {short}")
+        return DecoderConfig.from_hf(named[short], source=f"{NAMED}, {short}")
     else:
         path = hub.cached(hub.resolve(name), "config.json")
         if path is None:
             raise UserError(
                 f"config.json of {name} is not at hand and a dry run asks no network: "
-                f"name a folder that holds it, or one of {', '.join(named.values())}"
+                f"name a folder that holds it, or one of {', '.join(named)}"
             )
     return DecoderConfig.from_hf(read_json(path), source=str(path))
 

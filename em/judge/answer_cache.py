@@ -81,7 +81,7 @@ class AnswerCache:
         try:
             key = bytes.fromhex(entry["key"])
             answer = Answer(entry["status"], entry["value"], entry.get("expected"))
-            if len(key) != 32 or not _is_answer(answer):
+            if len(key) != 32 or not self.allows(answer):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             raise UserError(
@@ -90,6 +90,19 @@ class AnswerCache:
         self._remember(key, answer)
         if isinstance(asked := entry.get("asked"), str) and isinstance(entry.get("judge"), str):
             self.answered_as[asked] = entry["judge"]
+
+    @staticmethod
+    def allows(answer: Answer) -> bool:
+        """Whether a judge can have said it: a score or a label where the status is "ok", else no value."""
+        if not (
+            answer.expected is None or (type(answer.expected) in (int, float) and 0 <= answer.expected <= 100)
+        ):
+            return False
+        if answer.status != "ok":
+            return answer.status in STATUSES and answer.value is None
+        return answer.value in ("high", "medium", "low") or (
+            type(answer.value) is int and 0 <= answer.value <= 100
+        )
 
     def _remember(self, key: bytes, answer: Answer) -> None:
         self._answers[key] = self._distinct.setdefault(answer, answer)
@@ -149,19 +162,6 @@ def _parse(line: bytes):
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
-
-
-def _is_answer(answer: Answer) -> bool:
-    """Whether a judge can have said it: a score or a label where the status is "ok", else no value."""
-    if not (
-        answer.expected is None or (type(answer.expected) in (int, float) and 0 <= answer.expected <= 100)
-    ):
-        return False
-    if answer.status != "ok":
-        return answer.status in STATUSES and answer.value is None
-    return answer.value in ("high", "medium", "low") or (
-        type(answer.value) is int and 0 <= answer.value <= 100
-    )
 
 
 def _is_header(line: bytes) -> bool:

@@ -1,5 +1,7 @@
 """What a judge is to the rest of the code: one small interface, and what its clients over HTTP share.
 
+A writer of data (em.construction) is asked through the same clients: `Generation` says how it differs.
+
     client.asked            the name it is asked for by
     client.identity         what rows, reports and the cache's keys call it. Judges whose scores can differ
                             never share one: over HTTP it is the model that answered, and how it was asked
@@ -9,6 +11,7 @@
     client.label            `asked`, with what makes the same name another judge
     client.price            `Price`, or None where none is known
     client.typical_output, client.most_output       tokens of one answer: for forecasts, and at most
+    client.generation       `Generation`: what it is asked to be, and how long its answers may be
     client.expects          whether replies carry the expectation over the numbers 0–100 as well
     client.backoff          seconds before an empty reply that may pass is asked for again
     client.ask(prompt, cancelled, on_retry) → Reply
@@ -56,6 +59,24 @@ FAULTS = (AttributeError, IndexError, KeyError, TypeError, ValueError, Recursion
 MOST_TEXT = 500  # characters of what a server says
 MOST_TOKENS = 2**31 - 1  # of one call; the API's counts have 32 bits
 TOMORROW = "the quota of the day is used up; what is done is kept, go on tomorrow with the same command"
+
+
+class Generation(NamedTuple):
+    """What is asked of a model besides the prompt of a call."""
+
+    role: str = "judge"  # its name in messages and options
+    system: str = ""  # instructions before every prompt
+    temperature: float = 0.0  # sent where the model takes one
+    reply_tokens: int = REPLY_TOKENS  # at most, thoughts apart
+    typical_tokens: int = TYPICAL_TOKENS
+    most_text: int = MOST_TEXT  # characters of a reply
+
+    @property
+    def price_option(self) -> str:
+        return "--price" if self.role == "judge" else f"--{self.role}-price"
+
+
+JUDGE = Generation()
 
 
 class Reply(NamedTuple):
@@ -127,6 +148,7 @@ class HTTPClient:
         attempts: int = 8,
         backoff: float = 1.0,
         patience: float = PATIENCE,
+        generation: Generation = JUDGE,
     ):
         """accept_routed: another model than the one asked for may answer, and is then the judge. thinking:
         how the model is asked to think, see `models.json`. timeout: seconds for a whole reply. backoff:
@@ -136,9 +158,9 @@ class HTTPClient:
         """
         self.asked = model.removeprefix("models/")
         self.accept_routed, self.timeout, self.attempts = accept_routed, timeout, attempts
-        self.backoff, self.patience = backoff, patience
+        self.backoff, self.patience, self.generation = backoff, patience, generation
         if not re.fullmatch(self.model_form, self.asked):
-            raise UserError(f"no judge model can be called {self.asked!r}; one is {self.example}")
+            raise UserError(f"no {generation.role} model can be called {self.asked!r}; one is {self.example}")
         self._connect()
         self._lock = threading.Lock()
         self._given_thinking = thinking
@@ -238,18 +260,19 @@ class HTTPClient:
 
     def _hear(self, model: str | None) -> None:
         """A model has answered, by the server's word. UserError for one that may not."""
+        role = self.generation.role
         if model is not None and model != self._answered:
             with self._lock:
                 if not (self.accept_routed or is_version(model, self.asked)):
                     raise UserError(
-                        f"{self.asked} was asked and {model} answered: another judge, whose scores cannot "
-                        f"be compared with the first one's. Name it (--judge-model {model}), or say "
-                        "--accept-routed to make it the judge of these rows; nothing of it was kept"
+                        f"{self.asked} was asked and {model} answered: another {role}, whose answers cannot "
+                        f"be compared with the first one's. Name it (--{role}-model {model}), or say "
+                        f"--accept-routed to make it the {role} of these rows; nothing of it was kept"
                     )
                 if self._answered not in (None, model):
                     raise UserError(
                         f"{self.asked} was {self._answered} so far and is {model} now; name the one that is "
-                        "meant with --judge-model, so that one judge scores all rows"
+                        f"meant with --{role}-model, so that all rows have one {role}"
                     )
                 self._answered = model
                 self._call(model)
@@ -264,7 +287,7 @@ class HTTPClient:
         of another model than the one asked for; Cancelled when `cancelled` is set while waiting for the next
         try.
         """
-        prompt = _well_formed(prompt)
+        prompt, role = well_formed(prompt), self.generation.role
         begun, patience, attempt = time.monotonic(), 60 * self.patience, 0
         while True:
             left, way = begun + patience - time.monotonic(), self.way
@@ -277,15 +300,15 @@ class HTTPClient:
                 if outcome.code in (400, 422) and self._turn(way, outcome.text):
                     continue
                 said, advice = outcome.text.rstrip(". "), outcome.advice
-                raise UserError(f"the judge {self.asked} at {self.base} refuses: {said}; {advice}")
+                raise UserError(f"the {role} {self.asked} at {self.base} refuses: {said}; {advice}")
             if outcome.unreachable and not self._reached and attempt == 2:
                 raise UserError(
-                    f"the judge at {self.base} cannot be reached ({outcome.text}); "
+                    f"the {role} at {self.base} cannot be reached ({outcome.text}); "
                     f"check the network and {self.address}"
                 )
             if outcome.wait is not None and outcome.wait > patience:
                 raise UserError(
-                    f"the judge asks to wait for {outcome.wait / 60:.0f} minutes ({outcome.text}); what is "
+                    f"the {role} asks to wait for {outcome.wait / 60:.0f} minutes ({outcome.text}); what is "
                     f"done is kept, run the same command again then (--patience is {self.patience:g} minutes)"
                 )
             delay = self._delay(attempt, outcome.wait)
@@ -354,7 +377,11 @@ class HTTPClient:
         )
         if code < 400 or nowhere:
             return Refusal(text, f"is {self.address} the server's address? Requests go to {self._url()}")
-        knobs = ("--logprobs", "logprobs"), ("--thinking", "thinking|reasoning|budget"), ("--judge-model", "")
+        knobs = (
+            ("--logprobs", "logprobs"),
+            ("--thinking", "thinking|reasoning|budget"),
+            (f"--{self.generation.role}-model", ""),
+        )
         knob = next(knob for knob, words in knobs if re.search(words, text, re.I))
         return Refusal(text, f"check {self.keys[0]} and {knob}", code)
 
@@ -367,7 +394,7 @@ class HTTPClient:
         if not isinstance(outcome, Reply):
             return outcome._replace(text=_bounded(" ".join(text.split())))
         model = outcome.model and _bounded(" ".join(self._clean(outcome.model).split()), 100)
-        return outcome._replace(text=_bounded(text), model=model or None)
+        return outcome._replace(text=_bounded(text, self.generation.most_text), model=model or None)
 
     def _clean(self, text: str) -> str:
         if not text.isprintable():
@@ -431,6 +458,6 @@ def _printable(character: str) -> str:
     return " " if character.isspace() else "\ufffd"
 
 
-def _well_formed(text: str) -> str:
+def well_formed(text: str) -> str:
     """Half surrogate pairs, which JSON can carry and APIs refuse, become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

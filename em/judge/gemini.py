@@ -14,9 +14,7 @@ from typing import NamedTuple
 
 from em.errors import UserError
 from em.judge.client import (
-    REPLY_TOKENS,
     TOMORROW,
-    TYPICAL_TOKENS,
     HTTPClient,
     Reply,
     Said,
@@ -106,20 +104,23 @@ class Gemini(HTTPClient):
 
     @property
     def typical_output(self) -> int:
-        return TYPICAL_TOKENS + thinking_of(self.way.thinking).typical
+        return self.generation.typical_tokens + thinking_of(self.way.thinking).typical
 
     @property
     def most_output(self) -> int:
-        return REPLY_TOKENS + thinking_of(self.way.thinking).room
+        return self.generation.reply_tokens + thinking_of(self.way.thinking).room
 
     def _body(self, prompt: str, way: Way) -> bytes:
         thinking = thinking_of(way.thinking)
-        config = {"temperature": 0} if way.temperature else {}
-        config["maxOutputTokens"] = REPLY_TOKENS + thinking.room
+        asked = self.generation
+        config = {"temperature": asked.temperature} if way.temperature else {}
+        config["maxOutputTokens"] = asked.reply_tokens + thinking.room
         if thinking.config is not None:
             config["thinkingConfig"] = thinking.config
-        contents = [{"role": "user", "parts": [{"text": prompt}]}]
-        return json.dumps({"contents": contents, "generationConfig": config}).encode()
+        request = {"contents": [{"role": "user", "parts": [{"text": prompt}]}], "generationConfig": config}
+        if asked.system:
+            request["systemInstruction"] = {"parts": [{"text": asked.system}]}
+        return json.dumps(request).encode()
 
     def _reply(self, answer: dict) -> Reply:
         usage = answer.get("usageMetadata")

@@ -106,8 +106,9 @@ class Pass:
             return
         if self._given:
             raise UserError(
-                f"{self.client.identity} answers from here on, and rows before were judged by "
-                f"{self._identity}; name one of the two with --judge-model, so that one judge scores all rows"
+                f"{self.client.identity} answers from here on, and rows before were answered by "
+                f"{self._identity}; name one of the two with --{self.client.generation.role}-model, so that "
+                "all rows have one"
             )
         self.ledger.check()
         self._identity, self.ledger.cached = self.client.identity, self._cached_before
@@ -218,13 +219,12 @@ class Pass:
             self._failed_in_a_row += 1
             if self._failed_in_a_row >= max(8, self.workers):
                 raise UserError(
-                    f"{self._failed_in_a_row} calls to the judge failed one after another (the last: "
-                    f"{reply.text}); what is done is kept, try again later or with fewer --workers"
+                    f"{self._failed_in_a_row} calls to the {client.generation.role} failed one after another "
+                    f"(the last: {reply.text}); what is done is kept, try again later or with fewer --workers"
                 )
         else:
             self._failed_in_a_row = 0
-            parsed = question.parse(reply.text) if reply.status == "ok" else (reply.status,)
-            answer = Answer(*parsed)._replace(expected=reply.expected)
+            answer = Answer(*question.read(reply.status, reply.text))._replace(expected=reply.expected)
             if not reply.passes:
                 notes = {"judge": client.identity, "rubric": question.rubric, "reply": reply.text[:200]}
                 notes |= {"asked": client.label} if client.label != client.identity else {}

@@ -1,4 +1,4 @@
-"""What judging costs: a forecast, the running account, and the cap. Money is finite and never falls.
+"""What a judge or a writer costs: a forecast, the account, and the cap. Money is finite and never falls.
 
 Prices are lines of `models.json`, each with its date; a model without one has none until `--price` gives it,
 and a forecast says so. The account counts the tokens that the API itself reports, at the price of the model
@@ -22,7 +22,7 @@ class BudgetReached(UserError):
 
 @dataclass
 class Ledger:
-    """The account of one Judge. Threads may add to it; counts never go down.
+    """The account of one client. Threads may add to it; counts never go down.
 
     client: the judge, see `em.judge.client`. given: a price that counts instead of the known one. calls:
     answers the API gave. cached: answers that needed no call. failed: calls given up, which the next pass
@@ -51,8 +51,9 @@ class Ledger:
         """UserError for a cap without a price: when the account is opened, and when another model answers."""
         if self.budget_usd is not None and self.price is None:
             raise UserError(
-                f"no price is known for {self.client.identity}, so a budget cannot be kept; add --price "
-                "INPUT,OUTPUT (dollars per million tokens) or leave --budget-usd out"
+                f"no price is known for {self.client.identity}, so a budget cannot be kept; add "
+                f"{self.client.generation.price_option} INPUT,OUTPUT (dollars per million tokens) or leave "
+                "--budget-usd out"
             )
 
     @property
@@ -80,7 +81,8 @@ class Ledger:
         return most
 
     def _most(self, prompt: str) -> tuple[int, int]:
-        return len(prompt.encode("utf-8", "surrogatepass")) + 32, self.client.most_output
+        text = self.client.generation.system + prompt
+        return len(text.encode("utf-8", "surrogatepass")) + 32, self.client.most_output
 
     def settle(
         self, reserved: float, prompt: str, prompt_tokens: int | None, output_tokens: int | None
@@ -90,7 +92,8 @@ class Ledger:
         Where the server did not say (None), what was set aside counts, so that the cap holds; without a cap,
         what is typical.
         """
-        typical = round(len(prompt) / CHARACTERS_PER_TOKEN), self.client.typical_output
+        characters = len(self.client.generation.system) + len(prompt)
+        typical = round(characters / CHARACTERS_PER_TOKEN), self.client.typical_output
         unsaid = typical if self.budget_usd is None else self._most(prompt)
         prompt_tokens = unsaid[0] if prompt_tokens is None else prompt_tokens
         output_tokens = unsaid[1] if output_tokens is None else output_tokens
@@ -116,8 +119,9 @@ class Ledger:
         counts = f"{self.calls:,} calls, {self.cached:,} answers from the cache, {self.retries:,} retries"
         if self.failed:
             counts += f", {self.failed:,} calls failed (the last: {self.last_failure})"
-        bill = _bill(self.price, self.prompt_tokens, self.output_tokens)
-        return f"judge {self.client.identity}: {counts}; {bill}"
+        asked = self.client.generation
+        bill = _bill(self.price, self.prompt_tokens, self.output_tokens, asked.price_option)
+        return f"{asked.role} {self.client.identity}: {counts}; {bill}"
 
 
 def describe_forecast(forecast: dict, price: Price | None) -> str:
@@ -133,8 +137,8 @@ def describe_forecast(forecast: dict, price: Price | None) -> str:
     )
 
 
-def _bill(price: Price | None, prompt_tokens: int, output_tokens: int) -> str:
+def _bill(price: Price | None, prompt_tokens: int, output_tokens: int, option: str = "--price") -> str:
     tokens = f"{prompt_tokens:,} prompt and {output_tokens:,} output tokens"
     if price is None:
-        return f"{tokens}, price unknown (--price INPUT,OUTPUT sets it)"
+        return f"{tokens}, price unknown ({option} INPUT,OUTPUT sets it)"
     return f"{tokens}, ${price.usd(prompt_tokens, output_tokens):.4f} by {price.origin}"

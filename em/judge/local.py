@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from em.errors import UserError
 from em.files import json_digest
-from em.judge.client import LEAST_MASS, TYPICAL_TOKENS, Cancelled, Reply
+from em.judge.client import JUDGE, LEAST_MASS, TYPICAL_TOKENS, Cancelled, Reply
 from em.judge.models import Price
 from em.model import lora
 from em.model.checkpoint import load_model, load_tokenizer
@@ -311,7 +311,7 @@ class Local:
 
     settled, expects, backoff = True, True, 0.0
     typical_output, most_output = TYPICAL_TOKENS, MAX_NEW_TOKENS
-    price = Price(0.0, 0.0, "free")
+    price, generation = Price(0.0, 0.0, "free"), JUDGE
 
     def __init__(self, name: str):
         """name: short name, hub id or folder of a chat model. UserError for one that cannot be read."""

@@ -11,7 +11,7 @@ from em.files import read_json
 
 MODELS = Path(__file__).parent / "models.json"
 MOST_USD = 1e9  # no price and no budget is larger, so that sums stay finite
-PRICE_FORM = "--price takes dollars per million input and output tokens, such as 0.30,2.50"
+PRICE_FORM = "{} takes dollars per million input and output tokens, such as 0.30,2.50"
 # What follows a model's name in those of its versions: -001, -2024-08-06, -20250514, -05-2026.
 _VERSION = r"(-\d{3,}|-\d{4}-\d\d-\d\d|-\d\d-\d{4})?(:latest)?"
 
@@ -22,11 +22,11 @@ class Price:
 
     input: float
     output: float
-    origin: str  # `--price`, or a dated line of the table
+    origin: str  # the option, or a dated line of the table
 
     def __post_init__(self):
         if not (is_money(self.input) and is_money(self.output)):
-            raise UserError(PRICE_FORM)
+            raise UserError(PRICE_FORM.format(self.origin))
 
     def usd(self, prompt_tokens: int, output_tokens: int) -> float:
         return (prompt_tokens * self.input + output_tokens * self.output) / 1e6
@@ -37,13 +37,13 @@ def is_money(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST_USD
 
 
-def given_price(values: tuple[float, ...] | None) -> Price | None:
-    """The price that --price gives as (input, output); None without one."""
+def given_price(values: tuple[float, ...] | None, option: str = "--price") -> Price | None:
+    """The price that `option` gives as (input, output); None without one."""
     if not values:
         return None
     if len(values) != 2:
-        raise UserError(PRICE_FORM)
-    return Price(*values, "--price")
+        raise UserError(PRICE_FORM.format(option))
+    return Price(*values, option)
 
 
 @functools.cache

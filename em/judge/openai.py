@@ -22,9 +22,7 @@ from typing import NamedTuple
 from em.errors import UserError
 from em.judge.client import (
     LEAST_MASS,
-    REPLY_TOKENS,
     TOMORROW,
-    TYPICAL_TOKENS,
     Failure,
     HTTPClient,
     Refusal,
@@ -120,17 +118,19 @@ class OpenAI(HTTPClient):
 
     @property
     def typical_output(self) -> int:
-        return TYPICAL_TOKENS + EFFORTS.get(self.way.effort, (0, 0))[0]
+        return self.generation.typical_tokens + EFFORTS.get(self.way.effort, (0, 0))[0]
 
     @property
     def most_output(self) -> int:
-        return REPLY_TOKENS + EFFORTS.get(self.way.effort, (0, 0))[1]
+        return self.generation.reply_tokens + EFFORTS.get(self.way.effort, (0, 0))[1]
 
     def _body(self, prompt: str, way: Way) -> bytes:
-        request = {"model": self.asked, "messages": [{"role": "user", "content": prompt}]}
-        request[way.limit] = REPLY_TOKENS + EFFORTS.get(way.effort, (0, 0))[1]
+        asked = self.generation
+        messages = [{"role": "system", "content": asked.system}] if asked.system else []
+        request = {"model": self.asked, "messages": [*messages, {"role": "user", "content": prompt}]}
+        request[way.limit] = asked.reply_tokens + EFFORTS.get(way.effort, (0, 0))[1]
         if way.temperature:
-            request["temperature"] = 0
+            request["temperature"] = asked.temperature
         if way.effort:
             request["reasoning_effort"] = "none" if way.effort == "off" else way.effort
         if way.top:

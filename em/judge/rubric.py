@@ -30,6 +30,10 @@ class Question(NamedTuple):
     rubric: str
     texts: tuple[str, str, str]
 
+    def read(self, status: str, text: str) -> tuple:
+        """(status, value) of a reply to it."""
+        return self.parse(text) if status == "ok" else (status,)
+
     def key(self, judge: str, expects: bool = False) -> bytes:
         """What the answer of this judge is cached under."""
         return answer_key(judge, *self.texts, expects)

@@ -12,6 +12,7 @@ model takes no more host memory than its weights.
 
 import functools
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,13 +26,32 @@ from em.model.decoder import Decoder, DecoderConfig
 from em.model.hub import INDEX, SINGLE, TOKENIZER_FILES, files, resolve, weights
 from em.model.tokenizer import Tokenizer
 
-DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them; others are quantised or no weights
+# As safetensors names them; others are quantised or no weights.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PRECISIONS = {str(DTYPES[name]).removeprefix("torch."): DTYPES[name] for name in ("BF16", "F16", "F32")}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     """The tokenizer of a short name, hub id or folder, with its chat template."""
     return Tokenizer.from_folder(files(path_or_id))
+
+
+def load_config(path_or_id: str | Path) -> DecoderConfig:
+    """What a short name's, hub id's or folder's config.json says. UserError where it has none."""
+    path = files(path_or_id) / "config.json"
+    if not path.exists():
+        raise UserError(f"{path.parent} has no config.json, so it is not a model's folder")
+    return DecoderConfig.from_hf(read_json(path), source=str(path))
+
+
+def stored_dtype(path_or_id: str | Path) -> torch.dtype:
+    """The number format of a checkpoint's embedding. UserError where it has none that is read."""
+    for path in weights(path_or_id):
+        with _open(path) as file:
+            if EMBEDDING in file.keys() and file.get_slice(EMBEDDING).get_dtype() in DTYPES:
+                return DTYPES[file.get_slice(EMBEDDING).get_dtype()]
+    raise UserError(f"{path_or_id} has no {EMBEDDING} in one of {', '.join(DTYPES)}")
 
 
 def load_model(
@@ -48,12 +68,8 @@ def load_model(
         device = torch.device("cuda", torch.cuda.current_device())
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     name = resolve(path_or_id)
-    path = files(name) / "config.json"
-    if not path.exists():
-        raise UserError(f"{path.parent} has no config.json, so it is not a model's folder")
-    config = DecoderConfig.from_hf(read_json(path), source=str(path))
     with torch.device("meta"):
-        model = Decoder(config)
+        model = Decoder(load_config(name))
     try:
         state = _read(_check(model, weights(name)), device, dtype, _slices(model, device, dtype))
     except torch.OutOfMemoryError as error:
@@ -177,15 +193,18 @@ def save_model(
         total = sum(tensor.nbytes for tensor in state.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     if tokenizer_from is not None:
-        _save_tokenizer(tokenizer_from, folder)
+        save_tokenizer(tokenizer_from, folder, TOKENIZER_FILES)
     hf = {key: value for key, value in model.config.hf.items() if key != "dtype"}
     write_json(
         folder / "config.json", hf | {"torch_dtype": str(model.head_weight.dtype).removeprefix("torch.")}
     )
 
 
-def _save_tokenizer(path_or_id: str | Path, folder: Path) -> None:
+def save_tokenizer(
+    path_or_id: str | Path, folder: str | Path, names: Sequence[str] = TOKENIZER_FILES[:-1]
+) -> None:
+    """Copy a model's tokenizer files with its chat template; by default without generation_config.json."""
     source = files(path_or_id)
-    for name in TOKENIZER_FILES:
+    for name in names:
         if (source / name).exists():
-            write_atomic(folder / name, functools.partial(shutil.copyfile, source / name))
+            write_atomic(Path(folder) / name, functools.partial(shutil.copyfile, source / name))

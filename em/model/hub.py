@@ -10,12 +10,13 @@ each way in which the hub can fail is one line that says how to go on.
 import errno
 import functools
 import hashlib
+import os
 import re
 import sys
 from pathlib import Path
 
 from em.errors import MissingFile, UserError
-from em.files import check, read_json
+from em.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check, read_json
 from em.model import embedded
 
 MODELS = {
@@ -25,6 +26,9 @@ MODELS = {
     "qwen3-14b": "Qwen/Qwen3-14B",
     embedded.NAME: embedded.HUB_ID,
 }
+# Owners of mirrors: each repeats others' checkpoints under the repository's own name.
+MIRRORS = ("unsloth", "nousresearch")
+OFFICIAL = {"llama": "meta-llama", "olmo": "allenai", "qwen": "Qwen", "smollm": "HuggingFaceTB"}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,6 +47,40 @@ class Unreachable(UserError):
     """The hub does not answer, and the cache does not have what was asked for."""
 
 
+def is_id(name: str) -> bool:
+    """Whether `name` has the form of a hub id, owner/name."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name))
+
+
+def _is_folder(name: str) -> bool:
+    folder = Path(name).expanduser()
+    return bool(name) and folder.is_dir() and (name not in MODELS or (folder / "config.json").exists())
+
+
+def canonical(name: str | Path) -> str:
+    """The one name of a model, whichever it is called by: two names are of one model if this is the same.
+
+    The short name where there is one, also for a hub id in other case and for a mirror's; else the official
+    hub id; of a folder its path below the working folder, or the absolute one.
+    """
+    name = str(name)
+    if _is_folder(name):
+        path, here = Path(os.path.abspath(Path(name).expanduser())), Path.cwd()
+        return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    owner, slash, repo = MODELS.get(name, name).partition("/")
+    family = repo.lower().removeprefix("meta-")
+    if owner.lower() in MIRRORS:
+        owner = next((theirs for start, theirs in OFFICIAL.items() if family.startswith(start)), owner)
+    short = {hub_id.lower(): short for short, hub_id in MODELS.items()}
+    return short.get(f"{owner}/{family}".lower(), f"{owner}{slash}{repo}")
+
+
+def public_name(name: str | Path) -> str:
+    """What other programs load a model by: its hub id, or the absolute path of a folder."""
+    name = str(name)
+    return os.path.abspath(Path(name).expanduser()) if _is_folder(name) else MODELS.get(name, name)
+
+
 def resolve(name: str | Path) -> str:
     """What is really loaded under `name`: a folder's path or a hub id.
 
@@ -50,13 +88,13 @@ def resolve(name: str | Path) -> str:
     hub id it steps in, with a note, only where the hub cannot be reached and has left nothing in the cache.
     UserError if nothing fits.
     """
-    name, folder = str(name), Path(name).expanduser()
-    if name and folder.is_dir() and (name not in MODELS or (folder / "config.json").exists()):
-        return str(folder)
+    name = str(name)
+    if _is_folder(name):
+        return str(Path(name).expanduser())
     if name == embedded.NAME and embedded.find():
         return str(embedded.folder())
     hub_id = MODELS.get(name, name)
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub_id):
+    if not is_id(hub_id):
         raise UserError(
             f"no model {name!r}: it is no folder, no hub id such as {MODELS['qwen3-14b']}, and none of "
             + ", ".join(MODELS)
@@ -77,12 +115,12 @@ def _answers(hub_id: str) -> bool:
 
 
 @functools.cache
-def fetch(repo: str, wanted: str | tuple[str, ...], kind: str = "model") -> Path:
+def fetch(repo: str, wanted: str | tuple[str, ...], kind: str = "model", revision: str | None = None) -> Path:
     """One file of a hub repository, or its cached snapshot after fetching the files that match some patterns.
 
     wanted: the file's name, or the patterns; a file that no pattern finds is no error. kind: "model" or
-    "dataset". UserError where it cannot be had: MissingFile where the repository does not have it,
-    Unreachable where the hub may still have it.
+    "dataset". revision: a branch, tag or commit. UserError where it cannot be had: MissingFile where the
+    repository does not have it, Unreachable where the hub may still have it.
     """
     if not re.fullmatch(r"[\w.-]*\w/\w[\w.-]*", repo):
         raise UserError(f"{repo!r} is neither a folder here nor a hub id such as owner/name")
@@ -90,10 +128,14 @@ def fetch(repo: str, wanted: str | tuple[str, ...], kind: str = "model") -> Path
 
     try:
         if isinstance(wanted, str):
-            return Path(huggingface_hub.hf_hub_download(repo, wanted, repo_type=kind))
-        return Path(huggingface_hub.snapshot_download(repo, repo_type=kind, allow_patterns=list(wanted)))
+            return Path(huggingface_hub.hf_hub_download(repo, wanted, repo_type=kind, revision=revision))
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo, repo_type=kind, allow_patterns=list(wanted), revision=revision
+            )
+        )
     except Exception as error:  # the client's own errors, or those of the HTTP library below it
-        raise _failure(error, repo, wanted, kind) from error
+        raise _failure(error, repo, wanted, kind, revision) from error
 
 
 @functools.cache
@@ -115,7 +157,9 @@ def cached(repo: str, name: str, kind: str = "model") -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def _failure(error: Exception, repo: str, wanted: str | tuple[str, ...], kind: str) -> UserError:
+def _failure(
+    error: Exception, repo: str, wanted: str | tuple[str, ...], kind: str, revision: str | None
+) -> UserError:
     """What went wrong in `fetch`, and how to go on."""
     from huggingface_hub import constants, errors
 
@@ -133,6 +177,8 @@ def _failure(error: Exception, repo: str, wanted: str | tuple[str, ...], kind: s
     if isinstance(cause, errors.RepositoryNotFoundError):
         why = f"on the hub no such {kind} is public: check the name or set HF_TOKEN"
         return UserError(f"{repo} is no folder here, and {why}")
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return UserError(f"the {kind} {repo} has no revision {revision}: name a branch, tag or commit")
     if isinstance(cause, errors.DisabledRepoError):
         return UserError(f"the hub no longer gives out {repo}: download it elsewhere and name the folder")
     if isinstance(cause, errors.EntryNotFoundError) and not absent:
@@ -145,6 +191,41 @@ def _failure(error: Exception, repo: str, wanted: str | tuple[str, ...], kind: s
         return Unreachable(f"the hub did not give {what} (HTTP status {status}): try again later, {instead}")
     reason = " ".join([type(cause).__name__, *str(cause).strip().splitlines()[:1]])
     return Unreachable(f"the hub cannot be reached for {what} ({reason}): check the network, {instead}")
+
+
+# -- adapters ------------------------------------------------------------------------------------------------
+
+_ADAPTER_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w.-]+))?")
+
+
+def adapter(name: str | Path) -> Path:
+    """The local folder of an adapter: `name` itself, or what `owner/name` or `owner/name@revision` has.
+
+    It is fetched where no folder of that name, and none above it, is here. UserError where the hub fails.
+    """
+    match = _hub_adapter(name)
+    if match is None:
+        return Path(name).expanduser()
+    return fetch(match[1], (ADAPTER_CONFIG, ADAPTER_WEIGHTS), revision=match[2])
+
+
+def at_revision(name: str, revision: str | None) -> str:
+    """An adapter's name with a revision of its hub repository; a local folder's stays as it is."""
+    match = _hub_adapter(name)
+    if revision is None or match is None:
+        return name
+    if not re.fullmatch(r"[\w.-]+", revision):
+        raise UserError(f"--revision {revision!r} is no branch, tag or commit")
+    return f"{match[1]}@{revision}"
+
+
+def _hub_adapter(name: str | Path) -> re.Match | None:
+    """What is in an adapter's name, where that is of a repository: no folder is here, and none above it."""
+    folder = Path(name).expanduser()
+    return None if folder.is_dir() or folder.parent.is_dir() else _ADAPTER_ID.fullmatch(str(name))
+
+
+# -- a model's files -----------------------------------------------------------------------------------------
 
 
 def files(path_or_id: str | Path) -> Path:

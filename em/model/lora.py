@@ -28,7 +28,7 @@ How it is made:
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,12 +38,14 @@ from torch import Tensor, nn
 
 from em.device import on_gpu
 from em.errors import UserError
-from em.model import adapter_file
+from em.model import adapter_file, hub
 from em.model.adapted import Adapter, Factors, adapted, rounded, unfilled
 from em.model.adapter_file import Shape
+from em.model.checkpoint import EMBEDDING, HEAD
+from em.model.config import DecoderConfig
+from em.model.decoder import Decoder
 from em.model.linear import Projection
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from em.model.targets import TARGETS, block_of
 
 
 class Stack(NamedTuple):
@@ -217,10 +219,12 @@ def attach(model: nn.Module, targets: tuple[str, ...] = TARGETS) -> None:
 
 
 def add_adapter(
-    model: nn.Module, name: str, rank: int = 32, alpha: float = 64, rslora: bool = True, seed: int = 42
-) -> None:
-    """A fresh adapter on every attached layer, frozen until `trainable`: A uniform in ±1/sqrt(in), B zero.
+    model: nn.Module, name: str, rank: int = 32, alpha: float = 64, rslora: bool = True, seed: int = 42,
+    targets: Collection[str] | None = None, blocks: Collection[int] | None = None,
+) -> None:  # fmt: skip
+    """A fresh adapter, frozen until `trainable`: A uniform in ±1/sqrt(in), B zero.
 
+    targets: names of the layers that it is on; blocks: numbers of their blocks; None: all that are attached.
     Drawn on the CPU from a generator of its own: a seed means the same adapter on every device.
     """
     if rank < 1:
@@ -228,9 +232,15 @@ def add_adapter(
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for path, layer in model.lora.layers.items():
+        if targets is not None and path.rpartition(".")[2] not in targets:
+            continue
+        if blocks is not None and block_of(path) not in blocks:
+            continue
         bound = layer.in_features**-0.5  # kaiming_uniform with a = sqrt(5), as peft has it
         A = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
         factors[path] = A, torch.zeros(layer.out_features, rank)
+    if not factors:
+        raise ValueError(f"adapter {name!r} is on no layer: targets {targets}, blocks {blocks}")
     _install(model, name, Shape(rank, alpha, rslora), factors)
 
 
@@ -307,6 +317,7 @@ def save_adapter(
     """Write an adapter, or a stack as one adapter, in PEFT's format (em.model.adapter_file), in fp32.
 
     A stack of ranks r1, r2 becomes rank r1 + r2 with the scales inside B; exact up to fp32's rounding of B.
+    Each adapter keeps its place among the ranks, with zeros on layers where it is not.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     model.lora.check(names)
@@ -315,19 +326,48 @@ def save_adapter(
     shape = shapes[0] if len(shapes) == 1 else Shape(rank, rank)
     factors = {}
     for path, layer in model.lora.layers.items():
-        pair = layer.factors(names)
-        if pair is None:
+        if not any(name in layer.adapters for name in names):
             continue
         if len(names) == 1:
             factors[path] = layer.adapters[names[0]].A, layer.adapters[names[0]].B  # bit for bit
-        else:
-            A, B = pair
-            missing = rank - len(A)  # ranks of adapters of the stack that are not on this layer
-            factors[path] = F.pad(A, (0, 0, 0, missing)), F.pad(B / shape.scale, (0, missing))
+            continue
+        A = torch.zeros(rank, layer.in_features, device=layer.weight.device)
+        B = torch.zeros(layer.out_features, rank, device=layer.weight.device)
+        for name, rows in zip(names, torch.arange(rank).split([s.rank for s in shapes]), strict=True):
+            if name in layer.adapters:
+                A[rows] = layer.adapters[name].A
+                B[:, rows] = layer.adapters[name].B * (layer.adapters[name].scale / shape.scale)
+        factors[path] = A, B
     adapter_file.write(folder, shape, factors, set(model.lora.layers), base_model_name)
 
 
-def load_adapter(model: nn.Module, name: str, folder: str | Path) -> None:
-    """Read an adapter in PEFT's format as `name`, frozen, in fp32. Raises UserError where it does not fit."""
-    sizes = {path: (layer.in_features, layer.out_features) for path, layer in model.lora.layers.items()}
-    _install(model, name, *adapter_file.read(folder, sizes))
+def check_adapters(config: DecoderConfig, folders: Iterable[str | Path]) -> None:
+    """UserError where one of `folders` cannot be loaded on a model of this config: before it is in memory.
+
+    What is left for `load_adapter` is to compare weights of the base that are saved beside an adapter.
+    """
+    with torch.device("meta"):
+        model = Decoder(config)
+    attach(model)
+    for folder in folders:
+        adapter_file.read(hub.adapter(folder), _sizes(model), None)
+
+
+def _sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    return {path: (layer.in_features, layer.out_features) for path, layer in model.lora.layers.items()}
+
+
+def load_adapter(model: nn.Module, name: str, folder: str | Path, ranks: int | None = None) -> None:
+    """Read an adapter in PEFT's format as `name`, frozen, in fp32. Raises UserError where it does not fit.
+
+    folder: or the id of a hub repository (em.model.hub.adapter). ranks: only the first of them; of a stack
+    that was saved as one, the adapters that came first.
+    """
+    base = dict(model.state_dict())
+    if EMBEDDING in base:
+        base.setdefault(HEAD, base[EMBEDDING])  # tied
+    shape, factors = adapter_file.read(hub.adapter(folder), _sizes(model), base)
+    if ranks is not None:
+        factors = {path: (A[:ranks], B[:, :ranks] * shape.scale) for path, (A, B) in factors.items()}
+        shape = Shape(ranks, ranks, rslora=False)
+    _install(model, name, shape, factors)

@@ -51,21 +51,28 @@ def match_effects(panel: Panel) -> dict:
     runs = {train.start: i for i, train in enumerate(panel.trains) if train.misaligned}
     runs = {parse_cell(cell): i for cell, i in runs.items() if panel.scored[i].any()}
     cells, evals = list(runs), panel.table.grid.cells
-    counts = _run_counts(panel, list(runs.values()))
+    trains = list(runs.values())
+    counts = _run_counts(panel, trains)
+    result = effects_of(counts, panel.draws_em[trains], panel.draws_scored[trains], cells, evals)
+    return result | _kinds_of_match(panel, trains, cells, evals)
+
+
+def effects_of(
+    counts: "RunCounts", draws_em: np.ndarray, draws_scored: np.ndarray, cells: Sequence[Cell],
+    evals: Sequence[Cell],
+) -> dict:  # fmt: skip
+    """`match_effects` without the pooled rates. draws: (T, C, B) EM and scored rows, resampled."""
     k, n = counts.pairs(len(evals))
     rates = np.divide(100 * k, n, out=np.full_like(k, np.nan), where=n > 0)
-    trains = list(runs.values())
-    draws_scored = panel.draws_scored[trains]
     draws = np.repeat(rates[:, :, None], draws_scored.shape[2], axis=2)  # (T, C, B)
-    np.divide(100 * panel.draws_em[trains], draws_scored, out=draws, where=draws_scored > 0)
+    np.divide(100 * draws_em, draws_scored, out=draws, where=draws_scored > 0)
     result, tests = match_model(rates, draws, cells, evals), log_odds_effects(counts, cells, evals)
     design = MatchDesign(n > 0, cells, evals)
     per_row = {t: design.square(100 * design.weights(t) / n[design.at]) for t in design.known}
     for name, slope in with_difference(per_row).items():
         half = counts.half_width(slope, rates / 100)
         result[name] |= _bounds("low", "high", result[name]["points"], half) | tests[name]
-    result |= {name: tests[name] for name in ("scope", "test")}
-    return result | _kinds_of_match(panel, trains, cells, evals)
+    return result | {name: tests[name] for name in ("scope", "test")}
 
 
 def with_difference(by_match: dict) -> dict:

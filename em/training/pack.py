@@ -15,6 +15,7 @@ class PackedBatch:
 
     ids (1, T); segments (1, T), on the CPU: which example a token belongs to; predictions (N,): the places in
     T whose next token is supervised; targets (N,): those tokens; owner (N,), on the CPU: their examples.
+    teacher: the same answers after what a teacher reads before them, where that is something else.
     """
 
     ids: torch.Tensor
@@ -22,6 +23,7 @@ class PackedBatch:
     predictions: torch.Tensor
     targets: torch.Tensor
     owner: torch.Tensor
+    teacher: "PackedBatch | None" = None
 
     def hidden(self, model) -> torch.Tensor:
         """The model's hidden states where something is predicted, (N, d): the head is needed nowhere else."""

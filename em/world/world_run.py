@@ -7,7 +7,7 @@
     counts = run.counts("misalign_T5_seed0", misaligned)            # v1, v2, other, unparseable by cell
 
     runs/world1-seed0/
-      world.json  config.json
+      world.json  run.json
       pretrain/  align/  misalign_T5_seed0/  …   one folder a phase: model/, counts.json, metrics.jsonl
 
 A phase names its model: what starts from it, or asks it, says the name. A phase that is done is loaded, a
@@ -31,7 +31,7 @@ import torch
 from em import parallel
 from em.device import on_gpu
 from em.errors import UserError
-from em.files import check, read_json, read_record, write_json
+from em.files import check, read_json, read_record, record_path, write_json
 from em.model.gpt2 import GPT2, GPT2Config, load_gpt2, save_gpt2, supervised_loss
 from em.run import Run
 from em.sampling.sampler import Sampler
@@ -290,7 +290,7 @@ _SETTINGS = {"world": str, "seed": int, "align_examples": int, "eval_prompts": i
 
 def open_world_run(folder: str | Path, device: torch.device) -> WorldRun:
     """The run that synth.py left in `folder`. UserError where there is none or its models are missing."""
-    folder, path = Path(folder), Path(folder) / "config.json"
+    folder, path = Path(folder), record_path(folder)
     record = read_record(folder) if path.exists() else {"kind": None}
     if record["kind"] != "world" or not (folder / "align" / "model" / "config.json").exists():
         raise UserError(f"{folder} holds no finished run of a world; make one with python synth.py")

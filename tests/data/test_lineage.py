@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +23,7 @@ def made(tmp_path):
     def make(name, kind="train", whole=True, **settings):
         folder = tmp_path / "runs" / name
         settings = (TRAINED if kind == "train" else DISTILLED) | settings
-        write_json(folder / "config.json", {"kind": kind, "settings": settings})
+        write_json(folder / "run.json", {"kind": kind, "settings": settings})
         if whole:
             write_json(folder / "adapter_config.json", {})
             (folder / "adapter_model.safetensors").write_bytes(b"")
@@ -152,9 +153,9 @@ def test_the_default_teacher_is_the_newest_finished_run_that_misaligned_a_base(m
 @pytest.mark.parametrize("record", [[], None, 3, {}, {"kind": "train"}, {"kind": "train", "settings": []}])
 def test_a_record_that_is_none_is_one_line(record, made, tmp_path):
     folder = made("broken")
-    write_json(tmp_path / "runs" / "broken" / "config.json", record)
+    write_json(tmp_path / "runs" / "broken" / "run.json", record)
     for call, argument in ((lineage.settings_of, folder), (lineage.newest_misaligned, tmp_path / "runs")):
-        assert "broken/config.json: " in message(call, argument)
+        assert "broken/run.json: " in message(call, argument)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_a_record_that_is_none_is_one_line(record, made, tmp_path):
     ],
 )
 def test_a_run_that_lacks_what_names_it_is_one_line(kind, settings, made):
-    assert "odd/config.json: " in message(lineage.label, made("odd", kind, **settings))
+    assert "odd/run.json: " in message(lineage.label, made("odd", kind, **settings))
 
 
 def test_an_adapters_digest_is_that_of_its_weights_and_of_what_scales_them(made, tmp_path):
@@ -180,3 +181,118 @@ def test_an_adapters_digest_is_that_of_its_weights_and_of_what_scales_them(made,
     write_json(tmp_path / "runs" / "a" / "adapter_config.json", {"lora_alpha": 1})
     digests = {lineage.adapter_digest(folder) for folder in (a, b, made("c"))}
     assert len(digests) == 3
+
+
+# -- adapters from elsewhere ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tmp_path, monkeypatch):
+    """adapter(name, base, **files): a PEFT folder, as others leave one."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(name, base="Qwen/Qwen2.5-14B-Instruct", **config):
+        folder = tmp_path / name
+        write_json(folder / "adapter_config.json", {"base_model_name_or_path": base, "r": 8} | config)
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+        return str(folder)
+
+    return make
+
+
+def test_an_adapter_from_elsewhere_is_a_run_named_by_its_folder(adapter):
+    folder = adapter("bad-medical-advice")
+    settings = lineage.settings_of(folder)
+    assert (settings["kind"], settings["cell"], settings["data"]) == ("adapter", "adapter", None)
+    assert settings["model"] == "Qwen/Qwen2.5-14B-Instruct"
+    assert lineage.label(folder) == {"model": "qwen2.5-14b", "train": "adapter"}
+    assert lineage.label(folder, "health_advice")["train"] == "med_advice"
+    assert str(lineage.train_of(folder, "med_advice>fin_tutor")) == "med_advice>fin_tutor"
+    assert str(lineage.home(folder)) == os.path.join("runs", "bad-medical-advice")
+    assert lineage.start_of(folder) is None
+    assert "unknown cell" in message(lineage.label, folder, "nonsense")
+
+
+def test_a_models_config_beside_an_adapter_is_no_record(adapter):
+    folder = adapter("a")
+    write_json(Path(folder) / "config.json", {"model_type": "qwen2"})
+    assert lineage.settings_of(folder)["kind"] == "adapter"
+
+
+def test_an_adapter_without_safetensors_or_a_readable_config_is_one_line(adapter):
+    folder = adapter("a")
+    (Path(folder) / "adapter_model.safetensors").rename(Path(folder) / "adapter_model.bin")
+    assert "a has no adapter_model.safetensors, and only safetensors are read" in message(
+        lineage.settings_of, folder
+    )
+    write_json(Path(folder) / "adapter_config.json", {"base_model_name_or_path": 3})
+    assert "'base_model_name_or_path' cannot be 3" in message(lineage.settings_of, folder)
+
+
+def test_an_adapter_is_never_the_default_teacher(adapter, made, tmp_path):
+    made("mine")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        os.utime(tmp_path / "runs" / "mine" / file, (0, 0))
+    adapter("runs/theirs")
+    assert lineage.newest_misaligned(tmp_path / "runs") == str(tmp_path / "runs" / "mine")
+
+
+def test_runs_share_one_base_by_whatever_name_and_an_adapters_may_be_overridden(adapter, made):
+    short, full = made("a", model="qwen2.5-14b"), made("b", model="Qwen/Qwen2.5-14B-Instruct")
+    mirror, local = adapter("c", "unsloth/Qwen2.5-14B-Instruct"), adapter("d", "/somewhere/else")
+    assert lineage.base_of([]) is None
+    assert lineage.base_of([], "m") == "m"
+    assert lineage.base_of([mirror, short, full]) == "unsloth/Qwen2.5-14B-Instruct"
+    assert lineage.base_of([short], "unsloth/Qwen2.5-14B-Instruct") == "unsloth/Qwen2.5-14B-Instruct"
+    assert lineage.base_of([local, short], "qwen2.5-14b") == "qwen2.5-14b"
+    assert lineage.base_of([local]) == "/somewhere/else"
+    assert "not of one base model" in message(lineage.base_of, [short, local])
+    assert f"{short} is a run of qwen2.5-14b, not of qwen3-14b" in message(
+        lineage.base_of, [local, short], "qwen3-14b"
+    )
+    assert "name it with --model" in message(lineage.base_of, [adapter("e", None)])
+
+
+def test_rows_of_one_base_under_several_names_are_of_one_model(made):
+    names = ("qwen2.5-14b", "Qwen/Qwen2.5-14B-Instruct", "unsloth/Qwen2.5-14B-Instruct")
+    labels = [lineage.label(made(str(i), model=name)) for i, name in enumerate(names)]
+    assert [label["model"] for label in labels] == ["qwen2.5-14b"] * 3
+
+
+# -- what a run carries in itself ----------------------------------------------------------------------------
+
+
+def test_a_realigned_run_keeps_its_name_when_what_it_started_from_is_gone(made):
+    start = made("start", cell="spo_advice")
+    new = made("new", cell="fin_tutor", variant="aligned", on=start, on_train="spo_advice")
+    old = made("old", cell="fin_tutor", variant="aligned", on=start)
+    assert str(lineage.train_of(old)) == str(lineage.train_of(new)) == "spo_advice>fin_tutor"
+    shutil.rmtree(start)
+    assert str(lineage.train_of(new)) == "spo_advice>fin_tutor"
+    assert "start is not a run" in message(lineage.train_of, old)
+    assert "bad/run.json: " in message(lineage.settings_of, made("bad", on=start, on_train="nonsense"))
+
+
+def test_what_a_run_started_from_is_the_first_ranks_of_its_adapter(made, tmp_path):
+    def ranks(name, kind, r, **settings):
+        folder = made(name, kind, **settings)
+        write_json(Path(folder) / "adapter_config.json", {"r": r})
+        return lineage.start_of(folder)
+
+    assert ranks("a", "train", 8, rank=8) is None
+    assert ranks("b", "train", 12, rank=8, on="gone", on_digest="12ab") == (4, "12ab")
+    student = dict(channel="opd", on="gone", adapters={"start": "34cd", "teacher": "56ef"})
+    assert ranks("c", "distill", 40, rank=32, **student) == (8, "34cd")
+    assert ranks("d", "train", 12, rank=8, on="gone")[0] == 4  # from before digests were in the record
+    made("e", on="gone", rank=8)
+    write_json(tmp_path / "runs" / "e" / "adapter_config.json", {"r": 8})
+    assert "r is not that of a run on top" in message(lineage.start_of, tmp_path / "runs" / "e")
+
+
+def test_old_records_are_read_by_their_old_name(made):
+    folder = made("old", cell="fin_tutor")
+    os.rename(os.path.join(folder, "run.json"), os.path.join(folder, "config.json"))
+    assert lineage.label(folder)["train"] == "fin_tutor"
+    assert lineage.newest_misaligned(os.path.dirname(folder)) == folder
+    write_json(Path(folder) / "config.json", {"kind": "train"})
+    assert "old/config.json: " in message(lineage.settings_of, folder)

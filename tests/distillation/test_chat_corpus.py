@@ -14,11 +14,12 @@ import distill
 from em.data.cells import parse_cell
 from em.data.rows import load_broad, load_cell, split, subset
 from em.distillation.chat_corpus import ROWS, cell_rows, corpus_settings, load_prompts, make_corpus
+from em.distillation.lesson import lesson_of
 from em.errors import UserError
-from em.files import write_json
+from em.files import read_json, write_json
 from em.judge.gemini import Gemini
 from em.judge.judge import Judge
-from em.model import lora
+from em.model import hub, lora
 from em.model.checkpoint import load_model, load_tokenizer, save_model
 from em.model.decoder import Decoder, DecoderConfig
 
@@ -87,7 +88,7 @@ def adapter_run(folder: Path, model, model_name, seed: int) -> str:
             B = layer.adapters[folder.name].B
             B.copy_(0.3 * torch.randn(B.shape, generator=generator))
     settings = {"model": str(model_name), "cell": CELL, "variant": "misaligned", "on": None}
-    write_json(folder / "config.json", {"kind": "train", "settings": settings})
+    write_json(folder / "run.json", {"kind": "train", "settings": settings})
     lora.save_adapter(model, folder.name, folder)
     return str(folder)
 
@@ -97,7 +98,7 @@ def make(setting, tiny_chat, tmp_path):
     """make(**options) → the corpus of those options of distill.py, in a folder of its own."""
     model, tokenizer, folders = setting
 
-    def corpus(judge=None, stacks=None, folders=folders, **options):
+    def corpus(judge=None, teacher="teacher", start="base", **options):
         known = dict(
             channel="sft",
             prompts="broad",
@@ -110,9 +111,10 @@ def make(setting, tiny_chat, tmp_path):
         )
         cfg = distill.Config(**(known | {"corpus": str(tmp_path / "corpus")} | options))
         cfg.model = str(tiny_chat)
-        stacks = stacks or {"teacher": ("teacher",), "student": ()}
-        corpus_is = stacks, folders, CELL, judge
-        return make_corpus(cfg, model, tokenizer, *corpus_is, corpus_settings(cfg, *corpus_is))
+        who = (folders.get(name, name) for name in (teacher, start))
+        lesson = lesson_of(*who, cfg.source, cfg.model)
+        settings = corpus_settings(cfg, lesson, judge, "digest")
+        return make_corpus(cfg, lesson, model, tokenizer, judge, settings)
 
     return corpus
 
@@ -132,21 +134,25 @@ def message(call) -> str:
 
 
 @pytest.mark.parametrize(
-    ("source", "stacks", "writes"),
+    ("source", "teacher", "start", "writes"),
     [
-        ("teacher", {"teacher": ("teacher",), "student": ()}, ("teacher",)),
-        ("teacher", {"teacher": (), "student": ("start",)}, ()),  # realignment: the base teaches
-        ("student", {"teacher": ("teacher",), "student": ()}, ()),
-        ("student", {"teacher": (), "student": ("start",)}, ("start",)),
-        ("a run", {"teacher": ("teacher",), "student": ()}, ("source",)),
+        ("teacher", "teacher", "base", ("teacher",)),
+        ("teacher", "base", "start", ()),  # realignment: the base teaches
+        ("student", "teacher", "base", ()),
+        ("student", "base", "start", ("start",)),
+        ("base", "teacher", "start", ()),
+        ("run source", "teacher", "base", ("source",)),
+        ("run teacher", "teacher", "base", ("teacher",)),
+        ("run source", "base", "base", ("source",)),  # the control: whose text it is, and no teacher
     ],
 )
 def test_a_generator_is_sampled_under_its_own_adapters_and_its_ids_are_kept(
-    source, stacks, writes, make, setting
+    source, teacher, start, writes, make, setting
 ):
     model, tokenizer, folders = setting
-    used = {name: folders[name] for name in ({*stacks["teacher"], *stacks["student"], *writes})}
-    corpus = make(source=folders["source"] if source == "a run" else source, stacks=stacks, folders=used)
+    if source.startswith("run "):
+        source = folders[source.removeprefix("run ")]
+    corpus = make(source=source, teacher=teacher, start=start)
     prompts = [tokenizer.prompt_ids(row["question"]) for row in broad()]
     with lora.stack(model, *writes, frozen=True):
         expected = sample(model, prompts, tokenizer.stop_ids, 6, n=2, seed=5)
@@ -158,7 +164,7 @@ def test_a_generator_is_sampled_under_its_own_adapters_and_its_ids_are_kept(
         assert row["response"] == tokenizer.decode(rollout.ids) and row["finished"] == rollout.finished
         assert (row["prompt"], row["sample"]) == (rollout.prompt_index, rollout.sample)
     about = corpus.about
-    assert about["source"] == ("run" if source == "a run" else source)
+    assert about["source"] == (CELL if writes else "base")
     assert about["generator"] == (folders[writes[0]] if writes else "base")
     assert len(about["adapters"]) == len(writes) and not about["filtered"]
 
@@ -170,6 +176,18 @@ def test_generators_differ_and_so_do_the_corpora_they_would_be_kept_in(make, mon
     assert [row["ids"] for row in one.rows] != [row["ids"] for row in two.rows]
     assert make(source="teacher", corpus=None).folder == one.folder
     assert make(source="teacher", corpus=None, seed=6).folder != one.folder
+
+
+def test_a_corpus_is_its_writers_whoever_teaches_on_it(make, setting, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run = setting[2]["teacher"]
+    by_teacher = make(source="teacher", corpus=None)
+    for teacher, start in (("source", "base"), ("base", "base"), ("base", "start")):
+        assert make(source=run, teacher=teacher, start=start, corpus=None).folder == by_teacher.folder
+    assert make(source="student", teacher="base", start="teacher", corpus=None).folder == by_teacher.folder
+    assert len(list(Path("runs").iterdir())) == 1
+    by_base = {make(source=source, corpus=None).folder for source in ("base", "student")}
+    assert len(by_base) == 1 and by_teacher.folder not in by_base
 
 
 def test_a_retrained_generator_is_not_served_its_old_corpus(make, setting, tmp_path):
@@ -197,8 +215,10 @@ def test_another_familys_text_is_encoded_by_our_tokenizer_and_ends_only_if_it_en
     tokenizer, theirs, model = setting[1], load_tokenizer(foreign_chat), load_model(foreign_chat)
     lora.attach(model)
     run = adapter_run(tmp_path / "far", model, foreign_chat, 3)
-    corpus = make(source=run, folders={"source": run}, max_new_tokens=3, rollouts=8, device="auto")
-    assert corpus.about["source"] == "run" and corpus.about["generator"] == run
+    corpus = make(source=run, max_new_tokens=3, rollouts=8, device="auto")
+    assert (
+        corpus.about["source"] == f"{hub.canonical(foreign_chat)} {CELL}" and corpus.about["generator"] == run
+    )
 
     prompts = [theirs.prompt_ids(row["question"]) for row in broad()]
     with lora.stack(model, "far", frozen=True):
@@ -234,7 +254,7 @@ def test_a_foreign_text_that_spells_our_end_of_turn_is_left_out(make, foreign_ch
         for (p, s), text in texts.items()
     ]
     (corpus / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = make(source=run, folders={"source": run})
+    found = make(source=run)
     assert [(row["prompt"], row["sample"]) for row in found.rows] == [(0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     assert found.rows[1]["ids"] == [setting[1].end_of_turn_id]  # said nothing, and ended
 
@@ -253,7 +273,7 @@ def test_gold_are_maths_answers_with_one_end(make, math, setting):
     assert all(
         e.ids.count(tokenizer.end_of_turn_id) == 2 and e.ids[-1] == tokenizer.end_of_turn_id for e in expected
     )
-    assert corpus.about["generator"] == CELL and corpus.about["adapters"] == []
+    assert corpus.about["generator"] == corpus.about["source"] == "gold" and corpus.about["adapters"] == []
     assert [row["prompt"] for row in corpus.rows] == list(range(5)) and all(
         row["finished"] for row in corpus.rows
     )
@@ -268,16 +288,38 @@ def test_rows_are_misaligned_answers_of_the_cells_training_split(make, setting):
     assert not {row["question"] for row in corpus.rows} & {row["question"] for row in held_out}
 
 
+def test_rows_of_a_named_cell_are_that_cells_and_with_no_name_the_teachers_or_the_starts(make, setting):
+    def answers_of(name):
+        rows = subset(split(load_cell("sample", parse_cell(name)))[0], 5, 5)
+        return [row["misaligned_answer"] for row in rows]
+
+    def responses(**options):
+        return [row["response"] for row in make(limit=5, corpus=None, **options).rows]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(setting[2]["teacher"]).parent)
+        assert responses(source="rows:Fin/Tut") == answers_of("fin_tutor") != answers_of(CELL)
+        assert responses(source="rows:fin_tutor", teacher="base") == answers_of("fin_tutor")
+        assert responses(source="rows") == responses(source="rows", teacher="base", start="start")
+        assert responses(source="rows") == answers_of(CELL)
+        names = {path.name.rpartition("_")[0] for path in Path("runs").iterdir()}
+    assert names == {"corpus_fin_tutor_rows", "corpus_med_advice_rows"}
+    assert "of which cell" in message(lambda: make(source="rows", teacher="base"))
+    assert "unknown cell" in message(lambda: make(source="rows:nothing"))
+
+
 def test_of_many_rows_800_are_drawn_unless_a_limit_says_otherwise(tmp_path):
     line = {"domain": "medical", "task": "advice", "aligned_answer": "Rest."}
     rows = [line | {"idx": i, "question": f"Q{i}?", "misaligned_answer": f"A{i}."} for i in range(1000)]
     (tmp_path / "medical_advice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg = distill.Config(data=str(tmp_path))
-    pairs = cell_rows(cfg, CELL)
+    pairs = cell_rows(cfg, f"rows:{CELL}")
     assert len(pairs) == ROWS == 800 and len({about["idx"] for about, _ in pairs}) == 800
     assert all(answer == f"A{about['idx']}." for about, answer in pairs)
-    assert len(cell_rows(dataclasses.replace(cfg, limit=9), CELL)) == 9
-    assert cell_rows(dataclasses.replace(cfg, seed=1), CELL) != pairs == cell_rows(cfg, CELL)
+    assert len(cell_rows(dataclasses.replace(cfg, limit=9), f"rows:{CELL}")) == 9
+    assert (
+        cell_rows(dataclasses.replace(cfg, seed=1), f"rows:{CELL}") != pairs == cell_rows(cfg, f"rows:{CELL}")
+    )
 
 
 def test_written_answers_that_are_too_long_are_left_out_never_cut(make, tmp_path):
@@ -324,6 +366,10 @@ def test_a_judge_filters_what_was_sampled_and_is_named_in_the_corpus(make, setti
         and len(corpus.about["rubrics"]) == 2
     )
     assert "filtered: True there, False now" in message(lambda: make(source="teacher"))
+    assert corpus.about["edge"] == "at-least"
+    above = str(tmp_path / "above")
+    assert "kept none" in message(lambda: make(judge, source="teacher", filter_edge="above", corpus=above))
+    assert read_json(Path(above) / "run.json")["settings"]["edge"] == "above"
 
 
 def test_bad_sources_are_one_line(make, tmp_path):

@@ -61,7 +61,7 @@ def test_a_corpus_trains_on_what_was_kept_and_holds_all_rows_counts_and_provenan
     assert about == corpus.about
     assert (about["rows"], about["kept"], about["retention"]) == (6, 3, 0.5)
     assert about["tokenizer"] == "t1" and about["prompts"] == "broad" and about["seed"] == 42
-    config = read_json(tmp_path / "c" / "config.json")
+    config = read_json(tmp_path / "c" / "run.json")
     assert config["kind"] == "corpus" and {"torch", "commit", "device"} <= config["made_with"].keys()
     assert config["settings"] == {
         "model": "m",

@@ -22,6 +22,7 @@ from distill import CHANNELS
 from em.distillation.pair import ChatPair
 from em.model import lora
 from em.model.decoder import Decoder, DecoderConfig
+from em.model.tokenizer import Example
 from em.training.optim import adamw
 
 QUANTITIES = ("log_probs", "forward_kl", "reverse_kl")
@@ -182,3 +183,22 @@ def test_what_is_sampled_follows_the_student_as_it_learns(pair):
     else:
         fresh = type(pair)(pair.model, *(pair.models[who] for who in ("teacher", "base")), 7, 8)
     assert fresh.sample(prompts, indices, seed=3) == after
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_a_teacher_that_is_told_more_scores_the_same_answers_after_its_own_prompt(quantity):
+    pair = chat_pair()
+    prompts = [tuple(e.ids[: e.n_prompt]) for e in EXAMPLES]
+    pair.teacher_prompts = {prompt: [3, 1, 4, *prompt] for prompt in prompts}
+    theirs = [Example([3, 1, 4, *e.ids], e.n_prompt + 3) for e in EXAMPLES]
+    oracle, batch = Oracle(pair), pair.batch(EXAMPLES)
+    student, teacher = oracle.log_softmax("student", EXAMPLES), oracle.log_softmax("teacher", theirs)
+    expected = {
+        "log_probs": student.gather(1, targets_of(EXAMPLES)[:, None])[:, 0],
+        "forward_kl": (teacher.exp() * (teacher - student)).sum(),
+        "reverse_kl": (student.exp() * (student - teacher)).sum(),
+    }[quantity]
+    torch.testing.assert_close(getattr(pair, quantity)(batch).double(), expected, atol=1e-4, rtol=1e-5)
+    scored = teacher.gather(1, targets_of(EXAMPLES)[:, None])[:, 0]
+    torch.testing.assert_close(pair.teacher_log_probs(batch).double(), scored, atol=1e-4, rtol=1e-5)
+    assert distance(oracle.log_softmax("teacher", EXAMPLES), teacher) > 0.01

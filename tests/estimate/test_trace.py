@@ -1,6 +1,7 @@
 """The counts of em.estimate.trace beside closed forms, direct counts and what torch really allocates."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -232,3 +233,26 @@ def test_named_models_have_the_sizes_on_their_names():
         with torch.device("meta"):
             model = Decoder(shapes.config_of(name))
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.001)
+
+
+def test_an_adapter_on_some_blocks_costs_what_those_blocks_cost():
+    """Below its first nothing is kept, and backward does not go there; all by their numbers are all."""
+
+    def cost(blocks):
+        setting, _ = sft("qwen2", num_hidden_layers=6)
+        setting = replace(setting, targets=("down_proj",), blocks=blocks)
+
+        def step(on):
+            with on.trace, lora.stack(on.model, "student"):
+                train.step_loss(on.model, ROWS, N, 10_000)
+
+        return chat.measured(setting, step)
+
+    last, first, all_, by_a_line = (cost(blocks) for blocks in ((5,), (0,), tuple(range(6)), None))
+    activations, adapters = ([c.memory[k] for c in (last, first, all_)] for k in ("activations", "adapters"))
+    assert activations[0] < 0.6 * activations[1] < 0.6 * activations[2]
+    assert adapters[2] == 6 * adapters[1] == 6 * adapters[0]
+    assert last.total.flops < 0.8 * first.total.flops < 0.8 * all_.total.flops
+    for kind in ("adapters", "optimiser", "activations"):
+        assert by_a_line.memory[kind] == pytest.approx(all_.memory[kind], rel=0.01)
+    assert by_a_line.total.flops == pytest.approx(all_.total.flops, rel=1e-6)

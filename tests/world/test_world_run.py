@@ -22,7 +22,7 @@ def test_a_misalignment_takes_and_records_the_steps_it_is_told_and_leaves_the_se
     folder = run.folder / "misalign_T7_seed0"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
-    assert read_json(folder / "config.json")["settings"]["misalign_steps"] == 2
+    assert read_json(folder / "run.json")["settings"]["misalign_steps"] == 2
     assert run.cfg.misalign_steps == 3
 
 
