@@ -1,12 +1,15 @@
 # make demo   sets up and runs the reduced world, about five minutes on two cores
 # make test   sets up and runs the tests
+# make plan MODEL=qwen2.5-14b    what the paper's natural-language half takes: runs, GPU hours, dollars
+# make paper MODEL=qwen2.5-14b   runs it (GPUs, a judge's key)
+# make paper MODEL=smollm2-135m CELLS=med_advice,fin_tutor JUDGE=margin    the same, small, on two CPU cores
 # make worlds               every synthetic experiment of the paper, worlds 1 and 2 over SEEDS=3 (GPUs)
 # make worlds WORLD=demo    the same on the reduced worlds, for two CPU cores
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo worlds plan reports test lint fmt bench loc
+.PHONY: setup demo paper plan worlds worlds-plan reports test lint fmt bench loc
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt requirements-models.txt
@@ -24,15 +27,47 @@ $(VENV)/.installed: requirements.txt requirements-models.txt
 demo: setup
 	OMP_NUM_THREADS=2 $(BIN)/python synth.py --world demo
 
+# -- the paper's natural-language half -------------------------------------------------------------------
+# MODEL  base models; CELLS the cells; SEEDS how many runs of everything; ONLY=table1,figure5,cross
+# DATA   MATH  RATES (more learning rates)  OTHER (models whose data Tables 14 and 15 take)
+# JUDGE  gemini, openai, local, margin; JUDGE_MODEL
+# RUNS   the folder of everything; what is there is not made again. PAGE the page that is made last
+# RUN    a launcher before every python, such as RUN="srun --gpus=1" with make -j8
+# GPUS   cards of this machine, 0,1,2,3: a process each
+# python -m em.paper.dag make --help says more; docs/paper.md
+MODEL ?= qwen2.5-14b
+JUDGE ?= gemini
+RUNS  ?= runs
+RUN   ?=
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+LAPTOP := $(filter smollm2-135m,$(MODEL))
+PAGE  ?= $(if $(LAPTOP),$(RUNS),results)/paper.html
+comma := ,
+# MAKEFLAGS has -j in recipes only, so these are read there.
+GIVEN_JOBS = $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS)))
+OWN_JOBS = $(if $(GPUS),$(words $(subst $(comma), ,$(GPUS))),$(if $(LAPTOP),$(CORES),1))
+JOBS = $(or $(GIVEN_JOBS),$(OWN_JOBS))
+DAG = $(BIN)/python -m em.paper.dag
+ASKED := --model $(MODEL) --judge $(JUDGE) --runs $(RUNS) --page $(PAGE) $(if $(SEEDS),--seeds $(SEEDS)) \
+         $(if $(CELLS),--cells $(CELLS)) $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA)) \
+         $(if $(MATH),--math $(MATH)) $(if $(OTHER),--other $(OTHER)) $(if $(RATES),--rates $(RATES)) \
+         $(if $(JUDGE_MODEL),--judge-model $(JUDGE_MODEL))
+
+paper: setup
+	@$(DAG) make $(ASKED) --workers $(JOBS) --to $(RUNS)/paper.mk
+	@$(if $(LAPTOP),OMP_NUM_THREADS=1 TQDM_DISABLE=1) \
+	  $(MAKE) --no-print-directory $(if $(GIVEN_JOBS),,-j$(OWN_JOBS)) -f $(RUNS)/paper.mk PY=$(BIN)/python \
+	  LAUNCH='$(RUN) $(if $(GPUS),$(BIN)/python -m em.paper.card $(GPUS) --)' paper
+
+plan: setup
+	@$(DAG) plan $(ASKED) --workers $(JOBS)
+
 # -- the synthetic experiments ---------------------------------------------------------------------------
 # WORLD  paper (worlds 1 and 2), demo (demo and demo2), or a single 1 or 2
 # SEEDS  how many world seeds
 # RUNS   the folder of everything; parts whose result is there are skipped
 # RUN    a launcher before every python, such as RUN="srun --gpus=1" with make -j8
 WORLD ?= paper
-RUNS  ?= runs
-RUN   ?=
-CORES := $(shell getconf _NPROCESSORS_ONLN)
 REDUCED := $(filter demo,$(WORLD))
 SEEDS ?= $(if $(REDUCED),1,3)
 FIRST  := $(if $(REDUCED),demo,$(filter-out 2,$(WORLD:paper=1)))
@@ -57,11 +92,11 @@ worlds: setup
 reports: $(PARTS)
 	@for w in $(FIRST) $(SECOND); do $(BIN)/python synth.py report --world $$w --out $(RUNS) || exit; done
 
-plan:
+worlds-plan:
 	@echo "worlds $(FIRST) $(SECOND), seeds $(SEED_LIST); all of it takes about $(EXPECTED)"
 	@for part in $(PARTS); do if [ -e $$part ]; then echo "  done   $$part"; else echo "  to do  $$part"; fi; done
 
-$(PARTS): | plan
+$(PARTS): | worlds-plan
 
 define world # its graphs, and the models that everything else starts from: pretrain, align, the main grid
 $(call graphs,$(1)):
@@ -76,7 +111,7 @@ $(call result,$(1),$(2)): $(3)
 endef
 
 define experiment_by_seed # the same where training is long: a process a seed, then one that collects
-$(RUNS)/$(1)-world$(2)/.seed%: $(3) | plan
+$(RUNS)/$(1)-world$(2)/.seed%: $(3) | worlds-plan
 	$(SYNTH) $(1) --world $(2) --seeds $$* --out $(RUNS)
 	@touch $$@
 $(call experiment,$(1),$(2),$(SEED_LIST:%=$(RUNS)/$(1)-world$(2)/.seed%))

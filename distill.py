@@ -160,6 +160,7 @@ class Config(JudgeOptions):
     corpus: str | None = knob(
         None, "folder of the frozen corpus (default: named by its settings)", "data", setting=False
     )
+    corpora: str = knob("runs", "folder of the corpora that are named so", "data", setting=False)
 
     lr: tuple[float, ...] = knob(
         (), "peak learning rates, a run each (1e-4; embedded model 5e-4)", "training", setting=False, above=0

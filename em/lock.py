@@ -34,10 +34,16 @@ class FolderLock:
         """option: what the user may name another folder by. wait: for as long as another process has it."""
         key = os.path.realpath(folder)
         file, made = (None, False) if _held.get(key) else _acquire(Path(folder), option, wait)
-        _held[key] = _held.get(key, 0) + 1
+        self._key, _held[key] = key, _held.get(key, 0) + 1
         if file is not None:
             _files[key] = file, Path(key), made
         self.release = weakref.finalize(self, _release, key)  # at exit too
+
+    def hand_over(self) -> None:
+        """Leave the lock to the program that this process becomes by exec, and to what that starts."""
+        file, _, _ = _files.get(self._key, (None, None, False))
+        if file is not None:
+            os.set_inheritable(file.fileno(), True)
 
     def __enter__(self):
         return self

@@ -92,9 +92,8 @@ def corpus_settings(cfg, lesson: Lesson, judge, model_digest: str) -> dict:
 def corpus_folder(cfg, settings: dict) -> Path:
     """Where the corpus of `corpus_settings` is kept."""
     writer = Path(settings["generator"]).name.lower().removeprefix("rows:")
-    return Path(
-        cfg.corpus or f"runs/corpus_{writer}_{settings['prompts'] or 'rows'}_{folder_digest(settings)}"
-    )
+    name = f"corpus_{writer}_{settings['prompts'] or 'rows'}_{folder_digest(settings)}"
+    return Path(cfg.corpus or f"{cfg.corpora}/{name}")
 
 
 def make_corpus(cfg, lesson: Lesson, model, tokenizer: Tokenizer, judge, settings: dict) -> Corpus:
