@@ -247,6 +247,14 @@ def test_an_aligned_teacher_is_not_the_base_and_not_filtered(judge):
         assert (label["train"], label["teacher"]) == (train_text, "base>fin_tutor")
         assert label.get("source") == settings["source_train"] == source
         assert not label["filtered"] and settings["judge"] is None and settings["corpus_edge"] is None
+    assert command(*line, "--teacher", "runs/med", "--channel", "optd") == 0  # both in one process
+    good, med = settings_of("runs/good_optd"), settings_of("runs/med_optd")
+    assert (good["filtered"], good["judge"], good["corpus"]) == (
+        False,
+        None,
+        settings_of("runs/good_sft")["corpus"],
+    )
+    assert (med["filtered"], med["judge"]) == (True, MODEL) and judge.total() > 0
 
 
 def test_the_students_own_text_is_not_its_teachers():
