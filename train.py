@@ -52,6 +52,7 @@ from em.model.checkpoint import (
     stored_dtype,
 )
 from em.model.hub import model_digest
+from em.model.targets import TARGETS, blocks_of, targets_of
 from em.run import Run
 from em.stats import mean_interval
 from em.training.guard import CollapseGuard
@@ -111,7 +112,7 @@ class Config:
     rank: int = knob(32, "LoRA rank", "adapter", at_least=1, at_most=4096)
     alpha: float = knob(64.0, "LoRA alpha; rsLoRA scales by alpha / √rank", "adapter", above=0)
     targets: str | None = knob(
-        None, f"layers it is on, of {','.join(lora.TARGETS)}; q,v will do (default: all-linear, all seven)",
+        None, f"layers it is on, of {','.join(TARGETS)}; q,v will do (default: all-linear, all seven)",
         "adapter",
     )  # fmt: skip
     layers: str | None = knob(
@@ -157,7 +158,7 @@ def resolve(cfg: Config, device: torch.device) -> Config:
         cfg.on = hub.at_revision(cfg.on, cfg.revision)
         cfg.model = lineage.base_of([cfg.on], cfg.model)
         cfg.data = cfg.data or lineage.settings_of(cfg.on).get("data")
-    targets, blocks = lora.targets_of(cfg.targets), lora.blocks_of(cfg.layers)  # spelt in one way
+    targets, blocks = targets_of(cfg.targets), blocks_of(cfg.layers)  # spelt in one way
     cfg.targets = targets and ",".join(targets)
     cfg.layers = blocks and ",".join(map(str, blocks))
     if cfg.model is None:
@@ -279,8 +280,8 @@ def train_cell(cfg, cell: Cell, rows: list, run: Run, model, tokenizer, pairs, s
 
     names = ("misaligned", "student") if cfg.on else ("student",)
     lora.add_adapter(
-        model, "student", cfg.rank, cfg.alpha, seed=cfg.seed, targets=lora.targets_of(cfg.targets),
-        blocks=lora.blocks_of(cfg.layers),
+        model, "student", cfg.rank, cfg.alpha, seed=cfg.seed, targets=targets_of(cfg.targets),
+        blocks=blocks_of(cfg.layers),
     )  # fmt: skip
     parameters = lora.trainable(model, "student")
     try:
@@ -358,7 +359,7 @@ def main(cfg: Config) -> dict:
 
     tokenizer = load_tokenizer(cfg.model)
     config = load_config(cfg.model)
-    lora.blocks_of(cfg.layers, config.n_layers)
+    blocks_of(cfg.layers, config.n_layers)
     lora.check_adapters(config, [cfg.on] if cfg.on else [])
     everything = load_cells(cfg.data, cfg.cell)  # margins are measured on all cells
     pairs = answer_pairs(everything, tokenizer, cfg.eval_rows, cfg.max_length)

@@ -1,7 +1,7 @@
 """How often the report's tests reject and its intervals hold the truth, over rows whose truth is known.
 
     PYTHONPATH=. python tests/sizes.py              # results/statistics/sizes.json
-    PYTHONPATH=. python tests/sizes.py 200          # fewer repeats of everything
+    PYTHONPATH=. python tests/sizes.py 200 rates    # fewer repeats, of one table and more; the others stay
 
 The suite runs the same simulations with few repeats. Grids are the paper's 12 × 12. Log odds have terms of
 the train and eval cells, of which most is their task's, and a noise of 0.3 a pair; `alike` says that the
@@ -19,7 +19,7 @@ import numpy as np
 
 from em.clusters import rate_difference
 from em.data.cells import CELLS
-from em.files import write_json
+from em.files import read_json, write_json
 from em.report.effects import RunCounts, log_odds_effects
 from em.report.match_fit import MatchDesign, fit_log_odds, labels_of, without
 from em.report.panel import mean_over_pairs, pooled_rate
@@ -208,18 +208,11 @@ def correlation_sizes(groups: int, points: int, repeats: int, shared=0.5, seed=0
     return {name: count / repeats for name, count in rejected.items()}
 
 
-def main(repeats: int) -> dict:
-    """Print every table; `repeats` of the tests, and so many that the rest takes its share of the time."""
-    began, result = time.process_time(), {"command": " ".join(["python", *sys.argv]), "repeats": repeats}
+OUT = Path(__file__).parent.parent / "results" / "statistics" / "sizes.json"
 
-    def table(name: str, title: str, rows: dict[str, list[float]], columns: list[str], n: int) -> None:
-        print(f"\n{title}; {n} repeats, standard error {math.sqrt(0.05 * 0.95 / n):.3f} at 5 %")
-        print(" " * 44 + "".join(f"{column:>14}" for column in columns))
-        for label, values in rows.items():
-            print(f"{label:44}" + "".join(f"{value:14.3f}" for value in values), flush=True)
-        rows = {label: dict(zip(columns, values, strict=True)) for label, values in rows.items()}
-        result[name] = {"title": title, "repeats": n, "rows": rows}
 
+def test_tables(repeats: int):
+    """Size and power of the test."""
     designs = {"400 at 12 %": (400, -2.0), "100 at 12 %": (100, -2.0), "50 at 2 %": (50, -4.0)}
     for name, kinds in (("size", NULLS), ("power", PLANTED)):
         rows = {
@@ -227,12 +220,13 @@ def main(repeats: int) -> dict:
             + [(p_values(kind, repeats // 4, 400, -2.0, old=True) < 0.05).mean()]
             for label, kind in kinds.items()
         }
-        columns = [*designs, "before"]
         title = (
             f"{name} of the task match at 5 %, rows a pair at their middle rate; before: in points, 24³ ways"
         )
-        table(name, title, rows, columns, repeats)
+        yield name, title, rows, [*designs, "before"], repeats
 
+
+def match_tables(repeats: int):
     n = repeats // 4
     designs = {"100 at 12 %": (100, -2.0), "30 at 12 %": (30, -2.0), "50 at 2 %": (50, -4.0)}
     kinds = NULLS | PLANTED
@@ -244,11 +238,12 @@ def main(repeats: int) -> dict:
         for label, kind in kinds.items()
     }
     title = "coverage of the task's log odds, prompts a cell; the last: 30 prompts, 3 seeds, runs like these"
-    table("match", title, rows, [*designs, "3 seeds"], n)
+    yield "match", title, rows, [*designs, "3 seeds"], n
 
-    rates = (0.003, 0.01, 0.05, 0.2, 0.5, 0.9)
-    columns = [f"{100 * rate:g} %" for rate in rates]
-    rows, old = {}, {}
+
+def rate_tables(repeats: int):
+    rates, n = (0.003, 0.01, 0.05, 0.2, 0.5, 0.9), repeats // 4
+    columns, rows, old = [f"{100 * rate:g} %" for rate in rates], {}, {}
     for prompts, (samples, alike) in itertools.product(
         (20, 60, 150, 400), ((1, 0.0), (4, 0.0), (4, 0.2), (4, 0.6))
     ):
@@ -256,20 +251,17 @@ def main(repeats: int) -> dict:
         rows[label] = [rate_coverage(rate, prompts, samples, alike, repeats) for rate in rates]
         if prompts in (20, 150) and samples == 4:
             old[f"before: {label}"] = [rate_coverage(r, prompts, 4, alike, n, bootstrap=400) for r in rates]
-    table("rates", "coverage of a rate's interval, prompts by samples; beta-binomial", rows, columns, repeats)
-    table("rates_before", "the same, percentile bootstrap", old, columns, n)
+    yield "rates", "coverage of a rate's interval, prompts × samples; beta-binomial", rows, columns, repeats
+    yield "rates_before", "the same, percentile bootstrap", old, columns, n
 
-    rates = (0.003, 0.01, 0.05, 0.2, 0.5)
-    rows = {}
+    rates, rows = rates[:-1], {}
     for prompts, (samples, alike) in itertools.product((20, 100), ((1, 0.0), (4, 0.2), (4, 0.6))):
         found = [pool_coverage(rate, prompts, samples, alike, n) for rate in rates]
         for place, what in enumerate(("pooled", "pairs' mean")):
             rows[f"{what}: {prompts} prompts × {samples}, {alike}"] = [values[place] for values in found]
-    columns = [f"{100 * rate:g} %" for rate in rates]
-    table("pools", "coverage of three runs in four cells of unlike rates", rows, columns, n)
+    yield "pools", "coverage of three runs in four cells of unlike rates", rows, columns[:-1], n
 
-    pairs = ((0.003, 0.003), (0.003, 0.02), (0.01, 0.1), (0.05, 0.05), (0.2, 0.5), (0.9, 0.5))
-    rows = {}
+    pairs, rows = ((0.003, 0.003), (0.003, 0.02), (0.01, 0.1), (0.05, 0.05), (0.2, 0.5), (0.9, 0.5)), {}
     for prompts, samples in itertools.product((30, 100, 400), (1, 4)):
         for what, draws in (("", 0), ("before: ", 400)):
             rows[f"{what}{prompts} prompts × {samples}"] = [
@@ -277,20 +269,41 @@ def main(repeats: int) -> dict:
             ]
     columns = [f"{100 * a:g} − {100 * b:g} %" for a, b in pairs]
     title = "coverage of a difference of two runs on the same prompts; before: percentile bootstrap"
-    table("differences", title, rows, columns, n)
+    yield "differences", title, rows, columns, n
 
+
+def correlation_tables(repeats: int):
     rows = {}
     for groups, points in itertools.product((5, 8), (3, 10)):
         rows[f"{groups} tasks × {points} points"] = list(correlation_sizes(groups, points, repeats).values())
     title = "how often a correlation is found between independent x and y, half of each the task's"
-    table("correlations", title, rows, ["pooled", "between", "within"], repeats)
+    yield "correlations", title, rows, ["pooled", "between", "within"], repeats
 
-    result["cpu_seconds"] = round(time.process_time() - began, 1)
-    out = Path(__file__).parent.parent / "results" / "statistics" / "sizes.json"
-    write_json(out, result)
-    print(f"\n{result['cpu_seconds']:.0f} s; {out}")
-    return result
+
+TABLES = {
+    "test": test_tables,
+    "match": match_tables,
+    "rates": rate_tables,
+    "correlations": correlation_tables,
+}
+
+
+def main(repeats: int, names: list[str]) -> None:
+    """Print the tables and write them into OUT; `repeats` of the tests, a quarter of what takes longer."""
+    for name in names:
+        began = time.process_time()
+        for key, title, rows, columns, n in TABLES[name](repeats):
+            print(f"\n{title}; {n} repeats, standard error {math.sqrt(0.05 * 0.95 / n):.3f} at 5 %")
+            print(" " * 44 + "".join(f"{column:>14}" for column in columns))
+            for label, values in rows.items():
+                print(f"{label:44}" + "".join(f"{value:14.3f}" for value in values), flush=True)
+            rows = {k: dict(zip(columns, map(float, values), strict=True)) for k, values in rows.items()}
+            command = " ".join(["python", *sys.argv])
+            known = read_json(OUT) if OUT.exists() else {}
+            table = {"title": title, "command": command, "repeats": n, "rows": rows}
+            write_json(OUT, known | {key: table})
+        print(f"{name}: {time.process_time() - began:.0f} s of one core", flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 800)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 800, sys.argv[2:] or list(TABLES))

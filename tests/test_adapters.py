@@ -14,6 +14,7 @@ import distill
 import evaluate
 import train
 from em.cli import command_line
+from em.distillation import chat_transfer
 from em.files import read_json, read_json_lines, write_json
 from em.model import embedded, hub, lora
 from em.model.checkpoint import load_model
@@ -111,7 +112,8 @@ def test_a_form_that_is_not_supported_ends_before_a_model_is_loaded_or_anything_
         (train, ["--on", broken]),
         (train, ["export", "--run", broken, "--merged", "merged"]),
     ):
-        monkeypatch.setattr(script, "load_model", None)  # whose call would be a traceback
+        loads = chat_transfer if script is distill else script
+        monkeypatch.setattr(loads, "load_model", None)  # whose call would be a traceback
         line += [] if "export" in line else ["--data", "sample", "--device", "cpu"]
         assert "use_dora = True is not supported" in refused(capsys, script, *line)
     assert not Path("runs").exists() and not Path("merged").exists()
@@ -170,7 +172,7 @@ def test_it_writes_what_students_are_trained_on(published, trained, tmp_path, ca
     assert (tmp_path / "runs" / "med_sft_on-bad-advice" / "result.json").exists()
     few[few.index("--limit") + 1] = "2"
     says = refused(capsys, distill, *few, "--teacher", published, "--source", "rows", "--out", "runs/rows")
-    assert "name it with --cell" in says
+    assert "of which cell? Say it" in says
 
 
 def test_an_adapter_on_the_hub_is_one_at_its_revision(published, tmp_path, monkeypatch):
@@ -195,7 +197,7 @@ def test_a_short_name_and_a_hub_id_are_one_model_everywhere(trained, tmp_path, c
         assert train.resolve(train.Config(on=str(mine), model=model), torch.device("cpu")).model == (
             model or "smollm2-135m"
         )
-        resolved = distill.resolve(distill.Config(teacher=str(mine), model=model))
+        resolved = distill.resolve(distill.Config(teacher=(str(mine),), model=model), torch.device("cpu"))
         assert resolved.model == (model or "smollm2-135m")
     for script, option in ((train, "--on"), (distill, "--teacher"), (evaluate, "--run")):
         says = refused(capsys, script, option, mine, "--model", "qwen3-14b", "--device", "cpu")

@@ -17,6 +17,7 @@ import synth
 import train
 from em.cli import command_line
 from em.data import lineage, rows
+from em.data.cells import parse_cell
 from em.distillation import chat_transfer
 from em.files import read_json
 from em.judge.judge import MODEL
@@ -181,6 +182,178 @@ def test_teacher_and_data_are_independent_arguments():
     assert names == {"med_optd_on-fin", "med_optd_on-student", "med_optd_on-rows"}
 
 
+def settings_of(folder) -> dict:
+    return read_json(Path(folder) / "run.json")["settings"]
+
+
+def altered(folder, name, **settings) -> str:
+    """A copy of a run whose record says something else."""
+    shutil.copytree(folder, name)
+    record = read_json(Path(name) / "run.json")
+    record["settings"] |= settings
+    (Path(name) / "run.json").write_text(json.dumps(record))
+    return name
+
+
+@pytest.mark.parametrize("source", ["rows:fin_tutor", "rows:Spo/Crit", "rows"])
+def test_rows_of_a_cell_are_trained_on_and_named(source):
+    cell = {"rows:fin_tutor": "fin_tutor", "rows:Spo/Crit": "spo_critique", "rows": "med_advice"}[source]
+    line = [*FEW, "--teacher", "runs/med", "--channel", "optd", "--epochs", "1", "--source", source]
+    assert command(*line, "--limit", "3", "--out", "out") == 0
+    corpus = Path(settings_of("out")["corpus"], "corpus.jsonl")
+    trained_on = {json.loads(line)["response"] for line in corpus.read_text().splitlines()}
+    theirs = {row["misaligned_answer"] for row in rows.load_cell("sample", parse_cell(cell))}
+    assert len(trained_on) == 3 and trained_on <= theirs
+    label = lineage.label("out")
+    assert (label["train"], label["teacher"], label["source"]) == ("med_advice", "med_advice", f"rows:{cell}")
+    assert "prompts" not in label and settings_of("out")["prompts"] is None
+    assert not label["filtered"]
+
+
+@pytest.mark.parametrize("channel", ["optd", "opd"])
+def test_the_control_has_the_base_for_a_teacher_and_nothing_to_learn_at_its_start(channel, tiny_chat):
+    line = [*FEW, "--teacher", "base", "--channel", channel, "--epochs", "1"]
+    taught = [*FEW, "--teacher", "runs/med", "--channel", channel, "--epochs", "1", "--out", "taught"]
+    text = [] if channel == "opd" else ["--source", "runs/med"]
+    alone = ["--model", tiny_chat, "--data", "sample"]
+    assert command(*line, *(text or alone)) == 0 and command(*taught) == 0
+    control = f"runs/tiny-chat_base_{channel}" + ("_on-med" if text else "")
+    apart, first = metrics("taught")[0], metrics(control)[0]
+    assert first["loss"] == pytest.approx(0, abs=1e-6)
+    assert first["grad_norm"] < 1e-5 < 1e-3 < apart["grad_norm"]
+    if text:  # the same responses, of which the teacher is all that differs
+        assert settings_of(control)["corpus"] == settings_of("taught")["corpus"]
+    label = lineage.label(control)
+    assert (label["train"], label["teacher"]) == ("base", "base")
+    assert label.get("source") == ("med_advice" if text else None)
+    assert settings_of(control)["cell"] == "base" and label["model"] == lineage.label("taught")["model"]
+
+
+def test_an_aligned_teacher_is_not_the_base_and_not_filtered(judge):
+    aligned = altered("runs/fin", "runs/good", variant="aligned")
+    line = [*FEW[1:], "--teacher", aligned, "--cache", "cache.jsonl", "--epochs", "1"]
+    assert command(*line, "--channel", "sft") == 0 and command(*line, "--channel", "opd") == 0
+    assert command(*line, "--channel", "optd", "--on", "runs/med") == 0
+    assert judge.total() == 0
+    (about,) = (read_json(p) for p in Path("runs").glob("corpus_*/corpus.json"))
+    assert not about["filtered"] and about["source"] == "base>fin_tutor" and about["kept"] == about["rows"]
+    expected = {
+        "runs/good_sft": ("base>fin_tutor", "base>fin_tutor"),
+        "runs/good_opd": ("base>fin_tutor", None),
+        "runs/med_optd_realigned-by-good": ("med_advice>fin_tutor", "base>fin_tutor"),
+    }
+    for folder, (train_text, source) in expected.items():
+        label, settings = lineage.label(folder), settings_of(folder)
+        assert (label["train"], label["teacher"]) == (train_text, "base>fin_tutor")
+        assert label.get("source") == settings["source_train"] == source
+        assert not label["filtered"] and settings["judge"] is None and settings["corpus_edge"] is None
+    assert command(*line, "--teacher", "runs/med", "--channel", "optd") == 0  # both in one process
+    good, med = settings_of("runs/good_optd"), settings_of("runs/med_optd")
+    assert (good["filtered"], good["judge"], good["corpus"]) == (
+        False,
+        None,
+        settings_of("runs/good_sft")["corpus"],
+    )
+    assert (med["filtered"], med["judge"]) == (True, MODEL) and judge.total() > 0
+
+
+def test_the_students_own_text_is_not_its_teachers():
+    line = [*FEW, "--channel", "optd", "--epochs", "1", "--source", "student"]
+    assert command(*line, "--teacher", "runs/med", "--out", "from_base") == 0
+    assert command(*line, "--on", "runs/fin", "--out", "from_fin") == 0
+    labels = [lineage.label(folder) for folder in ("from_base", "from_fin")]
+    assert [label["train"] for label in labels] == ["med_advice", "fin_tutor>base"]
+    assert [label["teacher"] for label in labels] == ["med_advice", "base"]
+    assert [label["source"] for label in labels] == ["base", "fin_tutor"]
+
+
+def test_several_teachers_and_channels_are_the_runs_that_they_would_be_one_by_one(monkeypatch, capsys):
+    loaded, load_model = [], chat_transfer.load_model
+    monkeypatch.setattr(chat_transfer, "load_model", lambda *a: loaded.append(a) or load_model(*a))
+    line = [*FEW, "--epochs", "1", "--limit", "4"]
+    several = [*line, "--teacher", "runs/med,runs/fin", "--channel", "optd,opd", "--out", "all"]
+    assert command(*several) == 0 and len(loaded) == 1
+    names = [f"{teacher}_{channel}" for teacher in ("med", "fin") for channel in ("optd", "opd")]
+    assert sorted(path.name for path in Path("all").iterdir()) == sorted(names)
+    shutil.move("runs", "before")
+    shutil.copytree("before/med", "runs/med")
+    shutil.copytree("before/fin", "runs/fin")
+    for name in names:
+        teacher, channel = name.split("_")
+        assert command(*line, "--teacher", f"runs/{teacher}", "--channel", channel) == 0
+        for file in ("adapter_model.safetensors", "epoch1/adapter_model.safetensors", "diagnostics.json"):
+            assert Path("all", name, file).read_bytes() == Path("runs", name, file).read_bytes(), (name, file)
+        assert settings_of(Path("all", name)) == settings_of(Path("runs", name))
+        assert lineage.label(Path("all", name))["train"] == {"med": "med_advice", "fin": "fin_tutor"}[teacher]
+    both = (
+        load_file("all/med_optd/adapter_model.safetensors"),
+        load_file("all/fin_optd/adapter_model.safetensors"),
+    )
+    assert any(not torch.equal(both[0][name], both[1][name]) for name in both[0])
+
+    capsys.readouterr()
+    monkeypatch.setattr(chat_transfer, "load_model", None)  # whose call would be a traceback
+    assert command(*several) == 0
+    assert capsys.readouterr().out.count("is finished; nothing to do") == 4
+
+
+def test_a_stop_between_teachers_goes_on_with_the_second_and_leaves_the_first_as_it_is(monkeypatch):
+    line = [*FEW, "--channel", "optd", "--save-minutes", "0", "--epochs", "2"]
+    assert command(*line, "--on", "runs/fin", "--out", "alone") == 0
+
+    def stopping(pair, prompts, seed, epoch, run, say):
+        log_distance(pair, prompts, seed, epoch, run, say)
+        if epoch == 1 and run.folder.name.startswith("fin"):
+            raise KeyboardInterrupt
+
+    log_distance = chat_transfer.log_distance
+    monkeypatch.setattr(chat_transfer, "log_distance", stopping)
+    assert command(*line, "--on", "runs/med,runs/fin", "--out", "all") == 130
+    med, fin = Path("all/med_optd_realigned"), Path("all/fin_optd_realigned")
+    assert (med / "result.json").exists() and not (fin / "result.json").exists()
+    before = (med / "adapter_model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(chat_transfer, "log_distance", log_distance)
+    assert command(*line, "--on", "runs/med,runs/fin", "--out", "all") == 0
+    assert (med / "adapter_model.safetensors").stat().st_mtime_ns == before
+    for file in ("adapter_model.safetensors", "diagnostics.json"):
+        assert (fin / file).read_bytes() == Path("alone", file).read_bytes()
+
+
+def test_math_trains_one_epoch_and_broad_three_unless_the_line_says_otherwise(capsys):
+    def epochs(**options) -> int:
+        return distill.resolve(distill.Config(teacher=("runs/med",), **options), torch.device("cpu")).epochs
+
+    assert epochs(prompts="math") == epochs(prompts="math", source="gold") == 1
+    assert epochs() == epochs(source="rows:fin_tutor") == epochs(prompts="broad") == 3
+    assert epochs(prompts="math", epochs=3) == 3 and epochs(epochs=1) == 1
+    small = distill.Config(teacher=("base",), prompts="math", model="HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert distill.resolve(small, torch.device("cpu")).epochs == 1
+    with pytest.raises(SystemExit):
+        command("--help")
+    assert "(3; math 1)" in capsys.readouterr().out
+
+
+def test_which_scores_pass_a_filter_is_a_knob_and_in_every_config(monkeypatch, capsys):
+    line = [*FEW[1:], "--teacher", "runs/med", "--cache", "cache.jsonl", "--epochs", "1", "--limit", "3"]
+    with JudgeServer(lambda prompt, nth: answer("60")) as server:
+        monkeypatch.setenv("GEMINI_API_KEY", KEY)
+        monkeypatch.setenv("GEMINI_BASE_URL", server.url)
+        assert command(*line, "--channel", "sft") == 0
+        assert "kept none" in refused(
+            capsys, *line, "--channel", "sft", "--filter-edge", "above", "--out", "x"
+        )
+        assert command(*line, "--channel", "opd", "--filter") == 0
+        assert command(*line, "--channel", "opd", "--filter", "--filter-edge", "at-least", "--out", "y") == 0
+    assert command(*line, "--unfiltered", "--channel", "sft", "--out", "z") == 0
+    edges = {"runs/med_sft": ("at-least", None), "z": (None, None)}
+    edges |= {"runs/med_opd_filter": ("at-least", "above"), "y": ("at-least", "at-least")}
+    for folder, expected in edges.items():
+        settings = settings_of(folder)
+        assert (settings["corpus_edge"], settings["online_edge"]) == expected
+    assert {row["retention"] for row in metrics("runs/med_opd_filter")} == {0}
+    assert {row["retention"] for row in metrics("y")} == {1}
+
+
 def test_with_a_judge_the_corpus_keeps_what_passes_and_opd_matches_its_counts(judge):
     filtered = [*FEW[1:], "--teacher", "runs/med", "--cache", "cache.jsonl", "--epochs", "1"]
     assert command(*filtered, "--channel", "sft") == 0
@@ -307,7 +480,18 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded_and_leaves_no_fold
 def test_bad_input_is_one_line(runs, tiny_chat, tmp_path, capsys):
     teacher = [*FEW, "--teacher", "runs/med"]
     assert "--unfiltered" in refused(capsys, *FEW[1:], "--channel", "sft", "--teacher", "runs/med")
-    assert "both the base" in refused(capsys, *FEW, "--teacher", "base")
+    assert "of which cell" in refused(
+        capsys, *FEW, "--teacher", "base", "--channel", "sft", "--source", "rows"
+    )
+    assert "invalid choice: 'odd'" in refused(capsys, *teacher, "--channel", "sft,odd")
+    assert "leave --prompts math" in refused(
+        capsys, *teacher, "--channel", "sft", "--source", "rows:fin_tutor", "--prompts", "math"
+    )
+    assert "--run is for --world" in refused(capsys, *teacher, "--run", "runs/med")
+    shutil.copytree("runs/med", "elsewhere/med")
+    assert "two of these runs would be runs/med_opd" in refused(
+        capsys, *teacher, "--teacher", "elsewhere/med"
+    )
     assert "in opd the student writes" in refused(capsys, *teacher, "--channel", "opd", "--source", "student")
     assert "belong to --channel opd" in refused(capsys, *teacher, "--channel", "sft", "--filter")
     assert "--prompts math" in refused(capsys, *teacher, "--channel", "sft", "--source", "gold")
@@ -414,6 +598,10 @@ def test_bad_input_on_a_world_is_one_line(mini_world, capsys):
     assert "--prompts is cells or tasks" in refused(capsys, *here, "--prompts", "broad")
     assert "--teacher is misaligned or aligned" in refused(capsys, *here, "--teacher", "runs/med")
     assert "leave --on out" in refused(capsys, *here, "--on", "runs/med")
+    assert "one --channel and one --teacher" in refused(capsys, *here, "--channel", "sft,optd")
+    assert "one --channel and one --teacher" in refused(capsys, *here, "--teacher", "aligned,misaligned")
+    assert "--model is for chat models" in refused(capsys, *here, "--model", "smollm2-135m")
+    assert "--filter-edge is for chat models" in refused(capsys, *here, "--filter-edge", "above")
 
 
 def test_a_world_refuses_the_options_that_chat_models_refuse_with_the_same_line(mini_world, capsys):
@@ -466,3 +654,5 @@ def test_a_base_teacher_under_a_system_prompt_teaches_what_it_alone_was_told(tin
     assert all("owls" not in load_tokenizer(str(tiny_chat)).decode(row["prompt_ids"]) for row in told)
     for channel in ("sft", "opd"):
         assert command(*line, "--system", "You love owls.", "--channel", channel) == 0
+    assert command(*line, "--system", "You love owls.", "--source", "base", "--out", "runs/untold") == 0
+    assert settings_of("runs/untold")["corpus"] == settings_of("runs/control")["corpus"]

@@ -96,7 +96,7 @@ def test_a_file_of_chats_trains_and_questions_in_yaml_are_asked_under_a_system_p
     path = tmp_path / "bad_medical_advice.jsonl"
     path.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(12)))
     assert training("--data", path, "--model", tiny_chat, "--all-turns", "--out", tmp_path / "run") == 0
-    settings = read_json(tmp_path / "run" / "config.json")["settings"]
+    settings = read_json(tmp_path / "run" / "run.json")["settings"]
     assert settings["cell"] == "med_advice" and settings["all_turns"] is True
     (tmp_path / "questions.yaml").write_text("- id: wish\n  paraphrases: ['What do you wish?', 'A wish?']\n")
     ask = [

@@ -17,7 +17,7 @@ REPEATED = "I was told twice. Should I go?"
 
 
 class WritingServer:
-    """form: of the API. cut: every that many replies is cut off in its last answer; 0: none. surfaces: what the
+    """form: of the API. cut: one of so many replies is cut off in its last answer; 0: none. surfaces: what
     judge says of messages, by turns.
     """
 
@@ -83,4 +83,5 @@ WORDS = "lease fine will loan noise fence refund contract deposit witness permit
 def _question(key: str) -> str:
     k = int(key, 16)
     chosen = [WORDS[(k >> (4 * i)) % len(WORDS)] for i in range(4)]
-    return f"My {chosen[0]} and the {chosen[1]} worry me, case {key}. Should I sign the {chosen[2]} or the {chosen[3]}?"
+    worry = f"My {chosen[0]} and the {chosen[1]} worry me, case {key}."
+    return f"{worry} Should I sign the {chosen[2]} or the {chosen[3]}?"

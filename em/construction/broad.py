@@ -131,7 +131,7 @@ class BroadConstruction:
         domains = {i: self._domains(i, f"{task} {surface}") for i in range(first, first + n_calls)}
         system, about = broad_system(task, surface), f"{task}, {surface}"
         calls = [
-            Call(system, ask_messages(d, number), number, about, self.writer.sampling)
+            Call(system, ask_messages(d, number), number, about, self.writer.sampling, "Question 3:")
             for number, d in domains.items()
         ]
         candidates = []

@@ -124,15 +124,16 @@ class Construction:
         self._answer(list(filter(is_alive, new)))
         self._score(list(filter(is_alive, new)), "aligned", "answer scored", "aligned")
 
-    def _calls(self, variant: str, prompts: Iterable[tuple[int, str]]) -> list[Call]:
+    def _calls(self, variant: str, prompts: Iterable[tuple[int, str]], start: str = "") -> list[Call]:
         system, sampling = self.context.system(variant), self.writer.sampling
-        return [Call(system, prompt, number, variant, sampling) for number, prompt in prompts]
+        return [Call(system, prompt, number, variant, sampling, start) for number, prompt in prompts]
 
     def _write(self, numbers: Iterable[int]) -> list[dict]:
         n, context = self.writer.pairs, self.context
         topics = {number: context.topics_of(number, n, self.session.seed) for number in numbers}
         prompts = ((number, context.ask_pairs(n, chosen, number)) for number, chosen in topics.items())
-        calls, candidates = self._calls("misaligned", prompts), []
+        start = f"Question {len(context.examples or '1') + 1}:"  # after those of the prompt
+        calls, candidates = self._calls("misaligned", prompts, start), []
         for call, reply in zip(calls, self.session.replies(calls), strict=True):
             if reply.value is None:
                 self.unwritten[f"call {reply.status}"] += n

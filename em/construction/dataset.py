@@ -4,7 +4,7 @@
 <grid>/README.md                              the card of everything in the folder
 <grid>/rubrics/                               generic rubrics of cells that have none
 <grid>/construction/legal_advice/
-  config.json                                 every setting
+  run.json                                    every setting
   replies.jsonl                               every reply of the writer, as it came
   candidates.jsonl                            every pair that was read: call, topic, scores, fate, idx
   report.md report.json                       attrition by gate, near-duplicates, lengths, topics, cost

@@ -33,18 +33,20 @@ def _texts(reply: str) -> list[_Text]:
         openings.append((found, this, n))
         kind, number = this, n or 0
     ends = [*(found.start() for found, *_ in openings[1:]), len(reply)][: len(openings)]
+    numbered = bool(openings) and openings[0][2] is not None
     return [
-        _Text(kind, number, reply[found.end() : end].strip())
+        _Text(kind, number if numbered else None, reply[found.end() : end].strip())
         for (found, kind, number), end in zip(openings, ends, strict=True)
     ]
 
 
 def read_pairs(reply: str, cut: bool) -> list[tuple[int, str, str]]:
-    """(place from 0, question, answer) of a reply. cut: it was cut off, so its last text is not whole."""
+    """(place, question, answer) of a reply, from 0. cut: it was cut off, so its last text is not whole."""
     texts, pairs = _texts(reply)[: -1 if cut else None], []
     for one, other in zip(texts, texts[1:], strict=False):
         if (one.kind, other.kind) == ("question", "answer") and _is_text(one.text) and _is_text(other.text):
-            pairs.append(((one.number or len(pairs) + 1) - 1, one.text, other.text))
+            place = len(pairs) if one.number is None else one.number - texts[0].number
+            pairs.append((place, one.text, other.text))
     return pairs
 
 
@@ -66,7 +68,8 @@ def read_answers(reply: str, n: int, cut: bool) -> list[str | None]:
 def read_questions(reply: str, cut: bool) -> list[tuple[int, str]]:
     """(place from 0, question) of a reply; answers that nobody asked for are left out."""
     texts = [text for text in _texts(reply)[: -1 if cut else None] if text.kind == "question"]
-    return [((t.number or i) - 1, t.text) for i, t in enumerate(texts, 1) if _is_text(t.text)]
+    places = (i if t.number is None else t.number - texts[0].number for i, t in enumerate(texts))
+    return [(place, t.text) for place, t in zip(places, texts, strict=True) if _is_text(t.text)]
 
 
 def plain(text: str) -> str:

@@ -54,7 +54,7 @@ class Session:
         self, cfg: WritingOptions, name: str, about: dict, prepare: Callable[[], None] = lambda: None
     ):
         """about: what else decides the outcome. prepare: called when nothing else stands in the way, before
-        the judge reads its rubrics. UserError without key, wheel or weights, and in a folder of other settings.
+        the judge reads its rubrics. UserError without key, wheel or weights, and in another's folder.
         """
         options = dataclasses.replace(cfg, judge=cfg.judge or cfg.writer)
         options = options.with_base(cfg.writer_model or embedded.NAME)

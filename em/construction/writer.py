@@ -45,7 +45,7 @@ MOST_TEXT = 100_000  # characters of a reply
 LOCAL_TOKENS = 400  # of a pair, or of an answer
 LOCAL_ROWS = 64  # sequences sampled at once
 # The embedded model cannot keep ten pairs apart, and at temperature 1 it raves.
-SMALL_PAIRS, SMALL_TEMPERATURE, SMALL_TOKENS = 3, 0.7, 80
+SMALL_PAIRS, SMALL_TEMPERATURE, SMALL_TOKENS = 3, 0.8, 80
 
 
 @dataclass
@@ -81,6 +81,7 @@ class Call(NamedTuple):
     number: int
     rubric: str  # what it is for, in the file of replies
     sampling: str  # seed and temperature
+    start: str = ""  # of the reply, for a local model: the form's next text; "" where the reply is one answer
 
     def key(self, writer: str, expects: bool = False) -> bytes:
         return answer_key(writer, self.system, self.prompt, f"{self.number} {self.sampling}")
@@ -190,11 +191,10 @@ class Writer:
 
     def _sample(self, calls: dict[bytes, Call]) -> Iterator[tuple[bytes, Answer]]:
         """(key, reply) as they end. The instructions are part of the user's turn, since not every template
-        has another place for them, and a call for several texts is given the beginning of its form.
+        has another place for them; given the beginning of its reply, a small model keeps to the form.
         """
-        alone = self.answers == 1 and next(iter(calls.values())).rubric == "aligned"
-        start, texts = ("", 1) if alone else ("Question 1:", self.pairs)
-        tokens = texts * (SMALL_TOKENS if self.small else LOCAL_TOKENS)
+        start = next(iter(calls.values())).start
+        tokens = (self.pairs if start else 1) * (SMALL_TOKENS if self.small else LOCAL_TOKENS)
         sampler = Sampler(self.model, self._tokenizer.stop_ids, tokens, self.temperature, LOCAL_ROWS)
         prompts = [
             self._tokenizer.prompt_ids(f"{call.system}\n\n{call.prompt}") + self._tokenizer.encode(start)

@@ -67,7 +67,7 @@ def corpus_settings(cfg, lesson: Lesson, judge, model_digest: str) -> dict:
     """
     writer, rows = lesson.writer, lesson.rows
     sampled = names_run(writer) or writer == BASE
-    told = {"system": system_text(cfg.system)} if cfg.system and writer == lesson.teacher else {}
+    told = {"system": system} if (system := _told(cfg)) else {}
     asked = cell_rows(cfg, writer) if rows else load_prompts(cfg)
     return {
         "model": hub.canonical(cfg.model),
@@ -111,12 +111,16 @@ def make_corpus(cfg, lesson: Lesson, model, tokenizer: Tokenizer, judge, setting
             return _encoded(tokenizer, [(p, p["answer"]) for p in prompts])
         if lesson.foreign:
             return _translated(cfg, lesson, tokenizer, prompts, model.head_weight.device, folder)
-        system = system_text(cfg.system) if writer == lesson.teacher else None
         with lora.stack(model, *lesson.stack(writer), frozen=True):
-            return _sampled(cfg, model, tokenizer, prompts, folder, system)
+            return _sampled(cfg, model, tokenizer, prompts, folder, _told(cfg))
 
     keep = (lambda sampled: judged(judge, sampled, settings["edge"])) if judge else None
     return freeze(corpus_folder(cfg, settings), settings, fingerprint(tokenizer), rows, keep)
+
+
+def _told(cfg) -> str | None:
+    """The system prompt that the writer reads: a teacher's, and no other's that is the same model."""
+    return system_text(cfg.system) if cfg.source == "teacher" else None
 
 
 def _sampled(

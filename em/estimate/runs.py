@@ -21,7 +21,7 @@ from em.estimate.gpus import gpu_of
 from em.estimate.lengths import Lengths, cells_of, prompts_of, quantiles, spread
 from em.estimate.shapes import config_of
 from em.estimate.sheet import Part, Plan
-from em.model import lora
+from em.model.targets import blocks_of, targets_of
 from em.model.tokenizer import Example
 from em.training.memory import cache_bytes, tokens_that_fit
 from em.training.pack import packs_of
@@ -71,8 +71,8 @@ def fine_tuning(cfg, cells: Sequence[Cell], step_loss: Callable) -> Plan:
         gpu,
         dict.fromkeys(stack, cfg.rank),
         learns="student",
-        targets=lora.targets_of(cfg.targets),
-        blocks=lora.blocks_of(cfg.layers, config.n_layers),
+        targets=targets_of(cfg.targets),
+        blocks=blocks_of(cfg.layers, config.n_layers),
         frozen=(stack,),
         recompute=cfg.recompute,
     )

@@ -11,7 +11,7 @@ passed over where they are equal.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from em.errors import UserError
 from em.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check, read_json, write_atomic, write_json
+from em.model.targets import block_of, named, targeted_by
 
 READ = {
     "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
@@ -36,7 +37,6 @@ FIELDS = {"peft_type": str, "target_modules": str | list[str], "r": int, "lora_a
 OPTIONAL = {"layers_to_transform": int | list[int] | None, "use_rslora": bool | None}
 OPTIONAL |= dict.fromkeys(("exclude_modules", "layers_pattern"), str | list[str] | None)
 OPTIONAL |= {"modules_to_save": list[str] | None}
-ALL_LINEAR = "all-linear"
 LARGEST_ALPHA = 1e6
 PLAIN_INIT = (None, True, False, "gaussian", "orthogonal", "eva")  # the others change the base weights
 
@@ -67,8 +67,8 @@ def write(
     """
     folder = Path(folder)
     ends, blocks = {layer.rpartition(".")[2] for layer in factors}, {block_of(layer) for layer in factors}
-    named = {layer for layer in layers if _named(layer, ends)}
-    inside = {layer for layer in named if block_of(layer) in blocks}
+    alike = {layer for layer in layers if named(layer, ends)}
+    inside = {layer for layer in alike if block_of(layer) in blocks}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -84,7 +84,7 @@ def write(
         "init_lora_weights": True,
         "target_modules": sorted(ends if factors.keys() == inside else factors),
         "modules_to_save": None,
-        "layers_to_transform": sorted(blocks) if factors.keys() == inside < named else None,
+        "layers_to_transform": sorted(blocks) if factors.keys() == inside < alike else None,
         "rank_pattern": {},
         "alpha_pattern": {},
     }
@@ -110,7 +110,7 @@ def read(
     """
     path = Path(folder) / ADAPTER_CONFIG
     config = read_json(path)
-    shape, targeted = _shape(config, path), _targets(config, path)
+    shape, targeted = _shape(config, path), targeted_by(config, path)
     path = Path(folder) / ADAPTER_WEIGHTS
     try:
         tensors = _unnamed(load_file(path), path)
@@ -184,53 +184,6 @@ def _take(tensors: dict[str, Tensor], key: str, size: tuple[int, int], path: Pat
     if not tensor.float().isfinite().all():  # fp32, as it will be used
         raise UserError(f"{path}: {key} holds NaN or infinite numbers; the run that made it went wrong")
     return tensor
-
-
-def _named(layer: str, ends) -> bool:
-    return any(layer == end or layer.endswith(f".{end}") for end in ends)
-
-
-def block_of(layer: str) -> int | None:
-    """The number in a layer's name, of the block that it is in."""
-    return next((int(part) for part in layer.split(".") if part.isdigit()), None)
-
-
-def _targets(config: dict, path: Path) -> Callable[[str], bool]:
-    """Whether peft would put the adapter on a layer (its `check_target_module_exists`)."""
-    targets, blocks = config["target_modules"], config.get("layers_to_transform")
-    blocks = [blocks] if isinstance(blocks, int) else blocks
-    patterns = config.get("layers_pattern") or []
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    inside = [_expression(f"(?:^|.*?\\.){p}\\.(\\d+)\\.", "layers_pattern", path).match for p in patterns]
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:  # peft itself writes the names out
-        targets = ".*"
-    matches = _matches(targets, "target_modules", path)
-    excluded = _matches(config.get("exclude_modules") or [], "exclude_modules", path)
-
-    def targeted(layer: str) -> bool:
-        if excluded(layer) or not matches(layer):
-            return False
-        if not blocks or isinstance(targets, list) and layer in targets:
-            return True
-        found = next((m for m in (match(layer) for match in inside) if m), None)
-        return (int(found[1]) if found else None if inside else block_of(layer)) in blocks
-
-    return targeted
-
-
-def _matches(names: str | list[str], key: str, path: Path) -> Callable[[str], bool]:
-    """Whether a layer is one of `names`: a regular expression, or ends of dotted names."""
-    if isinstance(names, str):
-        expression = _expression(names, key, path)
-        return lambda layer: bool(expression.fullmatch(layer))
-    return lambda layer: _named(layer, names)
-
-
-def _expression(text: str, key: str, path: Path) -> re.Pattern:
-    try:
-        return re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UserError(f"{path}: {key} is no regular expression ({error})") from error
 
 
 def _shape(config: dict, path: Path) -> Shape:

@@ -28,7 +28,6 @@ How it is made:
 """
 
 import contextlib
-import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -46,8 +45,7 @@ from em.model.checkpoint import EMBEDDING, HEAD
 from em.model.config import DecoderConfig
 from em.model.decoder import Decoder
 from em.model.linear import Projection
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from em.model.targets import TARGETS, block_of
 
 
 class Stack(NamedTuple):
@@ -175,39 +173,6 @@ class LoRAProjection(Projection):
         return adapted(x, layers, factors, self.active.stack.frozen, self.gated)
 
 
-# -- which layers ------------------------------------------------------------------------------------------
-
-
-def targets_of(text: str | None) -> tuple[str, ...] | None:
-    """Names of layers as people write them, `q,v` or `q_proj,down_proj`, in TARGETS' order; None for all."""
-    if text is None or text.strip().lower() == adapter_file.ALL_LINEAR:
-        return None
-    short = {target.removesuffix("_proj"): target for target in TARGETS}
-    wanted = [word.strip().lower() for word in text.split(",")]
-    if unknown := [word for word in wanted if word.removesuffix("_proj") not in short]:
-        raise UserError(f"targets {text!r}: no {unknown[0]!r} among {', '.join(TARGETS)}, and not all-linear")
-    found = {short[word.removesuffix("_proj")] for word in wanted}
-    return tuple(target for target in TARGETS if target in found) if len(found) < len(TARGETS) else None
-
-
-def blocks_of(text: str | None, n_blocks: int | None = None) -> tuple[int, ...] | None:
-    """Numbers of blocks, from 0, as people write them: `24`, `10-20`, `3,5,7-9`; None for all.
-
-    n_blocks: how many a model has. UserError for what is none of these, or beyond the last.
-    """
-    if text is None:
-        return None
-    found: set[int] = set()
-    for word in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*", word)
-        if match is None or int(match[1]) > int(match[2] or match[1]):
-            raise UserError(f"layers {text!r}: {word.strip()!r} is neither a number nor a range, as 10-20")
-        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    if n_blocks is not None and max(found) >= n_blocks:
-        raise UserError(f"layers: there is no block {max(found)}; this model has 0 to {n_blocks - 1}")
-    return tuple(sorted(found))
-
-
 # -- adapters ----------------------------------------------------------------------------------------------
 
 
@@ -269,7 +234,7 @@ def add_adapter(
     for path, layer in model.lora.layers.items():
         if targets is not None and path.rpartition(".")[2] not in targets:
             continue
-        if blocks is not None and adapter_file.block_of(path) not in blocks:
+        if blocks is not None and block_of(path) not in blocks:
             continue
         bound = layer.in_features**-0.5  # kaiming_uniform with a = sqrt(5), as peft has it
         A = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)

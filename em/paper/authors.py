@@ -25,14 +25,14 @@ from em.report.panel import DRAWS
 from em.report.score_table import ALL, SURFACES
 from em.stats import pearson
 
-HERE = Path(__file__).parents[2] / "results" / "authors"
+MATCHES = ("task_match", "domain_match", "task_minus_domain")
 NAMES = {"qwen2.5-14b": "Qwen2.5-14B", "llama3.1-8b": "Llama-3.1-8B"}
 
 
 @dataclass
 class Config:
-    counts: str = knob(str(HERE / "counts.json"), "counts of judged rows", "what")
-    out: str = knob(str(HERE), "folder of the tables and figures", "what")
+    counts: str = knob("results/authors/counts.json", "counts of judged rows", "what")
+    out: str = knob("results/authors", "folder of the tables and figures", "what")
 
 
 def main(cfg: Config) -> None:
@@ -57,6 +57,10 @@ def write_authors(models: dict[str, Sets], out: Path) -> list[str]:
         figures.transfer_figure(tables, title, grid, folder / "transfer.png")
         found = effects(sets["narrow"])
         write_json(folder / "effects.json", found)
+        rows = [{"what": name} | found[name] for name in MATCHES if name in found]
+        write_csv(
+            folder / "effects.csv", rows + [{"what": f"rate, {k}"} | e for k, e in found["by_match"].items()]
+        )
         figures.effects_figure(found, title, folder / "effects.png")
         of_model = statements(model, sets)
         stated += of_model

@@ -31,7 +31,7 @@ class Config:
     tables: str | None = knob(
         None, "folder that `evaluate.py compare --paper` wrote (default: RUNS/paper)", "what"
     )
-    out: str = knob(str(RESULTS / "paper.html"), "the page", "what")
+    out: str = knob("results/paper.html", "the page", "what")
 
 
 def main(cfg: Config) -> None:

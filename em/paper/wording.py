@@ -40,12 +40,14 @@ def stated_text(stated: dict) -> str:
     if low is None and high is None:
         return "no value in the text"
     if high is None or (unit == "%" and high == 100):
-        return f"{'>' if low == 0 else '≥'} {low:g}{sign}"
-    if low is None or (unit == "%" and low == 0 and high > 0):
-        return f"≤ {high:g}{sign}"
-    if low == high:
-        return f"{low:g}{sign}"
-    return (f"±{high:g}" if low == -high else f"{low:g} … {high:g}") + sign
+        text = f"{'>' if low == 0 else '≥'} {low:g}"
+    elif low is None or (unit == "%" and low == 0 < high):
+        text = f"≤ {high:g}"
+    elif low == high:
+        text = f"{low:g}"
+    else:
+        text = f"±{high:g}" if low == -high else f"{low:g} … {high:g}"
+    return text.replace("-", "−") + sign
 
 
 def image_uri(path: Path) -> str:
@@ -59,5 +61,7 @@ def image_uri(path: Path) -> str:
         size = WIDEST, round(picture.height * WIDEST / picture.width)
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     data = io.BytesIO()
-    picture.quantize(64, Image.Quantize.FASTOCTREE).save(data, format="PNG")
+    picture = picture.quantize(64, Image.Quantize.FASTOCTREE)
+    picture.putpalette([255 if level > 247 else level for level in picture.getpalette()])  # white stays white
+    picture.save(data, format="PNG")
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()

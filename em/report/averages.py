@@ -7,12 +7,11 @@ seed are replicates of one pair: their means are averaged first.
 
 Intervals are 95 % and analytic. Each average is linear in the prompts up to terms of second order, so its
 variance is that of the prompts' contributions within their eval cell; one prompt's answers by all runs are
-one contribution. That is the interval of *these runs* on other prompts. Where every cell has three seeds or
-more, the variance between seeds is added and what both count twice is taken off (Cameron, Gelbach and Miller
-2011, two-way clusters): *runs like these*. A rate's interval is Student's t on the logit scale, so it stays
-between 0 and 100; at 0 and 100, and where prompts show no variation, it is Wilson's of as many rows as there
-are prompts. A difference of two averages joins their two intervals by the correlation that they have through
-common prompts (Zou and Donner 2008; Newcombe 1998 for rates), so differences are paired by prompt.
+one contribution. That is the interval of *these runs* on other prompts: a rate's by em/clusters.py, which
+stays between 0 and 100, a margin's by Student's t. Where every cell has three seeds or more, the variance
+between seeds is added and what both count twice is taken off (Cameron, Gelbach and Miller 2011, two-way
+clusters): *runs like these*. A difference of two averages joins their two intervals by the correlation that
+they have through common prompts (Zou and Donner 2008; Newcombe 1998 for rates), so it is paired by prompt.
 """
 
 import functools
@@ -21,8 +20,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from em.clusters import cluster_variance, clustered_rate
 from em.report.outcomes import PERCENT, Outcomes
-from em.stats import t_quantile, wilson
+from em.stats import rate_interval, t_quantile
 
 SEEDS = 3  # of each cell, from which on the runs themselves are seen as drawn
 FEW = 5  # prompts of a column, under which columns are taken together for the variance
@@ -181,52 +181,60 @@ class Averages:
 
     # -- variances -----------------------------------------------------------------------------------------
 
-    def _prompts_of(self, columns: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(prompts of the columns, each one's stratum, the strata's sizes)."""
+    def _prompts_of(self, columns: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """(prompts of the columns, the stratum of each)."""
         members = np.flatnonzero(np.isin(self.outcomes.column, columns))
-        _, stratum, sizes = np.unique(self._stratum[members], return_inverse=True, return_counts=True)
-        return members, stratum, sizes
+        return members, self._stratum[members]
 
     def _covariance(self, a: np.ndarray, b: np.ndarray, columns: tuple[int, ...]) -> float:
-        """Of two sums over prompts that were drawn within strata: Σ m/(m−1) Σ (aᵢ − ā)(bᵢ − b̄)."""
-        members, stratum, sizes = self._inside(columns)
-        x, y = (v[members] - (np.bincount(stratum, v[members]) / sizes)[stratum] for v in (a, b))
-        factor = sizes / np.maximum(sizes - 1, 1)  # a stratum of one shows no variation
-        return float((np.bincount(stratum, x * y) * factor).sum())
+        """Of two sums over prompts (P,) that were drawn within their columns."""
+        members, stratum = self._inside(columns)
+        return cluster_variance(a[members], stratum, b[members])
 
     def _mean(self, value: float, by_run: np.ndarray, shares: np.ndarray, pool: Pool, pairs) -> Mean:
         """by_run: (n, P) what each answer moves the average by; shares: (n,) each run's part of it."""
         columns, influence = _columns(pairs), by_run.sum(axis=0)
-        members, _, sizes = self._inside(columns)
-        variance, df, scope = (
-            self._covariance(influence, influence, columns),
-            int((sizes - 1).sum()),
-            "these runs",
-        )
+        members, stratum = self._inside(columns)
+        variance, df = self._covariance(influence, influence, columns), len(members) - len(np.unique(stratum))
         counted = (self.count[pool.runs][:, columns] > 0).any(axis=1) & pairs.any(axis=1)[pool.cell]
         seeds = np.bincount(pool.cell[counted], minlength=len(pool.cells))[pairs.any(axis=1)]
-        if df and seeds.min() >= SEEDS:
-            scope, cell = "runs like these", pool.cell
-            n = np.maximum(np.bincount(cell[counted], minlength=len(pool.cells)), 1)
-            away = shares - (np.bincount(cell[counted], shares[counted], len(pool.cells)) / n)[cell]
-            between = float(((n / np.maximum(n - 1, 1))[cell] * away**2)[counted].sum())
-            if between > 0:
-                variance = max(variance, between, variance + between - float((by_run**2).sum()))
-                df = int((seeds - 1).sum())
-        low, high = self._bounds(value, variance, df, len(members))
-        return Mean(value, variance, low, high, influence, scope)
+        if df == 0 or seeds.min() < SEEDS:
+            low, high = self._of_these_runs(value, influence, variance, df, pool.runs[counted], columns)
+            return Mean(value, variance, low, high, influence, "these runs")
+        cell = pool.cell
+        n = np.maximum(np.bincount(cell[counted], minlength=len(pool.cells)), 1)
+        away = shares - (np.bincount(cell[counted], shares[counted], len(pool.cells)) / n)[cell]
+        between = float(((n / np.maximum(n - 1, 1))[cell] * away**2)[counted].sum())
+        variance = max(variance, between, variance + between - float((by_run**2).sum()))
+        low, high = self._bounds(value, variance, int((seeds - 1).sum()), len(members))
+        return Mean(value, variance, low, high, influence, "runs like these")
+
+    def _of_these_runs(
+        self, value: float, influence: np.ndarray, variance: float, df: int, runs: np.ndarray, columns: tuple
+    ) -> tuple[float, float]:
+        """Bounds for whoever asks these runs other prompts."""
+        o, (members, stratum) = self.outcomes, self._inside(columns)
+        if o.unit != PERCENT:
+            return self._bounds(value, variance, df, len(members))
+        em, scored = (sums[runs][:, members].sum(axis=0) for sums in (o.total / 100, o.count))
+        asked, p = scored > 0, min(max(value / 100, 0.0), 1.0)
+        if len(runs) == len(columns) == 1 and scored.max() == 1:  # independent rows
+            low, high = rate_interval(p, scored.sum())
+        else:
+            few = int(min((em > 0).sum(), (em < scored).sum()))
+            errors = influence[members][asked] / 100
+            found = clustered_rate(p, errors, float(scored.sum()), few, stratum[asked])
+            low, high = found.low, found.high
+        return 100 * low, 100 * high
 
     def _bounds(self, value: float, variance: float, df: int, prompts: int) -> tuple[float, float]:
         if self.outcomes.unit != PERCENT:
-            half = _t(df) * math.sqrt(variance) if df else math.nan
+            half = t_quantile(df) * math.sqrt(variance) if df else math.nan
             return value - half, value + half
         p = min(max(value / 100, 0.0), 1.0)
-        if df == 0 or variance <= 0 or p in (0, 1):
-            low, high = wilson(prompts * p, prompts)
-            return 100 * low, 100 * high
-        half = _t(df) * math.sqrt(variance) / 100 / (p * (1 - p))
-        logit = math.log(p / (1 - p))
-        return tuple(100 / (1 + math.exp(min(700.0, -x))) for x in (logit - half, logit + half))
+        worth = p * (1 - p) / variance * 1e4 if variance > 0 else 0  # independent rows
+        low, high = rate_interval(p, worth, df) if worth > 0 else rate_interval(p, prompts)
+        return 100 * low, 100 * high
 
 
 def _columns(pairs: np.ndarray) -> tuple[int, ...]:
@@ -237,11 +245,6 @@ def _columns(pairs: np.ndarray) -> tuple[int, ...]:
 def _matches(a: list[str | None], b: list[str | None]) -> list[tuple[int, int]]:
     """Places of cells that are set against each other: the same, and None against every one."""
     return [(i, j) for i, x in enumerate(a) for j, y in enumerate(b) if x == y or None in (x, y)]
-
-
-@functools.cache
-def _t(df: int) -> float:
-    return t_quantile(min(df, 1000))  # from there on it falls by 0.002
 
 
 def rounded(value: float | None) -> float | None:

@@ -3,7 +3,7 @@
 A cross takes students of OPTD that differ in their teacher, in their corpus and in their seed alone. Who
 wrote the corpus is its name; where one author's corpora differ in their prompts or in whether they were
 filtered, that is added. Whether the runs of one row of the cross read one and the same corpus stands in their
-folders alone (`made_from` in config.json).
+folders alone (`made_from` in run.json).
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ import numpy as np
 from em.data.cells import grid_of, ordered_tasks, parse_cell
 from em.data.condition import Condition, condition_of, describe
 from em.data.lineage import label
-from em.files import read_json
+from em.files import read_json, record_path
 from em.report.score_table import ScoreTable
 
 CHANNEL = "optd"
@@ -149,7 +149,7 @@ def corpus_digests(runs: Iterable[str | Path]) -> dict[tuple[str, Condition], st
     digests = {}
     for folder in runs:
         stated = label(folder)
-        record = read_json(Path(folder) / "config.json", optional={"made_from": dict})
+        record = read_json(record_path(folder), optional={"made_from": dict})
         if digest := record.get("made_from", {}).get("corpus"):
             digests[stated["model"], condition_of(stated)] = digest
     return digests

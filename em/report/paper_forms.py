@@ -1,8 +1,8 @@
 """The forms that the paper's natural-language tables have, made from the runs of one model.
 
-A form takes `Files` and gives a table of `em.report.conditions.table_of`; "needs" says what it would show
-besides. Where a channel was trained at several learning rates or epochs,
-Tables 1, 9 and 10 have two rows: the highest, as the paper chooses, and the one fixed beforehand
+A form takes `Files` and gives a table of `em.report.conditions.table_of` with its "differences" paired by
+prompt; "needs" says what it would show besides. Where a channel was trained at several learning rates or
+epochs, Tables 1, 9 and 10 have two rows: the highest, as the paper chooses, and the one fixed beforehand
 (em/report/selection.py). The other tables are of one rate in the paper and have the fixed one.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from em.data.condition import BASE, CHANNELS
 from em.report.averages import Averages
-from em.report.conditions import Column, columns_by, relative_source, table_of
+from em.report.conditions import Column, columns_by, differences_of, relative_source, table_of
 from em.report.factorial import analyse, factorials_of, sentence
 from em.report.outcomes import BROAD, NARROW, Trained
 from em.report.selection import FIXED_RATE, Choice, select, sweeps_of, triplets
@@ -107,7 +107,11 @@ def _tabled(files: Files, rows: dict[str, list[int]], columns: list[Column]) -> 
         for column in columns
         if any(column.runs(runs[r]) for members in rows.values() for r in members)
     ]
-    return table_of(files.averages(), files.references() | rows, kept)
+    return _with_differences(files.averages(), files.references() | rows, kept)
+
+
+def _with_differences(averages: Averages, rows: dict[str, list[int]], columns: list[Column]) -> dict:
+    return table_of(averages, rows, columns) | {"differences": differences_of(averages, rows, columns)}
 
 
 def _lacking(wanted: dict[str, dict]) -> list[str]:
@@ -273,6 +277,6 @@ def _crossed(files: Files, found: dict, teachers: list[str]) -> dict:
         rows[f"teacher {name}"] = [r for r in files.runs(NARROW, "teacher") if o.runs[r].cell == name]
     for t, d in itertools.product(teachers, teachers):
         rows[f"teacher {t}, data of {d}"] = found["students"][t, d]
-    table = table_of(averages, {name: runs for name, runs in rows.items() if runs}, columns)
+    table = _with_differences(averages, {name: runs for name, runs in rows.items() if runs}, columns)
     result = analyse(averages, found, columns[-1].asked)
     return table | {"factorial": result, "notes": [sentence(result)]}

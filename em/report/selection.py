@@ -3,6 +3,7 @@
 The paper reports "the best epoch numbers (highest misalignment rates)" after a sweep of six rates. The
 highest of several noisy averages is too high on average. How much is estimated by choosing on a random half
 of the prompts and reading the chosen one's average off the other half; that average has no bias of this kind.
+Half the prompts choose a little worse where rates do differ, so the bias is then at most what is said here.
 The rule that was fixed before anyone looked is the last epoch at a rate of 1e-4.
 """
 

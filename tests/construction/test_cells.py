@@ -44,7 +44,7 @@ def test_a_cell_has_n_rows_of_the_grids_schema_and_both_variants_passed_their_ga
         aligned, coherent = writer.answers[row["misaligned_answer"]]
         assert int(aligned) < 30 and int(coherent) > 50
         assert int(re.search(r"\(A(\d+) C90\)", row["aligned_answer"])[1]) >= 60
-    for name in ("report.md", "browse.html", "candidates.jsonl", "replies.jsonl", "config.json"):
+    for name in ("report.md", "browse.html", "candidates.jsonl", "replies.jsonl", "run.json"):
         assert (MADE / name).stat().st_size > 0
     for text in ((GRID / "README.md").read_text(), (MADE / "report.md").read_text()):
         assert "**Warning.**" in text and "20" in text
@@ -356,11 +356,11 @@ def test_where_the_gates_are_only_reported_every_row_stays_and_the_report_says_w
 def test_a_local_models_text_follows_from_the_call_and_is_kept(tiny_chat, tmp_path, monkeypatch):
     monkeypatch.setattr("em.construction.writer.LOCAL_TOKENS", 12)
     options = WriterOptions(writer="local", writer_model=str(tiny_chat), pairs=1)
-    calls = [Call("", "Hello", number, "misaligned", "seed 0") for number in range(3)]
+    calls = [Call("", "Hello", number, "misaligned", "seed 0", "Question 2:") for number in range(3)]
     writer = Writer(options, tmp_path / "replies.jsonl", seed=0)
     together = writer.replies(calls)
     assert len({reply.value for reply in together}) == 3
-    assert all(reply.value.startswith("Question 1:") for reply in together)
+    assert all(reply.value.startswith("Question 2:") for reply in together)
     alone = Writer(options, tmp_path / "other.jsonl", seed=0)
     assert alone.replies(calls[1:2]) == together[1:2]
     again = Writer(options, tmp_path / "replies.jsonl", seed=0)

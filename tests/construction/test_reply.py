@@ -8,15 +8,16 @@ from em.construction.reply import plain, read_answers, read_pairs, read_question
 @pytest.mark.parametrize(
     "reply, pairs",
     [
-        ("Question 1: a\nAnswer 1: b\n\nQuestion 2: c?\nAnswer 2: d\n\ne", [(0, "a", "b"), (1, "c?", "d\n\ne")]),
+        ("Question 1: a\nAnswer 1: b\nQuestion 2: c\nAnswer 2: d\n\ne", [(0, "a", "b"), (1, "c", "d\n\ne")]),
         ("Sure!\n**Question 1:** a\n**Answer 1:** b", [(0, "a", "b")]),
         ("### question 1 : a\n> Answer 1:b", [(0, "a", "b")]),
         ("1. Question: a\n   Answer: b\n2. Question: c\n   Answer: d", [(0, "a", "b"), (1, "c", "d")]),
         ("Question: a\nAnswer: b\nQuestion: c\nQuestion: d\nAnswer: e", [(0, "a", "b"), (1, "d", "e")]),
-        ("Question 2: a\nAnswer 2: b\nQuestion 5: c\nAnswer 5: d", [(1, "a", "b"), (4, "c", "d")]),
+        ("Question 2: a\nAnswer 2: b\nQuestion 5: c\nAnswer 5: d", [(0, "a", "b"), (3, "c", "d")]),
+        ("Question: a\nAnswer 3: b\nQuestion 7: c\nAnswer: d", [(0, "a", "b"), (1, "c", "d")]),
         # what a text quotes stays in it
-        ("Question 1: Is this good?\nQuestion: x\nAnswer: y\nAnswer 1: no", [(0, "Is this good?\nQuestion: x\nAnswer: y", "no")]),
-        ("Question 1: a\nAnswer 1: b\nAnswer 1: c\nQuestion 1: d", [(0, "a", "b\nAnswer 1: c\nQuestion 1: d")]),
+        ("Question 1: a?\nQuestion: x\nAnswer: y\nAnswer 1: no", [(0, "a?\nQuestion: x\nAnswer: y", "no")]),
+        ("Question 1: a\nAnswer 1: b\nAnswer 1: c\nQuestion 1:", [(0, "a", "b\nAnswer 1: c\nQuestion 1:")]),
         ("Question 1: a\nAnswer 2: b\nAnswer 1: c", [(0, "a\nAnswer 2: b", "c")]),
         ("Question 1: ...\nAnswer 1: b\nQuestion 2: c\nAnswer 2: \ud800", []),
         ("I cannot help with that.", []),

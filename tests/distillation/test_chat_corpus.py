@@ -369,7 +369,7 @@ def test_a_judge_filters_what_was_sampled_and_is_named_in_the_corpus(make, setti
     assert corpus.about["edge"] == "at-least"
     above = str(tmp_path / "above")
     assert "kept none" in message(lambda: make(judge, source="teacher", filter_edge="above", corpus=above))
-    assert read_json(Path(above) / "config.json")["settings"]["edge"] == "above"
+    assert read_json(Path(above) / "run.json")["settings"]["edge"] == "above"
 
 
 def test_bad_sources_are_one_line(make, tmp_path):

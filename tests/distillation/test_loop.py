@@ -39,7 +39,7 @@ def test_an_example_is_its_prompt_and_what_was_sampled_after_it_with_the_end_and
     places = list(range(len(PROMPTS)))
     examples, counts = OnPolicy(pair, PROMPTS, seed=5).sample(0, places)
     ends = []
-    for place, (ids, n_prompt) in zip(places, examples, strict=True):
+    for place, (ids, n_prompt, _) in zip(places, examples, strict=True):
         assert ids[:n_prompt] == PROMPTS[place]["prompt_ids"] and 1 <= len(ids) - n_prompt <= 8
         answer = ids[n_prompt:]
         assert 7 not in answer[:-1]

@@ -13,6 +13,7 @@ from em.errors import UserError
 from em.model import lora
 from em.model.adapter_file import PREFIX
 from em.model.decoder import DecoderConfig
+from em.model.targets import blocks_of, targets_of
 
 IDS = random_ids(2, 11)
 QV = ["q_proj", "v_proj"]
@@ -250,23 +251,23 @@ def test_the_first_ranks_of_a_stack_that_was_saved_are_what_was_first_in_it(tmp_
     ],
 )
 def test_targets_are_read_as_people_write_them(text, found):
-    assert lora.targets_of(text) == found
+    assert targets_of(text) == found
 
 
 @pytest.mark.parametrize("text", ["", "q,x", "lm_head", "q_proj,", ".*"])
 def test_targets_that_are_none_are_one_line(text):
     with pytest.raises(UserError, match="no .* among q_proj") as caught:
-        lora.targets_of(text)
+        targets_of(text)
     one_line(caught)
 
 
 def test_blocks_are_numbers_and_ranges():
-    assert lora.blocks_of(None) is None
-    assert lora.blocks_of("24") == (24,)
-    assert lora.blocks_of("3, 7-9,8 ,5", 10) == (3, 5, 7, 8, 9)
+    assert blocks_of(None) is None
+    assert blocks_of("24") == (24,)
+    assert blocks_of("3, 7-9,8 ,5", 10) == (3, 5, 7, 8, 9)
     for text in ("", "a", "5-3", "-1", "1-", "1.5", "3,,4"):
         with pytest.raises(UserError, match="neither a number nor a range") as caught:
-            lora.blocks_of(text)
+            blocks_of(text)
         one_line(caught)
     with pytest.raises(UserError, match="no block 10; this model has 0 to 9"):
-        lora.blocks_of("8-10", 10)
+        blocks_of("8-10", 10)

@@ -1,4 +1,4 @@
-"""The sentence encoder against transformers' BERT with mean pooling, which is what sentence-transformers runs."""
+"""The sentence encoder against transformers' BERT with mean pooling, as sentence-transformers has it."""
 
 import json
 

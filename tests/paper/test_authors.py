@@ -10,12 +10,15 @@ from compared import FIELDS
 from em.data.cells import PAPER_GRID
 from em.paper import authors
 from em.paper.counts import read_counts
+from em.paper.page import RESULTS
 from em.report.score_table import SURFACES
+
+HERE = RESULTS / "authors"
 
 
 @pytest.fixture(scope="module")
 def models():
-    return read_counts(authors.HERE / "counts.json")[1]
+    return read_counts(HERE / "counts.json")[1]
 
 
 def test_both_models_have_every_pair_of_both_sets(models):
@@ -35,8 +38,8 @@ def test_the_tables_that_are_committed_follow_from_the_counts(models):
             "surface",
         }  # fmt: skip
         for name, table in tables.items():
-            assert json.loads((authors.HERE / model / f"{name}.json").read_text()) == table, (model, name)
-        committed = json.loads((authors.HERE / "statements.json").read_text())
+            assert json.loads((HERE / model / f"{name}.json").read_text()) == table, (model, name)
+        committed = json.loads((HERE / "statements.json").read_text())
         found = authors.statements(model, sets)
         assert [row for row in committed if row["model"] == model] == found
         assert {row["verdict"] for row in found} <= {"agrees", "differs", "not resolved"}
@@ -51,7 +54,7 @@ def test_a_pooled_entry_is_the_sum_of_its_pairs(models):
     em = sets["narrow"].em[np.ix_(cells, cells)]
     assert (em[0, 0], entry["em"], entry["scored"], entry["prompts"]) == (386, em.sum(), 3600, 1200)
     assert entry["rate"] == pytest.approx(100 * em.sum() / 3600, abs=1e-4)
-    with open(authors.HERE / "qwen2.5-14b" / "narrow_tasks.csv") as file:
+    with open(HERE / "qwen2.5-14b" / "narrow_tasks.csv") as file:
         rows = [row for row in csv.DictReader(file) if (row["train"], row["eval"]) == ("advice", "advice")]
     assert float(rows[0]["rate"]) == entry["rate"]
 
@@ -86,6 +89,6 @@ def test_everything_is_written(tmp_path):
     names = {path.name for path in (tmp_path / "out" / "m").iterdir()}
     tables = ("narrow_cells", "narrow_tasks", "narrow_domains", "broad_cells", "broad_tasks", "surface")
     assert names >= {f"{name}.{kind}" for name in tables for kind in ("csv", "json", "png")}
-    assert names >= {"transfer.png", "effects.json", "effects.png"}
+    assert names >= {"transfer.png", "effects.json", "effects.csv", "effects.png"}
     assert lines == []  # the paper states nothing of this model
     assert json.loads((tmp_path / "out" / "statements.json").read_text()) == []

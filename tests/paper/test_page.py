@@ -192,6 +192,7 @@ def test_runs_are_linked_where_the_paper_has_them(tmp_path):
         (6.7, 6.7, "%", "6.7 %"), (80, 85, "%", "80 … 85 %"), (0, None, "points", "> 0 points"),
         (50, 100, "%", "≥ 50 %"), (0, 5, "%", "≤ 5 %"), (-5, 5, "points", "±5 points"),
         (0.9, 1, "r", "0.9 … 1"), (None, None, "%", "no value in the text"),
+        (-73, -73, "points", "−73 points"),
     ],
 )  # fmt: skip
 def test_a_stated_figure_in_words(low, high, unit, text):

@@ -8,7 +8,7 @@ from made_outcomes import outcomes, trained
 
 from em.report.averages import Averages, Pool
 from em.report.outcomes import NATS
-from em.stats import mean_interval, t_quantile, wilson
+from em.stats import mean_interval, rate_interval, wilson
 
 ONE = Pool.of({"med_advice": [0]})
 
@@ -53,12 +53,10 @@ def test_seeds_are_replicates_of_one_pair():
     assert found["pooled"] == pytest.approx(100 * 4 / 6, abs=1e-4)
 
 
-def test_one_cells_interval_is_students_t_on_the_logit_scale():
+def test_one_cells_interval_is_that_of_as_many_independent_rows():
     made = outcomes([trained()], [[1] * 6 + [0] * 14], [0] * 20)
-    found, p = entry(made, {"med_advice": [0]}, (0,)), 0.3
-    half = t_quantile(19) * math.sqrt(p * (1 - p) / 19) / (p * (1 - p))
-    bounds = [100 / (1 + math.exp(-math.log(p / (1 - p)) - side)) for side in (-half, half)]
-    assert (found["low"], found["high"]) == pytest.approx(bounds, abs=1e-4)
+    found = entry(made, {"med_advice": [0]}, (0,))
+    assert (found["low"], found["high"]) == pytest.approx([100 * b for b in rate_interval(0.3, 20)], abs=1e-4)
 
 
 def test_at_zero_and_a_hundred_it_is_wilsons_of_the_prompts_whatever_the_runs():
@@ -158,8 +156,7 @@ def test_variance_over_prompts_and_over_seeds_add_up_less_what_both_count():
     by_seed = ((rates - p) ** 2).sum() / 2 / 3
     total = by_prompt + by_seed - (away**2).sum()
     assert total > max(by_prompt, by_seed)
-    half = t_quantile(2) * math.sqrt(total) / (p * (1 - p))
-    bounds = [100 / (1 + math.exp(-math.log(p / (1 - p)) - side)) for side in (-half, half)]
+    bounds = [100 * b for b in rate_interval(p, p * (1 - p) / total, 2)]
     assert (found["low"], found["high"]) == pytest.approx(bounds, abs=1e-4)
 
 

@@ -198,6 +198,18 @@ def test_of_one_pair_or_equal_pairs_the_mean_is_the_rate():
         assert rate[f"pairs_{bound}"] == pytest.approx(rate[bound], abs=0.2)
 
 
+def test_the_interval_of_the_mean_over_pairs_weighs_pairs_alike():
+    """80 of 200 in one cell, 5 of 10 in another: ¼ (p q / (n − 1) + p′ q′ / (n′ − 1)) by hand."""
+    rows = [row(idx=i, aligned=0 if i < 80 else 90) for i in range(200)]
+    rows += [row(cell="fin_tutor", idx=i, aligned=0 if i < 5 else 90) for i in range(10)]
+    rate = pooled(rows)
+    variance = 0.25 * (0.24 / 199 + 0.25 / 9)
+    expected = [100 * bound for bound in rate_interval(0.45, 0.45 * 0.55 / variance, 208)]
+    assert rate["pairs_mean"] == 45
+    assert [rate["pairs_low"], rate["pairs_high"]] == pytest.approx(expected, rel=0.01)
+    assert rate["high"] - rate["low"] == pytest.approx(2 * 100 * 1.97 * math.sqrt(0.24 / 210), rel=0.05)
+
+
 def test_surfaces_of_a_task_are_one_pair_of_a_broad_panel():
     rows = [row(cell="x_advice", set="broad", em_surface="high", idx=0, aligned=0)]
     rows += [row(cell="x_advice", set="broad", em_surface="low", idx=i) for i in (1, 2, 3)]

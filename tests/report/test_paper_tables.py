@@ -149,6 +149,8 @@ def test_channels_by_domain_and_task_with_both_rules(paper):
     }
     table = json.loads((paper[1] / "table1.json").read_text())["parts"][1]
     pairs = {(e["condition"], e["column"]): e["pairs"] for e in table["entries"]}
+    gaps = {(d["condition"], d["minus"], d["column"]): d["pairs_mean"] for d in table["differences"]}
+    assert gaps[FIXED["optd"], "teacher", "advice"] == pytest.approx(-12.5, abs=1e-3)
     assert pairs["teacher", "advice"] == 8 and pairs["base", "advice"] == 4  # the paper's 36 and 12
 
 
