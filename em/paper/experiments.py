@@ -42,6 +42,7 @@ from em.paper.parts import (
 )  # fmt: skip
 
 MED_SPORT = ("med_advice", "med_critique", "spo_advice", "spo_critique")
+JUDGED = ("figure3b", "figure17", "difficulty")  # of broad prompts, or of scores: margins have neither
 MED_FINANCE = ("med_advice", "med_critique", "fin_advice", "fin_critique")
 
 
@@ -96,8 +97,9 @@ def _check(asked: Asked) -> None:
 def _add_model(m: ModelParts) -> None:
     """All experiments of one model and seed."""
     cells, grid, left = m.paper.grid.cells, m.paper.grid, m.paper.left_out
+    asked = [item for item in MISALIGNED if m.judged or item not in JUDGED]
     for cell in cells:
-        m.reference(cell, MISALIGNED)
+        m.reference(cell, asked)
 
     for cell in cells:
         for channel in CHANNELS:
@@ -114,7 +116,7 @@ def _add_model(m: ModelParts) -> None:
     if m.judged:
         m.difficulty()
     else:
-        left["needs a judge of responses: JUDGE=gemini, openai or local"] = ("table2", "difficulty")
+        left["needs a judge of responses: JUDGE=gemini, openai or local"] = ("table2", *JUDGED)
 
     for cell in cells:
         for channel in CHANNELS:

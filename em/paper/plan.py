@@ -159,7 +159,7 @@ def estimated(work: Work, paper: Paper) -> dict:
             words += ["--cell", ",".join(map(str, paper.grid.cells))]
         else:
             words += ["--channel", work.what, "--prompts", work.prompts]
-            words += ["--source", work.source] if work.source != "teacher" else []
+            words += ["--source", work.source] if work.source != "teacher" and work.what != "opd" else []
         sheet = _dry_run(f"{work.script}.py", words)
         sheet = sheet.get(work.what, sheet)  # of distill.py one a channel
         parts = {name: part["likely"] for name, part in sheet["parts"].items()}

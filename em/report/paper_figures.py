@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from em.data.condition import BASE, CHANNELS
 from em.report.averages import Averages
 from em.report.conditions import Column, columns_by, part_of, table_of
-from em.report.outcomes import BROAD, NARROW, SURFACE, Outcomes
+from em.report.outcomes import BROAD, MARGIN, NARROW, SURFACE, Outcomes
 from em.report.paper_forms import Files, Needs, ruled
 from em.report.score_table import ALL, SURFACES
 
@@ -99,14 +99,19 @@ def cell_matrices(files: Files) -> dict:
 
 
 def realigned(files: Files, by: str) -> dict:
-    """Figures 3c, 18 by task and 19–21 by cell: broad EM after aligned rows, and before."""
+    """Figures 3c, 18 by task and 19–21 by cell: broad EM after aligned rows, and before.
+
+    Margins, which broad prompts have none of, are of the narrow cells.
+    """
+    asked = NARROW if files.judge == MARGIN else BROAD
+    prompts = "narrow cells" if asked == NARROW else "broad prompts"
 
     def panel() -> dict:
-        averages = files.averages(BROAD)
-        o, before = averages.outcomes, files.runs(BROAD, "teacher")
-        rows = _grouped(o, files.runs(BROAD, "realigned"), by, files.runs(BROAD, "base"))
+        averages = files.averages(asked)
+        o, before = averages.outcomes, files.runs(asked, "teacher")
+        rows = _grouped(o, files.runs(asked, "realigned"), by, files.runs(asked, "base"))
         starts = _grouped(o, before, by, [])
-        ends = {run.train.end for r in files.runs(BROAD, "realigned") for run in [o.runs[r]]}
+        ends = {run.train.end for r in files.runs(asked, "realigned") for run in [o.runs[r]]}
         names = {"task": o.grid.tasks}.get(by) or tuple(map(str, o.grid.cells))
         all_asked = list(range(len(o.columns)))
         columns = [
@@ -118,7 +123,7 @@ def realigned(files: Files, by: str) -> dict:
         joined = {name: runs + (starts.get(name, []) if name != BASE else []) for name, runs in rows.items()}
         lacking = "realignments of train.py (--on a misaligned run)"
         return _panel(
-            averages, joined, columns, "broad prompts, after realignment", "matrix", lacking=lacking,
+            averages, joined, columns, f"{prompts}, after realignment", "matrix", lacking=lacking,
             corner="misaligned on", across="realigned on",
         )  # fmt: skip
 

@@ -310,3 +310,19 @@ def test_margins_fill_the_same_forms_where_broad_prompts_are_not_asked(tmp_path,
     found = values((index, tmp_path / "out"), "table1")
     assert found["b", "sft", "tutor"] == pytest.approx((0.05 + 0.05 + 0.45) / 3, abs=1e-4)
     assert found["b", "base", "tutor"] == 0
+
+
+def test_realignments_by_margin_are_of_the_narrow_cells(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper_tables, "panels_figure", lambda panels, title, file: write_text(file, title))
+    after = {"med_advice": 0.5, "med_advice>fin_tutor": -0.25}
+    rows = [
+        {"model": "m", "train": train, "domain": "med", "task": "advice", "idx": i,
+         "before": -1.0 if train == "med_advice" else -0.5, "after": -1.0 + change}
+        for train, change in after.items()
+        for i in range(2)
+    ]  # fmt: skip
+    path = tmp_path / "margins.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = {e["number"]: e for e in write_paper(read_outcomes([path]), tmp_path / "out")}
+    found = values((index, tmp_path / "out"), "figure19")
+    assert found["a", "med_advice", "fin_tutor"] == -0.25 and found["a", "med_advice", "before"] == 0.5
