@@ -24,7 +24,7 @@ def parts():
 
 
 def follow(kill: tuple[str, ...]) -> list[list[str]]:
-    """As make does, but one after another; a process of each script in `kill` is killed after its first part."""
+    """As make does, one after another; a process of each script in `kill` is killed after its first part."""
     ran, kill = [], list(kill)
     while todo := [part for part in parts() if not part.done]:
         missing = {part.name for part in todo}
