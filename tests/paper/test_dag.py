@@ -207,3 +207,13 @@ def test_judged_rows_are_the_prompts_times_their_responses():
     assert rows["evaluate sft med_advice epoch 1"] == 12 * 400
     assert rows["sft base on med_advice"] == rows["misalign med_advice"] == 0  # nothing of base's is filtered
     assert rows["opd filtered med_advice"] == pytest.approx(240 * 5 * 3 * plan.KEPT)
+
+
+def test_hours_are_those_of_the_scripts_dry_runs(tmp_path):
+    """Of one small model: a run without its corpus, the corpus apart, and loading apart."""
+    paper = paper_of(Asked(model=("smollm2-135m",), runs=str(tmp_path)), grid_of([parse_cell("med_advice")]))
+    kinds = [("distill", "optd", "broad", "base"), ("evaluate", "margin", "", "run")]
+    works = [plan.Work(script, "smollm2-135m", *words) for script, *words in kinds]
+    found = [plan.estimated(work, paper) for work in works]
+    assert all(seconds["run"] > 0 and seconds["loading"] > 1 for seconds in found)
+    assert [seconds["corpus"] > 0 for seconds in found] == [True, False]
