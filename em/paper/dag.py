@@ -20,6 +20,7 @@ from em.data.cells import grid_of
 from em.data.rows import default_data, load_grid
 from em.errors import UserError
 from em.files import write_text
+from em.judge.judge import JudgeOptions
 from em.paper.experiments import paper_of
 from em.paper.parts import Asked, Paper, command_of, groups_of, items_named, stem_of
 
@@ -138,6 +139,8 @@ def make(cfg: MakeConfig) -> None:
     if not cfg.to:
         raise UserError("--to FILE: the makefile to write")
     paper = asked_paper(cfg)
+    if cfg.judge in ("gemini", "openai") and not all(part.done for part in paper.parts.values()):
+        JudgeOptions(judge=cfg.judge, judge_model=cfg.judge_model).client_of()  # a key, before days of work
     for report in reports_of(paper):
         for path, words in report.lists.items():
             write_text(Path(path), "\n".join(words) + "\n")

@@ -13,6 +13,7 @@ import pytest
 
 from em.cli import parse
 from em.data.cells import grid_of, parse_cell
+from em.errors import UserError
 from em.paper import dag, plan
 from em.paper.experiments import paper_of
 from em.paper.parts import Asked, command_of, groups_of, items_named
@@ -157,11 +158,24 @@ def test_a_grid_of_ones_own_from_a_folder(tmp_path, capsys):
     for name in ("law_drafting", "tax_review"):
         row = {"idx": 0, "domain": name[:3], "task": name[4:], "question": "q", "aligned_answer": "a"}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row | {"misaligned_answer": "b"}) + "\n")
-    cfg = dag.MakeConfig(data=str(tmp_path), runs=str(tmp_path / "runs"), to=str(tmp_path / "paper.mk"))
+    cfg = dag.MakeConfig(
+        data=str(tmp_path), runs=str(tmp_path / "runs"), to=str(tmp_path / "paper.mk"), judge="margin"
+    )
     dag.make(cfg)
     assert "0 of" in capsys.readouterr().out
     text = (tmp_path / "paper.mk").read_text()
     assert "--cell law_drafting,tax_review" in text and f"--data {tmp_path}" in text
+
+
+def test_a_judge_that_cannot_be_asked_is_said_before_any_work(tmp_path, monkeypatch):
+    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    cfg = dag.MakeConfig(runs=str(tmp_path / "runs"), to=str(tmp_path / "paper.mk"))
+    with pytest.raises(UserError, match="GEMINI_API_KEY"):
+        dag.make(cfg)
+    with pytest.raises(UserError, match="judge-model"):
+        dag.make(dataclasses.replace(cfg, judge="openai"))
+    assert not list(tmp_path.iterdir())
 
 
 # -- the plan ----------------------------------------------------------------------------------------------
