@@ -338,7 +338,7 @@ def test_a_realignment_by_a_teacher_is_a_task_by_task_matrix_a_channel(tmp_path)
 
 
 def test_the_summary_prints_both_averages_and_they_differ_where_rows_are_refused():
-    """advice → advice elsewhere: 4 of 4 in one pair and 0 of 1 in the other, so 80 % of rows, 50 % of pairs."""
+    """advice → advice: 4 of 4 in one pair and 0 of 1 in the other, so 80 % of rows and 50 % of pairs."""
     trains = ("med_advice", "fin_advice")
     rows = [row(train=t, cell="med_tutor", idx=i) for t in trains for i in (0, 1)]
     rows += [em(train="med_advice", cell="fin_advice", idx=i) for i in range(4)]
