@@ -124,7 +124,7 @@ def _effects(folder: Path) -> list[dict]:
             row[name] = number_text(effect | {"value": effect["points"]}, "points")
             logit = {key: effect.get(f"logit{end}") for key, end in _LOGIT.items()}
             row[f"{name}_logit"] = number_text(logit, "log odds")
-            if "p" in effect:
+            if effect.get("p") is not None:
                 row[f"{name}_p"] = f"p = {effect['p']:.2g}, of {effect['permutations']} ways"
         rows.append(row)
     return rows

@@ -161,7 +161,7 @@ def effects_figure(effects: dict, title: str, path: Path) -> None:
     figure = Figure(figsize=(12 if fitted else 3.6, 2.2))
     axes = figure.subplots(1, 3 if fitted else 1, squeeze=False, gridspec_kw={"wspace": 0.38})[0]
     axes[0].set_title(
-        f"Task match and domain match, {effects['pairs']} of 144 pairs\n{title}", fontsize=10, loc="left"
+        f"Task match and domain match, {effects['pairs']} pairs of cells\n{title}", fontsize=10, loc="left"
     )
     if fitted:
         _coefficients(axes[0], effects, names)

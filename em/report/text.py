@@ -34,7 +34,8 @@ def sentences(report: dict) -> list[str]:
             f"Narrow EM is {rate_text(kinds['same_cell'])} in the trained cell, "
             f"{rate_text(kinds['same_task'])} in the same task elsewhere, "
             f"{rate_text(kinds['same_domain'])} in other tasks of the same domain, "
-            f"{rate_text(kinds['neither'])} where neither matches{base.get('narrow', '')}."
+            f"{rate_text(kinds['neither'])} where neither matches{base.get('narrow', '')}. These pool rows; "
+            f"as means over pairs of cells, the paper's average, they are {_pairs_means(kinds)}."
         )
         text.append(" ".join(_effect_sentence(effects, what) for what in ("task", "domain")))
         if "task_minus_domain" in effects:
@@ -84,6 +85,12 @@ def _collapsed(status: dict, base_chars: float) -> bool:
     """Whether much is missing or incoherent, or answers are far shorter than the base model's."""
     incoherent = status["incoherent_pct"] or 0
     return status["scored_pct"] < 80 or incoherent > 20 or status["mean_chars"] < 0.4 * base_chars
+
+
+def _pairs_means(kinds: dict) -> str:
+    """The same four rates, every pair of cells weighing the same."""
+    means = [kinds[kind]["pairs_mean"] for kind in ("same_cell", "same_task", "same_domain", "neither")]
+    return ", ".join("n/a" if mean is None else f"{mean:.1f} %" for mean in means)
 
 
 def _effect_sentence(effects: dict, what: str) -> str:

@@ -335,3 +335,19 @@ def test_a_realignment_by_a_teacher_is_a_task_by_task_matrix_a_channel(tmp_path)
     sft = next(m for name, m in models.items() if "realigned_tasks" in m)
     found = entries_of(sft["realigned_tasks"], "realigned_on")
     assert found["tutor", "base"]["rate"] == 0 and found["tutor", "base"]["initial_rate"] == 100
+
+
+def test_the_summary_prints_both_averages_and_they_differ_where_rows_are_refused():
+    """advice → advice: 4 of 4 in one pair and 0 of 1 in the other, so 80 % of rows and 50 % of pairs."""
+    trains = ("med_advice", "fin_advice")
+    rows = [row(train=t, cell="med_tutor", idx=i) for t in trains for i in (0, 1)]
+    rows += [em(train="med_advice", cell="fin_advice", idx=i) for i in range(4)]
+    rows += [row(train="fin_advice", cell="med_advice", idx=0)]
+    rows += [row(train="fin_advice", cell="med_advice", idx=i, aligned="refusal") for i in (1, 2, 3)]
+    report = model_report(scores_of(rows), 50)
+    kind = report["effects"]["by_match"]["same_task"]
+    assert (kind["rate"], kind["pairs_mean"]) == (80.0, 50.0)
+    text = " ".join(sentences(report))
+    assert (
+        "80.0 % [" in text and "means over pairs of cells, the paper's average, they are n/a, 50.0 %" in text
+    )
