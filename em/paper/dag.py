@@ -74,7 +74,7 @@ def reports_of(paper: Paper) -> list[Report]:
             model = part.command[part.command.index("--model") + 1]
             found.append(_difficulty(paper, model, part.stamp, runs / "difficulty" / stem_of(model)))
     page = ["-m", "em.paper.page", "--runs", asked.runs, "--model", asked.model[0], "--out", asked.page]
-    return [*found, Report(asked.page, [found[0].stamp], page)]
+    return [*found, Report(asked.page, [report.stamp for report in found], page)]
 
 
 def _difficulty(paper: Paper, model: str, measured: str, out: Path) -> Report:
