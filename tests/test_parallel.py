@@ -12,6 +12,7 @@ from em import parallel
 def start(monkeypatch):
     """start(): `parallel.start` where there seems to be a CUDA device; the settings go back afterwards."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "")  # so that it is put back

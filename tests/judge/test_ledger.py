@@ -96,7 +96,7 @@ def test_a_budget_of_nothing_still_gives_out_what_is_cached(serve, make):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1, -1e-9, 1e300, 10**400, True, "1", None])
 def test_money_is_a_finite_number_that_is_not_negative(bad):
-    with pytest.raises(UserError, match="--price takes"):
+    with pytest.raises(UserError, match="here takes dollars per million"):
         Price(bad, 1.0, "here")
     for given in ((1.0, bad), (bad, 1.0)):
         with pytest.raises(UserError, match="--price takes"):
