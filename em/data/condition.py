@@ -100,7 +100,7 @@ class Condition(NamedTuple):
 
 FIELDS = dict(channel=str, teacher=str, source=str, prompts=str, filtered=bool, estimator=str)
 FIELDS |= dict(lr=float, epoch=int, seed=int, system=str, teacher_system=str)
-_OPEN = re.compile(r"(?P<model>\S+) (?P<train>.+)|rows:(?P<rows>.+)|gold")
+_OPEN = re.compile(r"rows:(?P<rows>.+)|gold|(?P<model>.+) (?P<train>\S+)")
 
 
 def condition_of(row: dict) -> Condition:

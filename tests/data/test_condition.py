@@ -60,6 +60,7 @@ def test_a_row_without_fields_has_no_condition_and_one_with_them_has_their_names
         ("rows:health_advice", "rows:med_advice"),
         ("base", "base"),
         ("org/Llama-8B med_adv>base", "org/Llama-8B med_advice>base"),
+        ("my models/llama fin_tut", "my models/llama fin_tutor"),
     ):
         assert condition_of({"source": source}).source == known
 
