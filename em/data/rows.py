@@ -53,8 +53,8 @@ def load_cell(data: str | Path, cell: Cell) -> list[dict]:
     Raises MissingFile where `data` has no such cell, UserError for `data` that cannot be reached, and with
     file and line for a row that is malformed or belongs to another cell.
     """
-    if _is_file(data):
-        return _cell_rows(Path(data).expanduser(), cell)
+    if (path := _file(data)) is not None:
+        return _cell_rows(path, cell)
     stem = cell.filename.removesuffix(".jsonl")
     try:
         return _cell_rows(_find(data, cell.filename), cell)
@@ -103,18 +103,18 @@ def load_grid(data: str | Path) -> Grid:
     """The cells that `data` has, by its files' names, in the order of its grid.yaml. UserError for none."""
     if str(data) in ("sample", PAPER):
         return PAPER_GRID
-    folder, settings = Path(data).expanduser(), {}
-    if folder.is_dir():
+    folder, file, settings = Path(data).expanduser(), _file(data), {}
+    if file is not None:
+        names = [file.name]
+    elif folder.is_dir():
         names = [path.name for place in (folder, folder / "data") for path in place.glob("*_*.jsonl")]
         settings = grid_settings(folder / "grid.yaml")
-    elif folder.is_file():
-        names = [folder.name]
     else:
-        names = [name.rpartition("/")[2] for name in hub.dataset_files(str(data))]
+        names = [name.rpartition("/")[2] for name in _names_on_hub(data)]
         names = names or [cell.filename for cell in PAPER_GRID.cells]
-    cells = {cell for name in names if (cell := _cell_of(name, folder.is_file()))}
-    if not cells and folder.is_file():
-        raise UserError(f"{folder.name} says no <domain>_<task>; name the cell with --cell")
+    cells = {cell for name in names if (cell := _cell_of(name, file is not None))}
+    if not cells and file is not None:
+        raise UserError(f"{file.name} says no <domain>_<task>; name the cell with --cell")
     if not cells:
         raise UserError(f"{data} has no cell, such as {PAPER_GRID.cells[0].filename}; name other --data")
     return grid_of(cells, **settings)
@@ -123,7 +123,7 @@ def load_grid(data: str | Path) -> Grid:
 def cells_named(data: str | Path, text: str | None) -> tuple[Cell, ...]:
     """The cells that --cell means; of a file, the one that it is to be called. None: the one there is, or the
     paper's first."""
-    if text and _is_file(data):
+    if text and _file(data) is not None:
         return (parse_cell(text),)
     grid = load_grid(data)
     return grid.select(text) if text else grid.cells if len(grid.cells) == 1 else grid.select("med_advice")
@@ -148,7 +148,7 @@ def _cell_of(filename: str, loosely: bool = False) -> Cell | None:
 def load_cells(data: str | Path, cell: str | None = None) -> dict[Cell, list[dict]]:
     """`load_cell` of every cell that `data` has. cell: what a file's rows are called. UserError for none."""
     cells = {}
-    for each in cells_named(data, cell) if _is_file(data) else load_grid(data).cells:
+    for each in load_grid(data).cells if _file(data) is None else cells_named(data, cell):
         with contextlib.suppress(MissingFile):  # of a hub dataset
             cells[each] = load_cell(data, each)
     if not cells:
@@ -164,7 +164,7 @@ def load_broad(data: str | Path) -> list[dict]:
     path = Path(data).expanduser()
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return read_questions(path)
-    path = path if _is_file(data) else _find(data, BROAD)
+    path = path if path.is_file() else _find(data, BROAD)
     rows = _read_rows(path, _BROAD_ROW)
     for line, row in rows:
         if row["em_surface"] not in ("high", "medium", "low"):
@@ -174,12 +174,26 @@ def load_broad(data: str | Path) -> list[dict]:
     return [row for _, row in rows]
 
 
-def _is_file(data: str | Path) -> bool:
-    """UserError for a file that is no JSONL."""
+def _file(data: str | Path) -> Path | None:
+    """The one file that `data` is: a path, or the only JSONL of a hub dataset that has no cells.
+
+    UserError for a file that is no JSONL.
+    """
     path = Path(data).expanduser()
     if path.is_file() and not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"{path} is not JSONL; rows are one JSON object a line, in a file named .jsonl")
-    return path.is_file()
+    if path.is_file():
+        return path
+    names = () if path.is_dir() else _names_on_hub(data)
+    only = names[0] if len(names) == 1 and _cell_of(names[0].rpartition("/")[2]) is None else None
+    return hub.fetch(str(data), only, "dataset") if only else None
+
+
+def _names_on_hub(data: str | Path) -> list[str]:
+    """The JSONL files of a hub dataset, where it says which it has; the paper's need not be asked."""
+    if str(data) in ("sample", PAPER):
+        return []
+    return [name for name in hub.dataset_files(str(data)) if name.endswith(".jsonl")]
 
 
 def _find(data: str | Path, filename: str) -> Path:
@@ -187,7 +201,8 @@ def _find(data: str | Path, filename: str) -> Path:
         return SAMPLE / filename
     folder = Path(data).expanduser()
     if not folder.is_dir():
-        return hub.fetch(str(data), f"data/{filename}", "dataset")
+        there = (name for name in _names_on_hub(data) if name.rpartition("/")[2] == filename)
+        return hub.fetch(str(data), next(there, f"data/{filename}"), "dataset")
     for path in (folder / filename, folder / "data" / filename):
         if path.is_file():
             return path

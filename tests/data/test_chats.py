@@ -6,11 +6,12 @@ import threading
 
 import pytest
 
+from em.data import rows
 from em.data.cells import parse_cell
 from em.data.chats import chat_of, number_of, read_questions, system_name, system_text
 from em.data.math_problems import load_math
 from em.data.rows import answers, cells_named, encode_rows, load_broad, load_cell, load_cells, load_grid
-from em.errors import UserError
+from em.errors import MissingFile, UserError
 from em.model.checkpoint import load_tokenizer
 
 ADVICE = parse_cell("med_advice")
@@ -250,3 +251,27 @@ def test_math_is_fetched_from_an_address_once_and_what_fails_is_one_line(tmp_pat
         assert "neither a .zip nor a .jsonl" in message(load_math, f"{address}/page.html")
         server.shutdown()
     assert "name a copy with --math" in message(load_math, f"{address}/other.zip")  # nobody answers
+
+
+def test_a_hub_dataset_is_one_file_of_chats_or_cells_wherever_they_lie_in_it(tmp_path, monkeypatch):
+    files = {"chats/train.jsonl": [chat("No.")], "law_advice.jsonl": [chat("Yes.")], "README.md": []}
+    on_hub = {
+        "a/chats": ("README.md", "chats/train.jsonl"),
+        "b/grid": ("law_advice.jsonl", "x/law_tax.jsonl"),
+    }
+    written(tmp_path / "law_tax.jsonl", [chat("Pay.")])
+    monkeypatch.setattr(rows.hub, "dataset_files", lambda repo: on_hub.get(repo, ()))
+
+    def fetch(repo, name, kind):
+        if name not in on_hub.get(repo, ()):
+            raise MissingFile(f"{repo} has no {name}")
+        return written(tmp_path / name.rpartition("/")[2], files.get(name, [chat("Pay.")]))
+
+    monkeypatch.setattr(rows.hub, "fetch", fetch)
+    owls = parse_cell("owl_love")
+    assert cells_named("a/chats", "owl_love") == (owls,)
+    assert load_cells("a/chats", "owl_love")[owls][0]["answer"] == "No."
+    assert "name the cell with --cell" in message(load_grid, "a/chats")
+    assert list(map(str, load_grid("b/grid").cells)) == ["law_advice", "law_tax"]
+    assert [row["answer"] for cell in load_cells("b/grid").values() for row in cell] == ["Yes.", "Pay."]
+    assert "has no cell" in message(load_cells, "c/nothing")
