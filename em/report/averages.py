@@ -215,7 +215,9 @@ class Averages:
         """Bounds for whoever asks these runs other prompts."""
         o, (members, stratum) = self.outcomes, self._inside(columns)
         if o.unit != PERCENT:
-            return self._bounds(value, variance, df, len(members))
+            # One prompt in a column does not say how prompts vary there.
+            known = np.bincount(o.column[members])[list(columns)].min() > 1
+            return self._bounds(value, variance, df if known else 0, len(members))
         em, scored = (sums[runs][:, members].sum(axis=0) for sums in (o.total / 100, o.count))
         asked, p = scored > 0, min(max(value / 100, 0.0), 1.0)
         if len(runs) == len(columns) == 1 and scored.max() == 1:  # independent rows

@@ -174,3 +174,13 @@ def test_runs_that_differ_by_seed_cover_the_mean_of_all_seeds():
             found = Averages(made).entry(pool, [0])
             covers[seeds] += found["low"] <= truth <= found["high"]
     assert covers[3] / 200 >= 0.93 and covers[1] / 200 < 0.85
+
+
+def test_a_mean_over_columns_of_one_prompt_has_no_interval_and_of_two_has_one():
+    """One margin in each of two cells: nothing says how prompts vary, so no interval of no width."""
+    for asked, known in (([0, 1], False), ([0, 0, 1, 1], True)):
+        made = outcomes([trained()], [[0.1, 0.4, 0.2, 0.7][: len(asked)]], asked, unit=NATS)
+        found = entry(made, {"med_advice": [0]})
+        assert found["pairs_mean"] is not None
+        assert (found["low"] is not None) == (found["high"] is not None) == known
+        assert not known or found["low"] < found["pairs_mean"] < found["high"]
