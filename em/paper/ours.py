@@ -151,10 +151,10 @@ def _surface(name: str, parts: list[dict]) -> dict | None:
 
 
 def _entry(part: dict, condition: str, column: str = ALL) -> dict | None:
-    """The value in a table's first condition that is, or begins with, this one."""
+    """The value in a table's first condition that is, or begins with, this one; None without an interval."""
     names = [c for c in part["conditions"] if c == condition or c.startswith(f"{condition},")]
     for e in part["entries"]:
-        if names and (e["condition"], e["column"]) == (names[0], column) and e["pairs_mean"] is not None:
+        if names and (e["condition"], e["column"]) == (names[0], column) and e["low"] is not None:
             return {"value": e["pairs_mean"], "low": e["low"], "high": e["high"], "condition": names[0]}
     return None
 
@@ -165,6 +165,8 @@ def _minus(part: dict, more: tuple, less: tuple) -> dict | None:
     if a is None or b is None:
         return None
     for d in part.get("differences", []):
+        if d["low"] is None:
+            continue
         if (d["condition"], d["minus"], d["column"]) == (a["condition"], b["condition"], more[-1]):
             return {"value": d["pairs_mean"], "low": d["low"], "high": d["high"]}
         if (d["minus"], d["condition"], d["column"]) == (a["condition"], b["condition"], more[-1]):
