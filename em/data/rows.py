@@ -191,7 +191,7 @@ def _file(data: str | Path) -> Path | None:
 
 def _names_on_hub(data: str | Path) -> list[str]:
     """The JSONL files of a hub dataset, where it says which it has; the paper's need not be asked."""
-    if str(data) in ("sample", PAPER):
+    if str(data) in ("sample", PAPER) or not hub.is_id(str(data)):
         return []
     return [name for name in hub.dataset_files(str(data)) if name.endswith(".jsonl")]
 
