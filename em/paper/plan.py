@@ -53,7 +53,7 @@ def text(paper: Paper) -> str:
             "one learning rate, the recipe's; the paper sweeps RATES=3e-6,1e-5,3e-5,3e-4,1e-3 besides"
         )
     if small:
-        return "\n".join([*lines, "all of it takes about half an hour on two cores"])
+        return "\n".join([*lines, "all of it takes about 20 minutes on two cores"])
     lines.append(f"{costs.loads} processes load a base; that is in the hours. No run was timed on a card yet")
     return "\n".join(lines)
 
