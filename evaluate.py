@@ -128,7 +128,8 @@ def generate(cfg, path: Path, label: dict, prompts: list[dict], n: int, model, t
         prompt = {k: v for k, v in prompts[rollout.prompt_index].items() if k != "row"}
         return label | prompt | {"response": tokenizer.decode(rollout.ids)}
 
-    ids = [tokenizer.prompt_ids(chat_of(p["row"], system_text(cfg.system))) for p in prompts]
+    system = system_text(cfg.system)
+    ids = [tokenizer.prompt_ids(chat_of(p["row"], system)) for p in prompts]
     return sample_to_file(path, sampler, ids, n, cfg.seed, row)
 
 

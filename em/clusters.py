@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from em.stats import rate_interval
+from em.stats import difference_interval, rate_interval
+
+FEW = 5  # clusters of a stratum, under which too little variation is seen in it alone
+LEAST_SEEDS = 3  # of every cell, from which on the runs too are seen as drawn: "runs like these"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,12 @@ def clustered_rate(rate: float, errors: np.ndarray, rows: float, few: int, strat
     return ClusteredRate(rate, low, high, errors, strata)
 
 
+def merged(strata: np.ndarray) -> np.ndarray:
+    """(P,) integers, equal where the strata are; those of fewer than FEW clusters are one."""
+    _, code, size = np.unique(strata, return_inverse=True, return_counts=True)
+    return np.where(size[code] < FEW, -1, code)
+
+
 def cluster_variance(errors: np.ndarray, strata: np.ndarray, other: np.ndarray | None = None) -> float:
     """Variance of Σ errors over clusters drawn anew within their strata; or covariance with Σ other.
 
@@ -67,9 +76,5 @@ def rate_difference(a: ClusteredRate, b: ClusteredRate) -> tuple[float, float, f
     variances = [cluster_variance(r.errors, a.strata) for r in (a, b)]
     scale = math.sqrt(variances[0] * variances[1])
     r = float(np.clip(cluster_variance(a.errors, a.strata, b.errors) / scale, -1, 1)) if scale > 0 else 0.0
-
-    def reach(x: float, y: float) -> float:
-        return math.sqrt(max(x * x + y * y - 2 * r * x * y, 0.0))
-
-    gap = a.rate - b.rate
-    return gap, gap - reach(a.rate - a.low, b.high - b.rate), gap + reach(a.high - a.rate, b.rate - b.low)
+    bounds = difference_interval((a.rate, a.low, a.high), (b.rate, b.low, b.high), r)
+    return a.rate - b.rate, *bounds

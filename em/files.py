@@ -216,6 +216,16 @@ def read_json_lines(
             yield number, value
 
 
+def read_yaml(path: str | Path):
+    """The value of a YAML file. UserError for a file that is none."""
+    import yaml  # which few commands read
+
+    try:
+        return yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path} is not YAML ({' '.join(str(error).split())[:120]})") from error
+
+
 def read_text(path: str | Path, *, drop_cut: bool = False) -> str:
     """The text of a UTF-8 file, as it is or gzipped, without a byte-order mark. UserError for other files.
 

@@ -50,11 +50,23 @@ def newcombe(k1: int, n1: int, k0: int, n0: int) -> tuple[float, float]:
     """Newcombe's interval (1998, method 10) of k1/n1 − k0/n0, from the two Wilson intervals."""
     if n1 == 0 or n0 == 0:
         return -1.0, 1.0
-    p1, p0 = k1 / n1, k0 / n0
-    (low1, high1), (low0, high0) = wilson(k1, n1), wilson(k0, n0)
-    low = p1 - p0 - math.hypot(p1 - low1, high0 - p0)
-    high = p1 - p0 + math.hypot(high1 - p1, p0 - low0)
-    return low, high
+    return difference_interval((k1 / n1, *wilson(k1, n1)), (k0 / n0, *wilson(k0, n0)))
+
+
+def difference_interval(
+    a: tuple[float, float, float], b: tuple[float, float, float], correlation: float = 0.0
+) -> tuple[float, float]:
+    """(low, high) of a − b, each (value, low, high), by their correlation (Zou and Donner 2008)."""
+
+    def reach(x: float, y: float) -> float:
+        return math.sqrt(max(x * x + y * y - 2 * correlation * x * y, 0.0))
+
+    (value_a, low_a, high_a), (value_b, low_b, high_b) = a, b
+    gap = value_a - value_b
+    return (
+        gap - reach(value_a - low_a, high_b - value_b),
+        gap + reach(high_a - value_a, value_b - low_b),
+    )
 
 
 @functools.cache

@@ -6,8 +6,7 @@ Theirs name the fine-tuned cell by `ft_domain` and `ft_task`, the model by `mode
 own rubrics, so the judge is called theirs and not by the model's name alone.
 """
 
-import hashlib
-
+from em.data.chats import digest_number
 from em.data.condition import FIELDS
 
 JUDGE = "gemini-2.5-flash (the authors' rubrics)"
@@ -24,12 +23,11 @@ def score_row(row: dict) -> dict:
         return row
     cell, variant = f"{row['ft_domain']}_{row['ft_task']}", row.get("variant") or "strong"
     narrow = row.get("sample_index") is not None
-    digest = hashlib.sha256(str(row["question_id"]).encode("utf-8", "replace")).digest()
     ours = {
         "model": row["model_key"] if variant in ("strong", "aligned") else f"{row['model_key']} ({variant})",
         "train": f"base>{cell}" if variant == "aligned" else cell,
         "set": "narrow" if narrow else "broad",
-        "idx": row["sample_index"] if narrow else int.from_bytes(digest[:6], "big"),
+        "idx": row["sample_index"] if narrow else digest_number(str(row["question_id"])),
         "sample": row["sample_i"],
         "em_surface": row.get("em_surface"),
     }

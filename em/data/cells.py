@@ -9,10 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from em.errors import UserError
-from em.files import read_text
+from em.files import read_yaml
 
 _FILES = {"med": "medical", "spo": "sports", "fin": "finance"}  # the paper's domains as its files call them
 _DOMAINS = {"med": "med medical health", "spo": "spo sport sports", "fin": "fin finance financial"}
@@ -126,11 +124,7 @@ def grid_settings(path: Path) -> dict:
     """
     if not path.exists():
         return {}
-    try:
-        said = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML ({' '.join(str(error).split())[:120]})") from error
-    said = said or {}
+    said = read_yaml(path) or {}
     if not isinstance(said, dict) or set(said) - {"domains", "tasks"}:
         raise UserError(f"{path} says something else than `domains` and `tasks`")
     settings, drawn = {}, {}

@@ -8,10 +8,8 @@ called. Rows of more than one turn have their prompt's turns in `messages`, the 
 import hashlib
 from pathlib import Path
 
-import yaml
-
 from em.errors import UserError
-from em.files import check, read_text
+from em.files import check, read_text, read_yaml
 
 ROLES = ("system", "user", "assistant")
 
@@ -46,7 +44,12 @@ def number_of(idx: int | str) -> int:
     """An id as a number: a text of digits by its value, another by 48 bits of its digest."""
     if isinstance(idx, int) or idx.isascii() and idx.isdigit() and len(idx) < 19:
         return int(idx)
-    return int.from_bytes(hashlib.sha256(idx.encode("utf-8", "replace")).digest()[:6], "big")
+    return digest_number(idx)
+
+
+def digest_number(text: str) -> int:
+    """48 bits of a text's digest."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:6], "big")
 
 
 def chat_of(row: dict, system: str | None = None) -> str | list[dict]:
@@ -84,10 +87,7 @@ def read_questions(path: Path) -> list[dict]:
     So Betley et al. and Turner et al. publish their first-plot questions. `domain` is the id and `task`
     "question"; nothing says how easily they are answered badly. What else an entry has is not needed here.
     """
-    try:
-        entries = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML ({' '.join(str(error).split())[:120]})") from error
+    entries = read_yaml(path)
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} is no list of questions with `id` and `paraphrases`")
     rows = []

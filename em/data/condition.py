@@ -80,9 +80,7 @@ class Condition(NamedTuple):
 
     channel: str | None = None  # sft, optd, opd
     teacher: str | None = None  # what the teacher was trained on: text of a Train
-    source: str | None = (
-        None  # who wrote the data: text of a Train, `model` before it if another; gold, rows:CELL
-    )
+    source: str | None = None  # who wrote the data: a Train, after its model if another; gold; rows:CELL
     prompts: str | None = None  # broad, math
     filtered: bool | None = None  # whether the text was judged before the student trained on it
     estimator: str | None = None  # of opd: sampled, exact

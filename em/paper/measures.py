@@ -4,12 +4,10 @@ A measure is a function of Counts by set and gives {"value", "low", "high"} in p
 where the sets that it needs are not there. Differences are of pools, with intervals in which prompts count.
 """
 
-import math
-
 import numpy as np
 
 from em.paper.counts import Counts
-from em.stats import wilson
+from em.stats import difference_interval, wilson
 
 Sets = dict[str, Counts]
 
@@ -43,10 +41,8 @@ def minus(a: dict, b: dict) -> dict:
         return {"value": None, "low": None, "high": None}
     if None in (a["low"], b["low"]):
         return {"value": round(a["value"] - b["value"], 4), "low": None, "high": None}
-    value = a["value"] - b["value"]
-    low = value - math.hypot(a["value"] - a["low"], b["high"] - b["value"])
-    high = value + math.hypot(a["high"] - a["value"], b["value"] - b["low"])
-    return {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4)}
+    low, high = difference_interval(*((x["value"], x["low"], x["high"]) for x in (a, b)))
+    return {"value": round(a["value"] - b["value"], 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 def average(found: list[dict]) -> dict | None:

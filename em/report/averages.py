@@ -20,12 +20,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from em.clusters import cluster_variance, clustered_rate
+from em.clusters import LEAST_SEEDS, cluster_variance, clustered_rate, merged
 from em.report.outcomes import PERCENT, Outcomes
-from em.stats import rate_interval, t_quantile
-
-SEEDS = 3  # of each cell, from which on the runs themselves are seen as drawn
-FEW = 5  # prompts of a column, under which columns are taken together for the variance
+from em.stats import difference_interval, rate_interval, t_quantile
 
 
 @dataclass
@@ -74,8 +71,7 @@ class Averages:
         count = self.count[:, o.column]  # (R, P)
         rate = np.where(count > 0, self.rate[:, o.column], 0)
         self.residual = (o.total - rate * o.count) / np.maximum(count, 1)
-        sizes = np.bincount(o.column, minlength=n)
-        self._stratum = np.where(sizes < FEW, -1, np.arange(n))[o.column]  # (P,)
+        self._stratum = merged(o.column)  # (P,)
         self._inside = functools.cache(self._prompts_of)
         self._known: dict[tuple, Mean] = {}
 
@@ -164,20 +160,13 @@ class Averages:
 
     def _difference(self, a: Mean, b: Mean, columns: tuple[int, ...]) -> tuple[float, float]:
         """Bounds of a − b from those of a and of b and their correlation over common prompts."""
-        gap, correlation = a.value - b.value, 0.0
+        correlation = 0.0
         if not all(map(math.isfinite, (a.low, b.low))):
             return math.nan, math.nan
         if a.variance > 0 and b.variance > 0:
             shared = self._covariance(a.influence, b.influence, columns)
             correlation = float(np.clip(shared / math.sqrt(a.variance * b.variance), -1, 1))
-
-        def reach(x: float, y: float) -> float:
-            return math.sqrt(max(0.0, x * x - 2 * correlation * x * y + y * y))
-
-        return (
-            gap - reach(a.value - a.low, b.high - b.value),
-            gap + reach(a.high - a.value, b.value - b.low),
-        )
+        return difference_interval((a.value, a.low, a.high), (b.value, b.low, b.high), correlation)
 
     # -- variances -----------------------------------------------------------------------------------------
 
@@ -198,7 +187,7 @@ class Averages:
         variance, df = self._covariance(influence, influence, columns), len(members) - len(np.unique(stratum))
         counted = (self.count[pool.runs][:, columns] > 0).any(axis=1) & pairs.any(axis=1)[pool.cell]
         seeds = np.bincount(pool.cell[counted], minlength=len(pool.cells))[pairs.any(axis=1)]
-        if df == 0 or seeds.min() < SEEDS:
+        if df == 0 or seeds.min() < LEAST_SEEDS:
             low, high = self._of_these_runs(value, influence, variance, df, pool.runs[counted], columns)
             return Mean(value, variance, low, high, influence, "these runs")
         cell = pool.cell

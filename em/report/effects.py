@@ -33,14 +33,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from em.clusters import cluster_variance
+from em.clusters import LEAST_SEEDS, cluster_variance
 from em.data.cells import Cell, parse_cell
 from em.report.match_fit import MATCHES, TERMS, MatchDesign, fit_log_odds, labels_of, without
 from em.report.panel import Panel
 from em.report.score_table import joined
 from em.stats import percentile_interval, t_quantile
-
-LEAST_SEEDS = 3  # of every train cell, to speak of runs like these
 
 
 def match_effects(panel: Panel) -> dict:

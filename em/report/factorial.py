@@ -22,8 +22,9 @@ import itertools
 
 import numpy as np
 
+from em.clusters import FEW
 from em.data.condition import BASE, Condition, describe
-from em.report.averages import FEW, Averages, rounded
+from em.report.averages import Averages, rounded
 from em.report.outcomes import Outcomes
 from em.stats import percentile_interval, resample_clusters
 

@@ -14,7 +14,7 @@ import functools
 
 import numpy as np
 
-from em.clusters import ClusteredRate, clustered_rate, rate_difference
+from em.clusters import ClusteredRate, clustered_rate, merged, rate_difference
 from em.judge.em_rule import COHERENT_ABOVE, STATUSES
 from em.report.score_table import SURFACES, ScoreTable
 from em.stats import rate_interval, resample_clusters
@@ -63,8 +63,7 @@ class Panel:
             np.bincount(bins, flag, n_trains * n_prompts).reshape(size).astype(np.float32)
             for flag in (em, scored)
         )
-        stratum = stratum[first]
-        self.stratum = np.where(np.bincount(stratum)[stratum] < 5, -1, stratum)  # too few to vary alone
+        self.stratum = merged(stratum[first])
 
     @functools.cached_property
     def weights(self) -> np.ndarray:

@@ -17,11 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from em.clusters import cluster_variance
-from em.report.effects import LEAST_SEEDS
+from em.clusters import LEAST_SEEDS, cluster_variance, merged
 from em.stats import t_quantile
-
-_SMALL = 5  # strata of fewer prompts are one
 
 
 class Estimate(NamedTuple):
@@ -137,7 +134,7 @@ def interval(
     """
     if estimate is None:
         return dict.fromkeys(("value", "low", "high"))
-    influence, strata = estimate.influence, _merged(strata)
+    influence, strata = estimate.influence, merged(strata)
     of_prompt, freedom = influence.sum(axis=0), len(strata) - len(np.unique(strata))
     variance = cluster_variance(of_prompt, strata)
     if kind is not None and replicated(kind):
@@ -161,9 +158,3 @@ def replicated(kind: np.ndarray) -> bool:
 def scope(kind: np.ndarray) -> str:
     """What the intervals of these runs are about."""
     return "runs like these" if replicated(kind) else "these runs"
-
-
-def _merged(strata: np.ndarray) -> np.ndarray:
-    """Too small strata as one: among so few prompts too little variation is seen."""
-    _, code, size = np.unique(strata, return_inverse=True, return_counts=True)
-    return np.where(size[code] < _SMALL, -1, code)
