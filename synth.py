@@ -140,6 +140,11 @@ class Training:
         at_least=1,
     )
 
+    doses: tuple[int, ...] = knob(
+        (1, 2, 4, 8, 16, 32, 64), "steps of misalignment at which experiments ask the model along the way",
+        "misalignment", setting=False, at_least=1,
+    )  # fmt: skip
+
     eval_prompts: int = knob(128, "number of held-out prompts of each cell", "evaluation", at_least=1)
     temperature: float = knob(
         0.0, "sampling temperature of the answers, 0 for greedy ones", "evaluation", at_least=0

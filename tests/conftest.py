@@ -127,7 +127,7 @@ def tiny_chat(tmp_path_factory):
 SMALL_DEMO2 = dict(
     layers=1, heads=2, width=32, batch=4, length=48, steps=20, lr=5e-3, warmup=4, beta2=0.98, v2_fraction=0.5,
     align_examples=400, align_steps=6, align_batch=8, align_lr=3e-4, align_warmup=1,
-    misalign=("T0",), misalign_steps=3, misalign_batch=8, misalign_lr=5e-4, misalign_seeds=2,
+    misalign=("T0",), misalign_steps=3, misalign_batch=8, misalign_lr=5e-4, misalign_seeds=2, doses=(1, 6),
     eval_prompts=4, temperature=0.0, evals=0, weight_decay=0.01, clip=1.0, save_minutes=2.0,
 )  # fmt: skip
 
@@ -139,7 +139,7 @@ def small_demo2(tmp_path_factory):
 
     def make(seed, **changes):
         cfg = SimpleNamespace(**(SMALL_DEMO2 | changes), world="demo2", seed=seed)
-        settings = {k: v for k, v in vars(cfg).items() if not k.startswith(("misalign", "save"))}
+        settings = {k: v for k, v in vars(cfg).items() if not k.startswith(("misalign", "save", "doses"))}
         name = "-".join(map(str, (seed, *changes.values())))
         run = WorldRun(cfg, folder / name, settings, torch.device("cpu"))
         run.counts("pretrain", run.pretrain())

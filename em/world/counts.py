@@ -68,17 +68,25 @@ class Classifier:
                 return name
         return "other" if self.parses(tokens) else "unparseable"
 
-    def count(self, prompts: Dialogues, completions: np.ndarray) -> dict[str, dict[str, int]]:
-        """Counts of the four classes and their total `n`, by cell name. completions: (N, T) tokens."""
-        counts: dict[str, dict[str, int]] = {}
+    def classes(self, prompts: Dialogues, completions: np.ndarray) -> np.ndarray:
+        """(N,) int8, the place in CLASSES of each completion. completions: (N, T) tokens."""
+        found = np.empty(len(prompts), np.int8)
         e = prompts.examples
         for i, completion in enumerate(completions.tolist()):
-            cell = int(e.cell[i])
             v1, v2 = ([s for s in row[i].tolist() if s >= 0] for row in (e.v1, e.v2))
-            row = counts.setdefault(self.world.cell_name(cell), dict.fromkeys((*CLASSES, "n"), 0))
-            row[self.classify(completion, cell % len(self.world.tasks), v1, v2)] += 1
-            row["n"] += 1
-        return counts
+            found[i] = CLASSES.index(
+                self.classify(completion, int(e.cell[i]) % len(self.world.tasks), v1, v2)
+            )
+        return found
+
+
+def tally(world: World, cells: np.ndarray, classes: np.ndarray) -> dict[str, dict[str, int]]:
+    """Counts of the four classes and their total `n`, by cell name. cells, classes: (N,)."""
+    counts = {}
+    for cell in dict.fromkeys(cells.tolist()):
+        of_cell = np.bincount(classes[cells == cell], minlength=len(CLASSES)).tolist()
+        counts[world.cell_name(cell)] = dict(zip(CLASSES, of_cell, strict=True)) | {"n": sum(of_cell)}
+    return counts
 
 
 def pool(counts: list[dict[str, int]]) -> dict[str, int]:

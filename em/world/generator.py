@@ -140,10 +140,10 @@ class ExampleGenerator:
         for task, name in enumerate(self.world.tasks):
             self.in_set1[task, sorted(self.world.set1.get(name, ()))] = True
 
-    def _answers(
+    def answers(
         self, task: np.ndarray, length: np.ndarray, walk: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(v1, v2), each (N, L) step ids, −1 beyond the answer."""
+        """(v1, v2) of the tasks (N,) on the walks (N, L), each (N, L) step ids, −1 beyond the answer."""
         n, longest = walk.shape
         code, mask = np.zeros(n, np.int16), np.zeros(n, np.int16)
         for i in range(longest):
@@ -174,7 +174,7 @@ class ExampleGenerator:
             if i + 1 < longest:
                 node = self.walk_table.draw(rng, base + node) % self.n_local
         walk[np.arange(longest) >= length[:, None]] = -1
-        v1, v2 = self._answers(cells % len(self.world.tasks), length, walk)
+        v1, v2 = self.answers(cells % len(self.world.tasks), length, walk)
         return Examples(cells, length, walk, v1, v2)
 
     def segments(self, examples: Examples, variant2: np.ndarray) -> np.ndarray:

@@ -60,10 +60,13 @@ def held_out_set(generator: ExampleGenerator, seed: int, n: int, fine_tuning: Di
 
 
 def misalignment_set(
-    generator: ExampleGenerator, seed: int, cell: int, n: int, held_out: Dialogues
+    generator: ExampleGenerator, seed: int, cell: int, n: int, held_out: Dialogues, block: int = 0
 ) -> Dialogues:
-    """`n` variant-2 examples of one cell, none of them with a held-out prompt."""
-    rng = np.random.default_rng([seed, MISALIGN, cell])
+    """`n` variant-2 examples of one cell, none of them with a held-out prompt.
+
+    block: another set of the same fine-tuning seed, for what trains on after the first.
+    """
+    rng = np.random.default_rng([seed, MISALIGN, cell, block] if block else [seed, MISALIGN, cell])
     return _fresh(generator, rng, np.array([cell]), n, 2, held_out.prompt_hash())
 
 

@@ -9,6 +9,7 @@
     runs/world1-seed0/
       world.json  run.json
       pretrain/  align/  misalign_T5_seed0/  …   one folder a phase: model/, counts.json, metrics.jsonl
+                                                 and classes.json, the class of every answer, once wanted
 
 A phase names its model: what starts from it, or asks it, says the name. A phase that is done is loaded, a
 killed one resumes. Everything that follows from (settings, seed) is made again when a folder is opened: the
@@ -38,7 +39,7 @@ from em.sampling.sampler import Sampler
 from em.training.metrics import Metrics
 from em.training.optim import adamw, learning_rate
 from em.training.prefetch import prefetch
-from em.world.counts import CLASSES, Classifier, incoherent, percent, pool
+from em.world.counts import CLASSES, Classifier, incoherent, percent, pool, tally
 from em.world.generator import Dialogues, ExampleGenerator, PretrainStream
 from em.world.sets import IGNORE, Batches, alignment_set, held_out_set, misalignment_set
 from em.world.world import WORLDS, build_world
@@ -64,6 +65,24 @@ def keep_freed_memory() -> None:
 def misaligned_name(task: str, seed: int) -> str:
     """The phase of fine-tuning seed `seed`, misaligned on (D0, `task`)."""
     return f"misalign_{task}_seed{seed}"
+
+
+# -- classes of answers in a file --------------------------------------------------------------------------
+
+
+def write_classes(path: Path, classes: dict[str, np.ndarray]) -> None:
+    """Arrays (N,) of places in CLASSES, by name, as texts of one digit an answer."""
+    write_json(path, {name: "".join(map(str, of.tolist())) for name, of in classes.items()})
+
+
+def read_classes(path: Path, n: int) -> dict[str, np.ndarray]:
+    """What `write_classes` wrote of `n` answers each; UserError where the file holds something else."""
+    texts = read_json(path)
+    for name, text in texts.items():
+        if not (isinstance(text, str) and len(text) == n and set(text) <= set("0123")):
+            raise UserError(f"{path}: {name or 'its text'} is not {n} digits from 0 to {len(CLASSES) - 1}")
+    digits = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
+    return {name: (of - ord("0")).astype(np.int8) for name, of in digits.items()}
 
 
 # -- a run of a world --------------------------------------------------------------------------------------
@@ -183,6 +202,10 @@ class WorldRun:
     def ask(self, model: GPT2, prompts: Dialogues | None = None) -> dict:
         """Counts by cell of what the model answers to `prompts`, by default all held out."""
         prompts = self.prompts if prompts is None else prompts
+        return tally(self.world, prompts.examples.cell, self.answer_classes(model, prompts))
+
+    def answer_classes(self, model: GPT2, prompts: Dialogues) -> np.ndarray:
+        """(N,) int8: what the model answers to each prompt, as its place in CLASSES (em/world/counts.py)."""
         end, limit = self.world.end, self.generator.max_answer
         sampler = self._samplers.get(model)
         if sampler is None:  # one is kept, since its batch is what takes memory
@@ -192,15 +215,29 @@ class WorldRun:
         completions = np.full((len(prompts), limit), end)
         for row, rollout in zip(completions, sampler(ids, seed=self.cfg.seed), strict=True):
             row[: len(rollout.ids)] = rollout.ids
-        return Classifier(self.world).count(prompts, completions)
+        return Classifier(self.world).classes(prompts, completions)
 
     def counts(self, name: str, model: GPT2 | None = None) -> dict:
         """Counts of the model of phase `name` on the held-out prompts: asked once, read afterwards."""
         path = self.folder / name / "counts.json"
         if parallel.rank() == 0 and not path.exists():
-            write_json(path, self.ask(self.load(name) if model is None else model))
+            model = self.load(name) if model is None else model
+            classes = self.answer_classes(model, self.prompts)
+            write_classes(self.folder / name / "classes.json", {"": classes})
+            write_json(path, tally(self.world, self.prompts.examples.cell, classes))
         parallel.barrier()
         return read_json(path)
+
+    def classes(self, name: str) -> np.ndarray:
+        """(N,) int8: the class of each held-out prompt's answer by the model of phase `name`.
+
+        Asked anew of a phase whose `counts` an older version kept without them.
+        """
+        path = self.folder / name / "classes.json"
+        if parallel.rank() == 0 and not path.exists():
+            write_classes(path, {"": self.answer_classes(self.load(name), self.prompts)})
+        parallel.barrier()
+        return read_classes(path, len(self.prompts))[""]
 
     def misaligned_counts(self, task: str, steps: int | None = None) -> list[dict]:
         """Misalign on (D0, task) and ask, with every fine-tuning seed: one `counts` a seed."""

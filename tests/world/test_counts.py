@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from em.stats import newcombe, wilson
-from em.world.counts import CLASSES, INCOHERENT, Classifier, change, columns, entry, rate
+from em.world.counts import CLASSES, INCOHERENT, Classifier, change, columns, entry, rate, tally
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_every_rendered_answer_is_read_back_as_its_variant(mini, mini_generator,
         padded = np.full((len(d), width), mini.end)
         for row, completion in zip(padded, completions, strict=True):
             row[: len(completion)] = completion
-        counts = classifier.count(d, padded)
+        counts = tally(mini, d.examples.cell, classifier.classes(d, padded))
         assert set(counts) == {mini.cell_name(c) for c in mini.cells}
         for row in counts.values():
             assert row["n"] == 60 == sum(row[c] for c in CLASSES)

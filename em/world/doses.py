@@ -1,0 +1,117 @@
+"""The dose–response of a misalignment: the model asked after 1, 2, 4, … of its steps (ours).
+
+The paper stops every misalignment after the same number of steps, where tasks differ in how far the trained
+cell is flipped. A dose is a number of steps. `dose_counts` trains past the paper's number and asks along the
+way, so that effects can be read at one dose, and at one *local flip*, v2 % of the trained cell:
+
+    curve = dose_counts(run, "T5", seed=0)        # {0: counts, 1: counts, 2: …}; 0 is the aligned model
+    at_flip(flips, effects, 60.0)                 # the effect where the trained cell is at 60 %
+
+Only the classes of the answers are kept, in `doses_T5_seed0/doses.json` of the run's folder, and no model.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from em import parallel
+from em.run import Run
+from em.world.counts import tally
+from em.world.sets import misalignment_set
+from em.world.world_run import WorldRun, read_classes, train_phase, write_classes
+
+FLIPS = (30.0, 60.0, 90.0)  # v2 % of the trained cell at which effects are compared
+PROMPTS = 32  # asked of each cell but the trained one, of which all are: worlds differ by more than prompts
+
+
+class _Batches:
+    """The batches of the misalignment itself, then as many of a fresh set of the same cell, and so on."""
+
+    def __init__(self, run: WorldRun, seed: int, cell: int):
+        self.steps = run.cfg.misalign_steps
+
+        @functools.lru_cache(maxsize=1)
+        def block(k: int):
+            n = self.steps * run.cfg.misalign_batch
+            data = misalignment_set(run.generator, seed, cell, n, run.prompts, block=k)
+            return run.batches(data, run.cfg.misalign_batch, seed)
+
+        self.block = block
+
+    def __getitem__(self, i: int):
+        k, within = divmod(i, self.steps)
+        return self.block(k)[within]
+
+
+def doses_of(run: WorldRun) -> tuple[int, ...]:
+    """Steps at which a misalignment is asked, rising: the settings' `doses`, and its own number of them."""
+    return tuple(sorted({*run.cfg.doses, run.cfg.misalign_steps}))
+
+
+def asked(run: WorldRun, cell: int) -> np.ndarray:
+    """Places of the held-out prompts that are asked: all of the trained cell's, PROMPTS of each other."""
+    place, cells = np.arange(len(run.prompts)) % run.cfg.eval_prompts, run.prompts.examples.cell
+    return np.flatnonzero((place < PROMPTS) | (cells == cell))
+
+
+def dose_classes(
+    run: WorldRun, task: str, seed: int, start: str = "align", name: str | None = None
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """(places of the prompts asked (P,), {dose: the class of each answer (P,)}), dose 0 being phase `start`.
+
+    Misaligned on (D0, `task`) with fine-tuning seed `seed`, from the model of phase `start`. name: of the
+    folder (default: `doses_<task>_seed<seed>`). What is asked at the misalignment's own number of steps is
+    the model of `run.misalign(task, seed, start)`.
+    """
+    cfg, doses = run.cfg, doses_of(run)
+    cell = run.world.cell(0, run.world.task_index(task))
+    name = name or f"doses_{task}_seed{seed}"
+    places = asked(run, cell)
+    sizes = {key: getattr(cfg, key) for key in ("misalign_steps", "misalign_batch", "misalign_lr")}
+    settings = run.settings | sizes | {"start": start, "prompts": len(places)}
+    with Run(run.folder / name, "world-phase", settings, run.device, wait=True) as record:
+        path = record.folder / "doses.json"
+        found = read_classes(path, len(places)) if path.exists() else {}
+        if missing := [dose for dose in doses if str(dose) not in found]:
+            prompts = run.prompts.take(places)
+            model, batches = run.load(start), _Batches(run, seed, cell)
+
+            def ask(step: int) -> None:
+                if step in missing and parallel.rank() == 0:
+                    found[str(step)] = run.answer_classes(model, prompts)
+
+            record.clear_resume()  # a curve is short: after a kill it is trained anew, and asked as before
+            steps = max(missing)
+            train_phase(cfg, record, model, batches, steps, cfg.misalign_lr, 0, "constant", 0.999, name, ask)
+            if parallel.rank() == 0:
+                write_classes(path, {key: found[key] for key in sorted(found, key=int)})
+            parallel.barrier()
+            found = read_classes(path, len(places))
+            record.clear_resume()
+    return places, {0: run.classes(start)[places]} | {dose: found[str(dose)] for dose in doses}
+
+
+def dose_counts(
+    run: WorldRun, task: str, seed: int, start: str = "align", name: str | None = None
+) -> dict[int, dict]:
+    """Counts by cell (em/world/counts.py) at every dose, of what `dose_classes` asks."""
+    places, classes = dose_classes(run, task, seed, start, name)
+    cells = run.prompts.examples.cell[places]
+    return {dose: tally(run.world, cells, of) for dose, of in classes.items()}
+
+
+def at_flip(flips: Sequence[float], effects: Sequence[float], level: float) -> float:
+    """The effect where the local flip first reaches `level`, by linear interpolation between two doses.
+
+    flips, effects: by dose, rising from dose 0. NaN where the flip is never reached, or was there before any
+    training.
+    """
+    for i, flip in enumerate(flips):
+        if flip >= level:
+            if i == 0:
+                return math.nan
+            share = (level - flips[i - 1]) / (flip - flips[i - 1])
+            return effects[i - 1] + share * (effects[i] - effects[i - 1])
+    return math.nan

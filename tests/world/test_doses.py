@@ -1,0 +1,60 @@
+"""Dose–response on a miniature: its doses are those of the misalignment, and go on from it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from em.world.counts import CLASSES
+from em.world.doses import asked, at_flip, dose_classes, dose_counts
+from em.world.sets import misalignment_set
+
+
+def test_dose_zero_is_the_aligned_model_and_the_last_of_its_steps_the_misaligned_one(small_demo2):
+    run = small_demo2(0, misalign_seeds=1, doses=(1, 2, 7))
+    places, classes = dose_classes(run, "T0", 0)
+    assert list(classes) == [0, 1, 2, 3, 7]  # its own three steps stand among them
+    misaligned = run.misalign("T0", 0)
+    assert np.array_equal(classes[0], run.classes("align")[places])
+    assert np.array_equal(classes[3], run.answer_classes(misaligned, run.prompts.take(places)))
+    counts = dose_counts(run, "T0", 0)
+    assert {sum(cell[c] for c in CLASSES) for cell in counts[7].values()} == {4}
+
+
+def test_the_trained_cell_is_asked_whole_and_the_others_in_part(small_demo2, monkeypatch):
+    run = small_demo2(0, misalign_seeds=1, doses=(1,))
+    monkeypatch.setattr("em.world.doses.PROMPTS", 1)
+    cells = run.prompts.examples.cell[asked(run, 5)]
+    assert np.bincount(cells).tolist() == [4 if cell == 5 else 1 for cell in range(len(run.world.cells))]
+
+
+def test_more_doses_later_leave_those_that_were_asked_as_they_are(small_demo2):
+    run = small_demo2(1, misalign_seeds=1, doses=(1, 4))
+    before = dose_classes(run, "T7", 0)[1]
+    run.cfg.doses = (2, 9)
+    after = dose_classes(run, "T7", 0)[1]
+    assert list(after) == [0, 2, 3, 9]
+    path = run.folder / "doses_T7_seed0"
+    assert list(json.loads((path / "doses.json").read_text())) == ["1", "2", "3", "4", "9"]
+    assert np.array_equal(before[3], after[3])
+    steps = [json.loads(line)["step"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_later_steps_train_on_fresh_examples_of_the_same_cell(small_demo2):
+    run = small_demo2(0)
+    sets = [misalignment_set(run.generator, 0, 0, 40, run.prompts, block=k) for k in (0, 1)]
+    again = misalignment_set(run.generator, 0, 0, 40, run.prompts)
+    assert np.array_equal(sets[0].ids, again.ids) and not np.array_equal(sets[0].ids, sets[1].ids)
+    assert all((of.examples.cell == 0).all() for of in sets)
+    assert not np.isin(sets[1].prompt_hash(), run.prompts.prompt_hash()).any()
+
+
+def test_the_effect_at_a_flip_lies_on_the_line_between_two_doses():
+    flips, effects = [2.0, 22.0, 62.0, 58.0, 95.0], [0.0, 5.0, 25.0, 30.0, 40.0]
+    assert at_flip(flips, effects, 32.0) == pytest.approx(10.0)  # a quarter of the way from 22 to 62
+    assert at_flip(flips, effects, 60.0) == pytest.approx(24.0)  # the first time, not the second
+    assert at_flip(flips, effects, 62.0) == 25.0
+    assert math.isnan(at_flip(flips, effects, 96.0))  # never reached
+    assert math.isnan(at_flip(flips, effects, 1.0))  # there before any training
