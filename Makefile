@@ -64,25 +64,28 @@ plan: setup
 
 # -- the synthetic experiments ---------------------------------------------------------------------------
 # WORLD  paper (worlds 1 and 2), demo (demo and demo2), or a single 1 or 2
-# SEEDS  how many world seeds
+# SEEDS  how many world seeds (12 of demo2; demo takes at most 3, being for steering, realignment and the cross)
 # RUNS   the folder of everything; parts whose result is there are skipped
 # RUN    a launcher before every python, such as RUN="srun --gpus=1" with make -j8
 WORLD ?= paper
 REDUCED := $(filter demo,$(WORLD))
-SEEDS ?= $(if $(REDUCED),1,3)
+SEEDS ?= $(if $(REDUCED),12,3)
 FIRST  := $(if $(REDUCED),demo,$(filter-out 2,$(WORLD:paper=1)))
 SECOND := $(if $(REDUCED),demo2,$(filter-out 1,$(WORLD:paper=2)))
 SEED_LIST := $(if $(REDUCED),$(shell seq 1 $(SEEDS)),$(shell seq 0 $$(($(SEEDS) - 1))))
-EXPECTED := $(if $(REDUCED),12 minutes a seed on two cores (measured),60 minutes a seed on one H100 (an aim; not measured yet))
+EXPECTED := $(if $(REDUCED),100 minutes on two cores for twelve seeds (TODO),60 minutes a seed on one H100 (an aim; not measured yet))
 SYNTH := $(RUN) $(BIN)/python synth.py
 
-base   = $(SEED_LIST:%=$(RUNS)/world$(1)-seed%/summary.json)
+seeds  = $(if $(filter demo,$(1)),$(wordlist 1,3,$(SEED_LIST)),$(SEED_LIST))
+listed = $(subst $(space),$(comma),$(call seeds,$(1)))
+space := $(subst ,, )
+base   = $(patsubst %,$(RUNS)/world$(1)-seed%/summary.json,$(call seeds,$(1)))
 result = $(RUNS)/$(1)-world$(2)/$(1).json
-graphs = $(RUNS)/show-world$(1)-seed$(firstword $(SEED_LIST))/domain_graphs.png
-# The longest first.
-PARTS := $(foreach w,$(SECOND),$(foreach e,fraction phase similarity,$(call result,$(e),$(w)))) \
-         $(foreach w,$(FIRST) $(SECOND),$(call base,$(w)) $(call graphs,$(w)) $(call result,steering,$(w))) \
-         $(foreach w,$(FIRST),$(call result,hardness,$(w)) $(call result,realign,$(w)))
+# The longest first. Hardness takes the worlds that keep checkpoints of pretraining; World 1 is the paper's own.
+PARTS := $(foreach w,$(SECOND),$(foreach e,fraction hardness phase similarity,$(call result,$(e),$(w)))) \
+         $(foreach w,$(FIRST) $(SECOND),$(call base,$(w)) $(call result,steering,$(w))) \
+         $(foreach w,$(FIRST),$(call result,cross,$(w)) $(call result,realign,$(w))) \
+         $(foreach w,$(filter 1,$(FIRST)),$(call result,hardness,$(w)))
 
 # Small models gain little from a second thread: on a CPU a process has one, and parts run side by side.
 worlds: setup
@@ -93,39 +96,37 @@ reports: $(PARTS)
 	@for w in $(FIRST) $(SECOND); do $(BIN)/python synth.py report --world $$w --out $(RUNS) || exit; done
 
 worlds-plan:
-	@echo "worlds $(FIRST) $(SECOND), seeds $(SEED_LIST); all of it takes about $(EXPECTED)"
+	@echo "worlds $(FIRST) $(SECOND), seeds $(SEED_LIST)$(if $(REDUCED), (demo: $(call seeds,demo))); all of it takes about $(EXPECTED)"
 	@for part in $(PARTS); do if [ -e $$part ]; then echo "  done   $$part"; else echo "  to do  $$part"; fi; done
 
 $(PARTS): | worlds-plan
 
-define world # its graphs, and the models that everything else starts from: pretrain, align, the main grid
-$(call graphs,$(1)):
-	$(BIN)/python synth.py show --world $(1) --seed $(firstword $(SEED_LIST)) --out $$(@D)
+define world # the models that everything else starts from: pretrain, align, the main grid
 $(RUNS)/world$(1)-seed%/summary.json:
 	$(SYNTH) --world $(1) --seed $$* --out $$(@D)
 endef
 
 define experiment # name, world, what has to be there
 $(call result,$(1),$(2)): $(3)
-	$(SYNTH) $(1) --world $(2) --seeds $(SEED_LIST) --out $(RUNS)
+	$(SYNTH) $(1) --world $(2) --seeds $(call listed,$(2)) --out $(RUNS)
 endef
 
-define experiment_by_seed # the same where training is long: a process a seed, then one that collects
+define experiment_by_seed # the same where a seed takes long: a process each, then one that collects
 $(RUNS)/$(1)-world$(2)/.seed%: $(3) | worlds-plan
 	$(SYNTH) $(1) --world $(2) --seeds $$* --out $(RUNS)
 	@touch $$@
-$(call experiment,$(1),$(2),$(SEED_LIST:%=$(RUNS)/$(1)-world$(2)/.seed%))
+$(call experiment,$(1),$(2),$(patsubst %,$(RUNS)/$(1)-world$(2)/.seed%,$(call seeds,$(2))))
 endef
 
-# Hardness leaves the misaligned models that steering and realignment start from.
 $(foreach w,$(FIRST) $(SECOND),$(eval $(call world,$(w))))
-$(foreach w,$(FIRST),$(eval $(call experiment,hardness,$(w),$(call base,$(w)))))
-$(foreach w,$(FIRST),$(eval $(call experiment,steering,$(w),$(call result,hardness,$(w)))))
-$(foreach w,$(FIRST),$(eval $(call experiment_by_seed,realign,$(w),$(call result,hardness,$(w)))))
+$(foreach w,$(FIRST) $(SECOND),$(eval $(call experiment,steering,$(w),$(call base,$(w)))))
+$(foreach w,$(FIRST),$(foreach e,cross realign,$(eval $(call experiment_by_seed,$(e),$(w),$(RUNS)/world$(w)-seed%/summary.json))))
+$(foreach w,$(filter 1,$(FIRST)),$(eval $(call experiment,hardness,$(w),$(call base,$(w)))))
 $(foreach w,$(SECOND),$(eval $(call experiment,similarity,$(w),$(call base,$(w)))))
-$(foreach w,$(SECOND),$(eval $(call experiment,steering,$(w),$(call base,$(w)))))
 $(foreach w,$(SECOND),$(eval $(call experiment_by_seed,fraction,$(w))))
 $(foreach w,$(SECOND),$(eval $(call experiment_by_seed,phase,$(w),$(RUNS)/world$(w)-seed%/summary.json)))
+# Phase leaves the aligned checkpoints that hardness misaligns.
+$(foreach w,$(SECOND),$(eval $(call experiment_by_seed,hardness,$(w),$(RUNS)/phase-world$(w)/.seed%)))
 
 # Two processes of one thread each; every file's tests stay together, in the order of the files.
 test: setup

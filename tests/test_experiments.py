@@ -200,9 +200,7 @@ seeds = words.partition("--seeds ")[2].partition(" --out")[0]
 with open("log", "a") as log:
     print(command or "main", options["--world"], options.get("--seed", "") + seeds, file=log)
 out = pathlib.Path(options["--out"])
-if command == "show":
-    made = out / "domain_graphs.png"
-elif command == "":
+if command == "":
     made = out / "summary.json"
 else:
     made = out / f"{{command}}-world{{options['--world']}}" / f"{{command}}.json"
@@ -239,22 +237,34 @@ def test_make_worlds_prints_its_plan_makes_every_part_once_and_reports_last(tmp_
     output, log = make(tmp_path, "SEEDS=2")
     assert output.startswith("worlds 1 2, seeds 0 1;") and "to do  runs/phase-world2/phase.json" in output
     assert len(log) == len(set(log)) and log[-2:] == ["report 1 ", "report 2 "]
-    for world, names in (("1", "hardness steering realign"), ("2", "similarity steering fraction phase")):
+    of_world = {
+        "1": "hardness steering realign cross",
+        "2": "similarity steering fraction phase hardness",
+    }
+    for world, names in of_world.items():
         assert {f"main {world} {seed}" for seed in "01"} <= set(log)
-        assert {f"{name} {world} 0 1" for name in names.split()} <= set(log)
+        assert {f"{name} {world} 0,1" for name in names.split()} <= set(log)
     # What shares models waits for whoever makes them.
-    order = [log.index(f"{name} 1 0 1") for name in ("hardness", "steering", "realign")]
-    assert max(log.index("main 1 0"), log.index("main 1 1")) < order[0] < min(order[1:])
-    assert log.index("main 2 1") < log.index("phase 2 1") < log.index("phase 2 0 1")
+    for name in ("hardness", "steering", "cross", "realign"):
+        assert max(log.index("main 1 0"), log.index("main 1 1")) < log.index(f"{name} 1 0,1")
+    assert log.index("main 2 1") < log.index("phase 2 1") < log.index("phase 2 0,1")
+    assert log.index("phase 2 1") < log.index("hardness 2 1") < log.index("hardness 2 0,1")
 
 
 def test_make_worlds_again_only_reports_and_one_more_seed_makes_what_it_needs(tmp_path):
-    make(tmp_path, "WORLD=demo")
-    output, log = make(tmp_path, "WORLD=demo")
+    make(tmp_path, "WORLD=demo", "SEEDS=1")
+    output, log = make(tmp_path, "WORLD=demo", "SEEDS=1")
     assert log == ["report demo ", "report demo2 "] and "to do" not in output
     _, log = make(tmp_path, "WORLD=demo", "SEEDS=2")
-    assert "main demo 2" in log and "main demo 1" not in log and "hardness demo 1 2" in log
-    assert "fraction demo2 2" in log and "fraction demo2 1" not in log and "fraction demo2 1 2" in log
+    assert "main demo 2" in log and "main demo 1" not in log and "realign demo 1,2" in log
+    assert "fraction demo2 2" in log and "fraction demo2 1" not in log and "fraction demo2 1,2" in log
+
+
+def test_twelve_seeds_are_of_demo2_and_three_of_them_of_demo(tmp_path):
+    output, log = make(tmp_path, "WORLD=demo")
+    assert output.startswith("worlds demo demo2, seeds 1 2 3 4 5 6 7 8 9 10 11 12 (demo: 1 2 3);")
+    assert "similarity demo2 1,2,3,4,5,6,7,8,9,10,11,12" in log and "steering demo 1,2,3" in log
+    assert [line for line in log if line.startswith("main demo ")] == [f"main demo {s}" for s in (1, 2, 3)]
 
 
 def test_a_launcher_stands_before_every_training(tmp_path):
@@ -262,5 +272,5 @@ def test_a_launcher_stands_before_every_training(tmp_path):
     (tmp_path / "launch").chmod(0o755)
     _, log = make(tmp_path, "WORLD=2", "SEEDS=1", "RUN=./launch", "-j4")
     launched = (tmp_path / "launched").read_text().splitlines()
-    assert len(launched) == len([line for line in log if not line.startswith(("show", "report"))]) == 7
+    assert len(launched) == len([line for line in log if not line.startswith("report")]) == 9
     assert {line.split()[1] for line in log} == {"2"}
