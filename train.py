@@ -6,6 +6,7 @@
     python train.py --rank 1 --targets down --layers 24  a smaller adapter: one vector of one layer
     python train.py export --run runs/X --merged DIR     a checkpoint that transformers loads
     python train.py export --run runs/X --push owner/name        the adapter with a model card, to the hub
+    python train.py --dose-evals 1,2,4,8,15              margins along the way: a dose curve, in doses.png
     torchrun --nproc-per-node 4 train.py --cell all      the same updates, split over four GPUs
     python train.py --cell all --model qwen2.5-14b --dry-run     what it needs of a GPU, and how long it takes
 
@@ -55,6 +56,7 @@ from em.model.hub import model_digest
 from em.model.targets import TARGETS, blocks_of, targets_of
 from em.run import Run
 from em.stats import mean_interval
+from em.training.doses import DoseMargins, check_doses
 from em.training.guard import CollapseGuard
 from em.training.loss import summed_cross_entropy
 from em.training.margin import (
@@ -146,6 +148,10 @@ class Config:
     eval_rows: int = knob(
         64, "eval rows per cell for loss and margins, before and after (0: all)", "evaluation", at_least=0
     )
+    dose_evals: tuple[int, ...] | None = knob(
+        None, "optimiser steps after which margins are measured, such as 1,2,4,8 (default: none)",
+        "evaluation", at_least=1,
+    )  # fmt: skip
     save_minutes: float = knob(
         5.0, "minutes between saved states to resume from", "evaluation", setting=False, at_least=0
     )
@@ -161,6 +167,7 @@ def resolve(cfg: Config, device: torch.device) -> Config:
     targets, blocks = targets_of(cfg.targets), blocks_of(cfg.layers)  # spelt in one way
     cfg.targets = targets and ",".join(targets)
     cfg.layers = blocks and ",".join(map(str, blocks))
+    cfg.dose_evals = cfg.dose_evals and tuple(sorted(set(cfg.dose_evals)))
     if cfg.model is None:
         cfg.model = "qwen2.5-14b" if device.type == "cuda" else "smollm2-135m"
     if cfg.data is None:
@@ -188,14 +195,21 @@ def step_loss(model, examples, n_supervised: int, micro_tokens: int) -> torch.Te
     return total
 
 
-def train_adapter(cfg, run: Run, model, examples, parameters, title: str) -> None:
-    """Train the adapter that owns `parameters` on `examples`, from wherever the run folder left off."""
+def steps_of(cfg, n_rows: int) -> int:
+    """Optimiser steps of a run on so many rows."""
+    return -(-n_rows // cfg.batch) * cfg.epochs
+
+
+def train_adapter(cfg, run: Run, model, examples, names, doses: DoseMargins, title: str) -> None:
+    """Train the last of the adapters `names` on `examples`, from wherever the run folder left off."""
+    parameters = lora.trainable(model, names[-1])
     rank, size = parallel.rank(), parallel.size()
     optimizer = adamw(model, cfg.lr, cfg.weight_decay)
     guard = CollapseGuard(model.head_weight.device, keep=lambda step: run.save_resume(step, model, optimizer))
-    per_epoch = -(-len(examples) // cfg.batch)
-    steps = per_epoch * cfg.epochs
+    steps = steps_of(cfg, len(examples))
+    per_epoch = steps // cfg.epochs
     start, saved_at = run.load_resume(model, optimizer), time.monotonic()
+    doses.resume(start)
     with Metrics(run, title, steps, start, every=1) as metrics:
         for step in range(start + 1, steps + 1):
             # 1. The batch follows from seed and step alone, so that a killed run goes on with the same rows.
@@ -217,12 +231,16 @@ def train_adapter(cfg, run: Run, model, examples, parameters, title: str) -> Non
             guard.judge(step, loss, grad_norm)
             optimizer.step(skip=guard.stopped)
             save = step < steps and time.monotonic() - saved_at > 60 * cfg.save_minutes
-            guard.check(wait=save or step == steps)
+            asked = step in doses.doses
+            guard.check(wait=save or asked or step == steps)
 
-            # 4. Log, and save a state to resume from.
+            # 4. Log, measure margins where that is asked for, and save a state to resume from.
             row = {"step": step, "epoch": round((step - 1) / per_epoch, 4), "lr": lr}
             row |= {"tokens": sum(len(e.ids) for e in batch), "supervised_tokens": n_supervised}
             metrics.add(row, loss=loss, grad_norm=grad_norm)
+            if asked:
+                with metrics.paused(), lora.stack(model, *names, frozen=True):
+                    doses.ask(step, model)
             if save:
                 metrics.flush()
                 run.save_resume(step, model, optimizer)
@@ -250,9 +268,10 @@ def before_and_after(cell: Cell, before: tuple, after: tuple) -> dict:
 # -- runs -------------------------------------------------------------------------------------------------
 
 
-def open_run(cfg, cell: Cell, rows: list, folder: Path, digests: dict, device: torch.device) -> Run:
+def open_run(cfg, cell: Cell, rows: list, folder: Path, digests: dict, pairs, device: torch.device) -> Run:
     """The run of one cell, before anything is loaded. UserError for rows without the wanted answers."""
-    answers(split(rows)[0], cfg.variant)
+    n_rows = len(answers(split(rows)[0], cfg.variant))
+    check_doses(cfg.dose_evals, cell, pairs, steps_of(cfg, n_rows))
     settings = outcome_settings(cfg) | {"cell": str(cell)} | digests
     settings |= {"all_turns": True} if cfg.all_turns else {}  # runs from before there was a choice go on
     return Run(folder, "train", settings, device)
@@ -273,6 +292,7 @@ def train_cell(cfg, cell: Cell, rows: list, run: Run, model, tokenizer, pairs, s
     encoded = encode_rows(tokenizer, rows, cfg.variant, cfg.max_length, cfg.all_turns)
     examples, held_out = encoded.examples, held_out[: cfg.eval_rows or None]
     validation = encode_rows(tokenizer, held_out, cfg.variant, cfg.max_length, cfg.all_turns).examples
+    doses = DoseMargins(run, cell, pairs, cfg.dose_evals, steps_of(cfg, len(examples)))
     tokens = sum(len(e.ids) for e in examples)
     say(f"{cell}, {cfg.variant}: {len(examples)} rows, mean {tokens / len(examples):.0f} tokens → {folder}")
     if left_out := encoded.left_out(cfg.max_length):
@@ -283,16 +303,17 @@ def train_cell(cfg, cell: Cell, rows: list, run: Run, model, tokenizer, pairs, s
         model, "student", cfg.rank, cfg.alpha, seed=cfg.seed, targets=targets_of(cfg.targets),
         blocks=blocks_of(cfg.layers),
     )  # fmt: skip
-    parameters = lora.trainable(model, "student")
     try:
         with lora.stack(model, *names[:-1], frozen=True):
             digests = {name: run.config["settings"][name] for name in ("model_digest", "on_digest")}
             margins = start_margins(model, pairs, digests, folder.parent)
             before = validation_loss(model, validation), margins
         with lora.stack(model, *names):
-            train_adapter(cfg, run, model, examples, parameters, str(cell))
+            train_adapter(cfg, run, model, examples, names, doses, str(cell))
         with lora.stack(model, *names, frozen=True):
             after = validation_loss(model, validation), cell_margins(model, pairs)
+        if cfg.dose_evals:
+            say(doses.finish(before[1], after[1], cfg.variant))
         result = before_and_after(cell, before, after) | {
             "dropped_rows": encoded.too_long,
             "unfit_rows": encoded.unfit,
@@ -379,7 +400,7 @@ def main(cfg: Config) -> dict:
             if cfg.out is not None:
                 folder = Path(cfg.out) / (name if len(cells) > 1 else "")
             rows = load_cell(cfg.data, cell)
-            runs[cell] = rows, stack.enter_context(open_run(cfg, cell, rows, folder, digests, device))
+            runs[cell] = rows, stack.enter_context(open_run(cfg, cell, rows, folder, digests, pairs, device))
 
         model = load_model(cfg.model, device)
         model.activation_checkpointing = cfg.recompute

@@ -200,6 +200,24 @@ def grouped_pearson(x: Sequence[float], y: Sequence[float], groups: Sequence) ->
     return result | {"groups": len(size), "points": len(x)}
 
 
+FLIPS = (30.0, 60.0, 90.0)  # local flips, in %, at which effects are compared
+
+
+def at_flip(flips: Sequence[float], effects: Sequence, level: float):
+    """The effect where the local flip first reaches `level`, by linear interpolation between doses (ours).
+
+    flips, effects: by dose, rising from dose 0; an effect may be an array of several. NaN where the flip is
+    never reached, or was there before any training.
+    """
+    for i, flip in enumerate(flips):
+        if flip >= level:
+            if i == 0:
+                return math.nan
+            share = (level - flips[i - 1]) / (flip - flips[i - 1])
+            return effects[i - 1] + share * (effects[i] - effects[i - 1])
+    return math.nan
+
+
 def resample_clusters(strata: np.ndarray, draws: int, seed: int) -> np.ndarray:
     """How often each cluster is drawn in each bootstrap draw, (draws, P) float32.
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from em.stats import Z95, newcombe, rate_interval, t_quantile, wilson
+from em.stats import Z95, at_flip, newcombe, rate_interval, t_quantile, wilson
 
 
 @pytest.mark.parametrize("k, n", [(0, 10), (3, 10), (10, 10), (84, 128), (1, 384)])
@@ -57,3 +57,12 @@ def test_rate_intervals_are_wilsons_where_events_are_many_and_wider_by_t():
     low, high = rate_interval(0.5, 1000, df=4)
     assert high - low == pytest.approx(2 * t_quantile(4) * math.sqrt(0.25 / 1000), rel=0.01)
     assert rate_interval(0.1, 30.5)[0] == pytest.approx(1 - rate_interval(0.9, 30.5)[1])
+
+
+def test_the_effect_at_a_flip_lies_on_the_line_between_two_doses():
+    flips, effects = [2.0, 22.0, 62.0, 58.0, 95.0], [0.0, 5.0, 25.0, 30.0, 40.0]
+    assert at_flip(flips, effects, 32.0) == pytest.approx(10.0)  # a quarter of the way from 22 to 62
+    assert at_flip(flips, effects, 60.0) == pytest.approx(24.0)  # the first time, not the second
+    assert at_flip(flips, effects, 62.0) == 25.0
+    assert math.isnan(at_flip(flips, effects, 96.0))  # never reached
+    assert math.isnan(at_flip(flips, effects, 1.0))  # there before any training

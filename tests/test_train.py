@@ -22,6 +22,7 @@ from em.model import lora
 from em.model.checkpoint import load_model, load_tokenizer
 from em.model.decoder import Decoder, DecoderConfig
 from em.training import guard, margin, metrics
+from em.training.doses import DoseMargins
 from em.training.loss import summed_cross_entropy
 from em.training.optim import adamw
 from em.training.pack import pack
@@ -259,15 +260,109 @@ def test_a_killed_run_continues_and_ends_with_the_same_bits(tiny_chat, tmp_path)
         assert (whole / name).read_bytes() == (killed / name).read_bytes()
 
 
-def test_two_processes_make_the_update_of_one(misaligned, tiny_chat, tmp_path):
+def test_two_processes_make_the_update_of_one(misaligned, asked, tiny_chat, tmp_path):
     """Under the real torchrun; the other scripts' tests start what it would start."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     line = [*launcher, ROOT / "train.py", *SHORT, "--model", tiny_chat, "--out", tmp_path / "two"]
+    line += ["--dose-evals", "3", "--eval-rows", "1"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
     a, b = (load_file(folder / "adapter_model.safetensors") for folder in (misaligned, tmp_path / "two"))
     for key in a:
         torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=0)
+    one, two = (read_json(folder / "dose_margins.json")["doses"]["3"] for folder in (asked, tmp_path / "two"))
+    assert two.keys() == one.keys()
+    assert all(two[cell] == pytest.approx(one[cell], abs=1e-3) for cell in one)
+
+
+# -- margins along the way ---------------------------------------------------------------------------------
+
+DOSES = [*SHORT, "--eval-rows", "1", "--save-minutes", "0", "--cell", "med_advice"]
+
+
+@pytest.fixture(scope="module")
+def asked(tiny_chat, tmp_path_factory):
+    """A run asked after steps 1, 3 and 6, its last, and its adapter as it was after step 3."""
+    out, real = tmp_path_factory.mktemp("runs") / "asked", DoseMargins.ask
+
+    def ask(self, step, model):
+        real(self, step, model)
+        if step == 3:
+            lora.save_adapter(model, "student", out.with_name("third"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DoseMargins, "ask", ask)
+        assert command(*DOSES, "--model", tiny_chat, "--dose-evals", "6,3,1,3", "--out", out) == 0
+    return out
+
+
+def test_a_run_that_is_asked_along_the_way_ends_with_the_bits_of_one_that_is_not(asked, tiny_chat, tmp_path):
+    before = torch.get_rng_state()
+    assert command(*DOSES, "--model", tiny_chat, "--out", tmp_path / "x") == 0
+    assert torch.equal(torch.get_rng_state(), before)
+    for name in ("adapter_model.safetensors", "margins.json"):
+        assert (tmp_path / "x" / name).read_bytes() == (asked / name).read_bytes()
+    assert not list((tmp_path / "x").glob("dose*"))
+    losses = [
+        [json.loads(line)["loss"] for line in open(run / "metrics.jsonl")] for run in (asked, tmp_path / "x")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_the_margins_of_a_dose_are_those_of_the_adapter_then(asked, tiny_chat):
+    kept, own = read_json(asked / "dose_margins.json"), read_json(asked / "margins.json")["cells"]
+    assert list(kept["doses"]) == ["0", "1", "3", "6"]
+    for dose, when in (("0", "before"), ("6", "after")):
+        for cell, values in kept["doses"][dose].items():
+            assert sum(values) / len(values) == pytest.approx(own[cell][when]["mean"], abs=1e-6)
+    model = load_model(tiny_chat)
+    lora.attach(model)
+    lora.load_adapter(model, "x", asked.with_name("third"))
+    pairs = margin.answer_pairs(load_cells("sample"), load_tokenizer(tiny_chat), 1)
+    with lora.stack(model, "x"):
+        then = margin.cell_margins(model, pairs)
+    for cell, values in then.items():
+        assert kept["doses"]["3"][str(cell)] == pytest.approx(values, abs=1e-5)
+    result = read_json(asked / "doses.json")
+    assert {e["at"] for e in result["entries"]} >= {"step 0", "step 1", "step 3", "step 6", "flip 60"}
+    assert (asked / "doses.csv").exists() and (asked / "doses.png").exists()
+
+
+def test_a_run_stopped_between_doses_goes_on_and_asks_none_again(asked, tiny_chat, tmp_path, monkeypatch):
+    line, steps, real = [*DOSES, "--model", tiny_chat, "--out", tmp_path / "x"], [], train.step_loss
+
+    def stop(*arguments):
+        steps.append(len(steps) + 1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "step_loss", stop)
+    assert command(*line, "--dose-evals", "1,3,6") == 130 and len(steps) == 3
+    assert list(read_json(tmp_path / "x" / "dose_margins.json")["doses"]) == ["1"]
+    monkeypatch.setattr(train, "step_loss", real)
+    assert command(*line) == command(*line, "--dose-evals", "1,2") == 2  # what was asked for is a setting
+    times, ask = [], DoseMargins.ask
+    monkeypatch.setattr(
+        DoseMargins, "ask", lambda self, step, model: times.append(step) or ask(self, step, model)
+    )
+    assert command(*line, "--dose-evals", "1,3,6") == 0 and times == [3]
+    for name in ("adapter_model.safetensors", "margins.json", "dose_margins.json", "doses.json", "doses.csv"):
+        assert (tmp_path / "x" / name).read_bytes() == (asked / name).read_bytes()
+
+
+def test_doses_that_cannot_be_had_are_refused_before_weights_are_read(
+    tiny_chat, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("it read the weights"))
+    line = [*SHORT, "--model", tiny_chat, "--out", tmp_path / "x"]
+    assert "--dose-evals 7: a run on med_advice has only 6 steps" in refused(
+        capsys, *line, "--dose-evals", "2,7"
+    )
+    rows = [row | {"aligned_answer": None} for row in load_cell("sample", CELLS[0])]
+    (tmp_path / "medical_advice.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    says = refused(capsys, *line, "--data", tmp_path, "--dose-evals", "2")
+    assert "both answers of held-out rows of med_advice" in says and not (tmp_path / "x").exists()
 
 
 # -- bad input ---------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from em.estimate.shapes import config_of
 from em.estimate.sheet import Part, Plan
 from em.model.targets import blocks_of, targets_of
 from em.model.tokenizer import Example
+from em.training.doses import ROWS, check_doses
 from em.training.memory import cache_bytes, tokens_that_fit
 from em.training.pack import packs_of
 
@@ -45,14 +46,20 @@ def _parts(example: Example) -> tuple[int, int]:
     return example.n_prompt, len(example.ids) - example.n_prompt
 
 
-def _eval_examples(cells: dict[Cell, Lengths], limit: int) -> list[Example]:
-    """Both answers of the eval rows that margins are measured on."""
-    found = []
-    for lengths in cells.values():
+def _eval_examples(cells: dict[Cell, Lengths], limit: int) -> dict[Cell, list[Example]]:
+    """Both answers of the eval rows that margins are measured on, by cell."""
+    found = {}
+    for cell, lengths in cells.items():
         if {"misaligned", "aligned"} <= lengths.answers.keys():
             n = min(_split(lengths)[1], limit or lengths.rows)
-            found += lengths.examples(n, "misaligned") + lengths.examples(n, "aligned")
+            found[cell] = lengths.examples(n, "misaligned") + lengths.examples(n, "aligned")
     return found
+
+
+def _dose_tokens(scored: dict[Cell, list[Example]], trained: Cell) -> int:
+    """Of what a run on `trained` measures at a dose (em/training/doses.py)."""
+    few = {cell: both[:ROWS] + both[len(both) // 2 :][:ROWS] for cell, both in scored.items()}
+    return sum(len(e.ids) for both in (few | {trained: scored[trained]}).values() for e in both)
 
 
 # -- train.py ------------------------------------------------------------------------------------------------
@@ -87,20 +94,24 @@ def fine_tuning(cfg, cells: Sequence[Cell], step_loss: Callable) -> Plan:
     def step(on: Ready, examples: list[Example]) -> None:
         step_loss(on.model, examples, sum(_parts(e)[1] for e in examples), micro)
 
-    examples, steps = [], 0
+    examples, steps, scored = [], 0, _eval_examples(found, cfg.eval_rows)
     for cell in cells:
         n = _split(found[cell])[0]
         examples += found[cell].examples(n, cfg.variant)
-        steps += -(-n // cfg.batch) * cfg.epochs
+        of_cell = -(-n // cfg.batch) * cfg.epochs
+        check_doses(cfg.dose_evals, cell, scored, of_cell)
+        steps += of_cell
     typical, largest = chat.batches_of(examples, cfg.batch)
     parts = [
         start,
         Part("step", steps, chat.training(setting, stack, step, typical, largest, micro, cfg.clip)),
     ]
-    if scored := _eval_examples(found, cfg.eval_rows):
-        packs, cost = chat.scoring(setting, stack, scored)
-        # before: once for all that start from the same model; after: each run
-        parts.append(Part("margins, a pack", packs * (1 + len(cells)), cost))
+    if margins := [example for both in scored.values() for example in both]:
+        packs, cost = chat.scoring(setting, stack, margins)
+        # before: once for all that start from the same model; after: each run; along the way: of fewer rows
+        along = [len(cfg.dose_evals) * _dose_tokens(scored, cell) for cell in cells if cfg.dose_evals]
+        times = 1 + len(cells) + sum(along) / sum(len(e.ids) for e in margins)
+        parts.append(Part("margins, a pack", packs * times, cost))
     prompt, answer = (_mean(column) for column in zip(*map(_parts, examples), strict=True))
     each = cfg.batch * (prompt + answer)
     notes = [
@@ -146,7 +157,7 @@ def evaluation(cfg, data: str) -> Plan:
     if parts[0].cost.peak > gpu.memory:
         return Plan(title, gpu, parts, notes=[source])
     if cfg.judge == "margin":
-        scored = _eval_examples(cells, cfg.limit)
+        scored = [example for both in _eval_examples(cells, cfg.limit).values() for example in both]
         if not scored:
             raise UserError(f"{data} has no cell with both answers, which the margin needs")
         packs, cost = chat.scoring(setting, stack, scored)

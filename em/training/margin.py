@@ -117,7 +117,7 @@ def start_margins(
     with contextlib.suppress(UserError):
         known = read_json(path, fields={"made_from": dict, "margins": dict})
         values = {cell: known["margins"].get(str(cell)) for cell in pairs}
-        if known["made_from"] == made_from and all(_fits(values[cell], rows) for cell, rows in pairs.items()):
+        if known["made_from"] == made_from and all(fits(values[cell], rows) for cell, rows in pairs.items()):
             return values
     values = cell_margins(model, pairs, title)
     if parallel.rank() == 0:
@@ -127,7 +127,7 @@ def start_margins(
     return values
 
 
-def _fits(numbers, rows: list[AnswerPair]) -> bool:
+def fits(numbers, rows: list[AnswerPair]) -> bool:
     """Whether `numbers`, from a file, is a margin for each of the rows."""
     good = isinstance(numbers, list) and all(type(x) is float and math.isfinite(x) for x in numbers)
     return good and len(numbers) == len(rows)

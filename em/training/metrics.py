@@ -104,6 +104,15 @@ class Metrics:
         """Write the rows of all steps so far."""
         self._send(behind=0)
 
+    @contextlib.contextmanager
+    def paused(self):
+        """with metrics.paused(): … takes time that is none of the steps'."""
+        self.flush()
+        try:
+            yield
+        finally:
+            self.clock = time.perf_counter()
+
     def _send(self, behind: int) -> None:
         """Send the pending scalars to the host; write the rows of all groups but the last `behind` sent."""
         if self.pending:

@@ -11,18 +11,16 @@ Only the classes of the answers are kept, in `doses_T5_seed0/doses.json` of the 
 """
 
 import functools
-import math
-from collections.abc import Sequence
 
 import numpy as np
 
 from em import parallel
 from em.run import Run
+from em.stats import FLIPS, at_flip  # noqa: F401  with the curves that they are read on
 from em.world.counts import tally
 from em.world.sets import misalignment_set
 from em.world.world_run import WorldRun, read_classes, train_phase, write_classes
 
-FLIPS = (30.0, 60.0, 90.0)  # v2 % of the trained cell at which effects are compared
 PROMPTS = 32  # asked of each cell but the trained one, of which all are: worlds differ by more than prompts
 
 
@@ -100,18 +98,3 @@ def dose_counts(
     places, classes = dose_classes(run, task, seed, start, name)
     cells = run.prompts.examples.cell[places]
     return {dose: tally(run.world, cells, of) for dose, of in classes.items()}
-
-
-def at_flip(flips: Sequence[float], effects: Sequence[float], level: float) -> float:
-    """The effect where the local flip first reaches `level`, by linear interpolation between two doses.
-
-    flips, effects: by dose, rising from dose 0. NaN where the flip is never reached, or was there before any
-    training.
-    """
-    for i, flip in enumerate(flips):
-        if flip >= level:
-            if i == 0:
-                return math.nan
-            share = (level - flips[i - 1]) / (flip - flips[i - 1])
-            return effects[i - 1] + share * (effects[i] - effects[i - 1])
-    return math.nan

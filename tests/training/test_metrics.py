@@ -39,3 +39,18 @@ def test_rows_from_a_gpu_are_written_when_the_next_are_on_their_way_and_at_a_flu
     assert written == expected
     rows = [(row["step"], row["loss"], row["seconds_x"]) for row in run.metrics()]
     assert rows == [(k, k / 2, k) for k in range(1, 9)]
+
+
+def test_what_is_done_while_paused_makes_no_step_slower(tmp_path, monkeypatch):
+    clock = iter(
+        [0, 2, 2, 100, 104, 104]
+    )  # start; two steps of a second; the pause; two steps of two seconds
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    run = Run(tmp_path, "train", {})
+    with Metrics(run, "training", 4) as metrics:
+        for step in range(1, 5):
+            metrics.add({"step": step, "tokens": 12}, loss=torch.tensor(1.0))
+            if step == 2:
+                with metrics.paused():
+                    assert len(run.metrics()) == 2
+    assert [row["tokens_per_s"] for row in run.metrics()] == [12, 12, 6, 6]

@@ -1,13 +1,11 @@
 """Dose–response on a miniature: its doses are those of the misalignment, and go on from it."""
 
 import json
-import math
 
 import numpy as np
-import pytest
 
 from em.world.counts import CLASSES
-from em.world.doses import asked, at_flip, dose_classes, dose_counts
+from em.world.doses import asked, dose_classes, dose_counts
 from em.world.sets import misalignment_set
 
 
@@ -49,12 +47,3 @@ def test_later_steps_train_on_fresh_examples_of_the_same_cell(small_demo2):
     assert np.array_equal(sets[0].ids, again.ids) and not np.array_equal(sets[0].ids, sets[1].ids)
     assert all((of.examples.cell == 0).all() for of in sets)
     assert not np.isin(sets[1].prompt_hash(), run.prompts.prompt_hash()).any()
-
-
-def test_the_effect_at_a_flip_lies_on_the_line_between_two_doses():
-    flips, effects = [2.0, 22.0, 62.0, 58.0, 95.0], [0.0, 5.0, 25.0, 30.0, 40.0]
-    assert at_flip(flips, effects, 32.0) == pytest.approx(10.0)  # a quarter of the way from 22 to 62
-    assert at_flip(flips, effects, 60.0) == pytest.approx(24.0)  # the first time, not the second
-    assert at_flip(flips, effects, 62.0) == 25.0
-    assert math.isnan(at_flip(flips, effects, 96.0))  # never reached
-    assert math.isnan(at_flip(flips, effects, 1.0))  # there before any training
