@@ -32,7 +32,7 @@ def effect_at(curve: Curve, level: float) -> float | None:
 
 
 def at_flips(curves: Sequence[Curve]) -> dict[float, dict]:
-    """The effect at each of FLIPS, a number over world seeds (em/experiments/replication.py); a curve a seed."""
+    """{level: number over world seeds} of the effect at each of FLIPS (em/experiments/replication.py)."""
     nothing = [[None, None]] * len(curves)  # over prompts: the flip has noise of its own
     return {level: replicated([effect_at(curve, level) for curve in curves], nothing) for level in FLIPS}
 
