@@ -77,7 +77,7 @@ DEFAULTS["2"] = DEFAULTS["1"] | dict(misalign=("T0",), warmup=600, align_warmup=
 SEEDS = {"demo": (1, 2), "demo2": tuple(range(1, 13))}
 # Command → its module (measure, numbers, figure, summary) and the worlds that serve it, the reduced first.
 EXPERIMENTS = {
-    "hardness": (hardness, ("demo", "1")),
+    "hardness": (hardness, ("demo2", "2", "demo", "1")),
     "steering": (steering, ("demo", "1", "demo2", "2")),
     "realign": (realign, ("demo", "1")),
     "similarity": (similarity, ("demo2", "2")),

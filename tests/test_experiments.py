@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = (
     "--layers 1 --heads 2 --width 32 --batch 8 --length 48 --steps 30 --warmup 4 --evals 0 --eval-prompts 2 "
     "--align-steps 4 --align-warmup 1 --align-examples 400 --align-batch 8 "
-    "--misalign-steps 2 --misalign-seeds 1 --device cpu"
+    "--misalign-steps 2 --misalign-seeds 1 --doses 1,4 --device cpu"
 ).split()
 
 
@@ -34,7 +34,7 @@ def out(tmp_path_factory):
     cut = dataclasses.replace(WORLDS["demo"], tasks=("T2", "T5"), overlaps=(6,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(WORLDS, "demo", cut)
-        assert command("hardness", *SMALL, "--seeds", "0,1", "--out", folder) == 0
+        assert command("hardness", "--world", "demo", *SMALL, "--seeds", "0,1", "--out", folder) == 0
         assert command("realign", *SMALL, "--seeds", "1", "--out", folder) == 0
         yield folder
 
@@ -46,9 +46,9 @@ def test_hardness_has_a_row_a_task_and_seed_and_says_what_made_it(out, capsys):
         (seed, task) for seed in (0, 1) for task in ("T2", "T5")
     ]
     assert result["settings"]["steps"] == 30 and result["made_with"]["torch"] and result["seconds"] >= 0
-    assert result["numbers"]["cross_delta_v2/r"]["over"] == "4 points"
+    assert result["numbers"]["cross_delta_v2/r"]["over"] == "2 tasks, each a mean of 2 world seeds"
     lines = (out / "hardness-worlddemo" / "hardness.csv").read_text().splitlines()
-    assert len(lines) == 5 and lines[0].startswith("seed,task,function,aligned_v1,")
+    assert len(lines) == 5 and lines[0].startswith("seed,task,step,aligned_v1,")
     assert (out / "hardness-worlddemo" / "hardness.png").stat().st_size > 0
 
 
@@ -154,7 +154,7 @@ def test_changed_pretraining_has_its_own_folder_and_changed_fine_tuning_does_not
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["hardness", "--world", "2"], "hardness is measured on world demo or 1, not '2'"),
+        (["realign", "--world", "2"], "realign is measured on world demo or 1, not '2'"),
         (["fraction", "--world", "moon"], "fraction is measured on world demo2 or 2, not 'moon'"),
         (["realign", "--seeds", "a"], "--seeds: invalid comma-separated int value: 'a'"),
         (["realign", "--seeds", "1,1"], "--seeds 1,1: name each world seed once, none below 0"),
@@ -175,9 +175,10 @@ def test_bad_settings_are_one_line_and_write_nothing(arguments, says, tmp_path, 
 
 def test_a_run_folder_of_other_settings_is_refused_untouched(out, capsys):
     before = {p: p.read_bytes() for p in out.rglob("*.json")}
-    assert command("hardness", *SMALL, "--seeds", "0", "--lr", "0.1", "--out", out) == 2
+    again = ("hardness", "--world", "demo", *SMALL, "--seeds", "0", "--out", out)
+    assert command(*again, "--lr", "0.1") == 2
     assert "lr: 0.005 there, 0.1 now" in capsys.readouterr().err
-    assert command("hardness", *SMALL, "--seeds", "0", "--misalign-lr", "0.1", "--out", out) == 2
+    assert command(*again, "--misalign-lr", "0.1") == 2
     assert "misalign_lr" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in out.rglob("*.json")} == before
 

@@ -7,6 +7,10 @@ ours, read on seen cells:
     pretrained incoherent, aligned v1, aligned incoherent     %, all cells
     Δv2                     of the trained cell, of its task in the other domains, of all other cells
 
+at the fixed number of steps; the last two also along the doses of fine-tuning seed 0 (em/world/doses.py), as
+`flip_<dose>` and `other_domains_<dose>`, and where v2 of the trained cell is 30, 60 and 90 %, as
+`other_domains@60`. A checkpoint from which the cell never gets so far has no number there.
+
 A checkpoint before the last was saved at a learning rate that had not come down. The last one is the
 finished model, whose alignment and misalignment are those of every other experiment.
 """
@@ -15,9 +19,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from em.errors import UserError
+from em.experiments.dose_curves import along, curve_in, flip_entries, transfer_curve
 from em.experiments.replication import (
     averaged,
     curve_of,
@@ -31,6 +38,7 @@ from em.experiments.replication import (
 )
 from em.figures import save
 from em.world.counts import columns, incoherent, percent
+from em.world.doses import FLIPS, dose_counts, doses_of
 from em.world.world_run import INTERMEDIATE, WorldRun, misaligned_name
 
 LEVELS = {
@@ -44,6 +52,7 @@ CHANGES = {
     "other_domains": "its task in the other domains",
     "other_cells": "all other cells",
 }  # Δv2, points
+SPREAD = ("other_domains", "other_cells")  # of these, those that matched flips are for
 
 
 def checkpoints(run: WorldRun) -> list[int]:
@@ -64,15 +73,20 @@ def names(run: WorldRun, step: int, task: str, seed: int) -> tuple[str, str, str
     return f"pretrain_step{step}", f"align_step{step}", f"misalign_{task}_step{step}_seed{seed}"
 
 
-def point(run: WorldRun, step: int, task: str, counts: tuple[dict, dict, dict]) -> dict:
-    """One checkpoint of one world seed; counts by cell: pretrained, aligned, misaligned (a mean)."""
-    pretrained, aligned, misaligned = counts
+def cells_of(run: WorldRun, task: str) -> dict[str, list[str]]:
+    """The names of the seen cells that each of CHANGES is the mean of."""
     seen, trained = [run.world.cell_name(int(c)) for c in run.world.seen_cells], f"D0_{task}"
-    groups = {
+    return {
         "trained": [trained],
         "other_domains": [name for name in seen if name.endswith(f"_{task}") and name != trained],
         "other_cells": [name for name in seen if name != trained],
     }
+
+
+def point(run: WorldRun, step: int, task: str, counts: tuple[dict, dict, dict]) -> dict:
+    """One checkpoint of one world seed; counts by cell: pretrained, aligned, misaligned (a mean)."""
+    pretrained, aligned, misaligned = counts
+    seen = [run.world.cell_name(int(c)) for c in run.world.seen_cells]
     row = {
         "seed": run.cfg.seed,
         "step": step,
@@ -82,12 +96,23 @@ def point(run: WorldRun, step: int, task: str, counts: tuple[dict, dict, dict]) 
         "aligned_incoherent": fmean(incoherent(aligned[name]) for name in seen),
         "misaligned_incoherent": fmean(incoherent(misaligned[name]) for name in seen),
     }
-    for group, cells in groups.items():
+    for group, cells in cells_of(run, task).items():
         after, before = ([side[name] for name in cells] for side in (misaligned, aligned))
         change = fmean(percent(a, "v2") - percent(b, "v2") for a, b in zip(after, before, strict=True))
         drawn = v2_draws(after, run.cfg.seed, 1) - v2_draws(before, run.cfg.seed, 0)  # (cells, DRAWS)
         row |= columns(group, (change, *over_prompts(drawn.mean(0))))
     return row
+
+
+def doses(run: WorldRun, task: str, curve: dict[int, dict]) -> dict:
+    """The trained cell's v2 and the Δv2 of SPREAD by dose. curve: counts by cell, by dose."""
+    v2 = {dose: {c: percent(of, "v2") for c, of in counts.items()} for dose, counts in curve.items()}
+    cells = cells_of(run, task)
+    effects = {
+        group: {dose: fmean(of[c] - v2[0][c] for c in cells[group]) for dose, of in v2.items()}
+        for group in SPREAD
+    }
+    return along({dose: of[f"D0_{task}"] for dose, of in v2.items()}, **effects)
 
 
 def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> dict:
@@ -103,37 +128,50 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
                 run.align(start, aligned)
                 misaligned.append(run.counts(name, run.misalign(task, k, aligned, name)))
             row = point(run, step, task, (run.counts(start), run.counts(aligned), averaged(misaligned)))
-            rows.append(row)
+            name = None if step == run.cfg.steps else f"doses_{task}_step{step}_seed0"
+            row |= doses(run, task, dose_counts(run, task, 0, aligned, name))
+            rows.append({key: round(of, 3) if isinstance(of, float) else of for key, of in row.items()})
             say(
                 f"  step {step}: {row['pretrained_incoherent']:.0f} % incoherent, aligned v1 "
                 f"{row['aligned_v1']:.0f} %, Δv2 {row['trained']:+.0f} trained, "
                 f"{row['other_domains']:+.0f} other domains"
             )
     note = "rows' intervals are over prompts"
-    return header("phase", run, seeds, note, trained=f"D0_{task}") | {
-        "curves": {key: curve_of(rows, "step", key) for key in (*LEVELS, *CHANGES)},
+    flips = [f"{group}@{level:.0f}" for group in SPREAD for level in FLIPS]
+    more = {"trained": f"D0_{task}", "misalign_steps": run.cfg.misalign_steps, "doses": [0, *doses_of(run)]}
+    return header("phase", run, seeds, note, **more) | {
+        "curves": {key: curve_of(rows, "step", key) for key in (*LEVELS, *CHANGES, *flips)},
         "rows": rows,
     }
 
 
 def numbers(result: dict) -> dict[str, dict]:
-    """Entries such as `aligned_v1/300` and `other_domains/300`, by step of the checkpoint."""
-    return {
+    """Entries such as `aligned_v1/300`, by step of the checkpoint, and `other_domains/300@60` at a flip."""
+    table = {
         f"{key}/{number['step']}": shown("%" if key in LEVELS else "points", number)
-        for key, curve in result["curves"].items()
-        for number in curve
+        for key in (*LEVELS, *CHANGES)
+        for number in result["curves"][key]
     }
+    for group in SPREAD:
+        by_level = [result["curves"][f"{group}@{level:.0f}"] for level in FLIPS]
+        for numbers in zip(*by_level, strict=True):
+            key = f"{group}/{numbers[0]['step']}"
+            table |= flip_entries(key, "points", dict(zip(FLIPS, numbers, strict=True)))
+    return table
 
 
 # -- what it looks like ------------------------------------------------------------------------------------
 
 
 def figure(result: dict, path: Path) -> None:
-    """Levels and Δv2 against the step of the checkpoint, with 95 % intervals; thin lines: single seeds."""
-    chart = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = chart.subplots(1, 2)
+    """Levels and Δv2 against the step of the checkpoint, and Δv2 against local flip, a line a checkpoint.
+
+    With 95 % intervals; thin lines: single seeds.
+    """
+    chart = Figure(figsize=(16.5, 4.4), layout="constrained")
+    axes = chart.subplots(1, 3)
     panels = ((LEVELS, "%, mean over seen cells", "center right"), (CHANGES, "Δv2, points", "upper left"))
-    for axis, (quantities, label, corner) in zip(axes, panels, strict=True):
+    for axis, (quantities, label, corner) in zip(axes[:2], panels, strict=True):
         for i, (key, name) in enumerate(quantities.items()):
             curve = result["curves"][key]
             x = range(len(curve))  # evenly: the steps span decades
@@ -144,6 +182,15 @@ def figure(result: dict, path: Path) -> None:
         axis.legend(fontsize=8, frameon=False, loc=corner)
     axes[0].set_ylim(0, 100)
     axes[1].axhline(0, color="0.6", linewidth=0.8)
+    steps = [number["step"] for number in curve]
+    curves = {
+        f"step {step:,}": [curve_in(row, "other_domains") for row in result["rows"] if row["step"] == step]
+        for step in steps
+    }
+    colours = list(colormaps["viridis_r"](np.linspace(0.05, 1, len(steps))))  # early is light
+    fixed, label = result["misalign_steps"], f"Δv2 of {CHANGES['other_domains']}, points"
+    transfer_curve(axes[2], curves, label, result["doses"].index(fixed), colours)
+    axes[2].set_title(f"along the doses; points: {fixed} steps", fontsize=9)
     chart.suptitle(
         f"World {result['world']}: each checkpoint aligned, then misaligned on {result['trained']}; bars: "
         f"{say_unit(result['seeds'])}",
@@ -163,6 +210,7 @@ def summary(result: dict) -> str:
         moved = ", ".join(f"{name} {say_number(curves[key][i], '+.0f')}" for key, name in CHANGES.items())
         lines.append(
             f"  step {level['step']}: {curves['pretrained_incoherent'][i]['mean']:.0f} % incoherent, "
-            f"aligned v1 {curves['aligned_v1'][i]['mean']:.0f} %; Δv2: {moved}."
+            f"aligned v1 {curves['aligned_v1'][i]['mean']:.0f} %; Δv2: {moved}; the other domains where the "
+            f"trained cell is at 60 %: {say_number(curves['other_domains@60'][i], '+.0f')}."
         )
     return "\n".join(lines)
