@@ -111,7 +111,7 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
             )
     note = "rows' intervals are over prompts"
     return header("phase", run, seeds, note, trained=f"D0_{task}") | {
-        "curves": {key: curve_of(rows, "step", key) for key in (*LEVELS, *CHANGES)},
+        "curves": {key: curve_of(rows, "step", key, key in LEVELS) for key in (*LEVELS, *CHANGES)},
         "rows": rows,
     }
 
