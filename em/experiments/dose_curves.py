@@ -2,6 +2,8 @@
 
 A *curve* is one world seed's list of (local flip %, effect) by dose, rising from dose 0, the aligned model:
 
+    row |= along(flips, cross=effects)                         columns `flip_16`, `cross_16`, …, `cross@60`
+    curve = curve_in(row, "cross")                             what they say, again
     numbers = at_flips([curve, …])                             {30.0: number, 60.0: …, 90.0: …}
     entries |= flip_entries("T0/delta_v2", "points", numbers)  `T0/delta_v2@30`, …@60, …@90
     transfer_curve(axis, {"T0": [curve, …], "T7": …})          a line a name, its band over world seeds
@@ -29,6 +31,25 @@ def effect_at(curve: Curve, level: float) -> float | None:
     flips, effects = zip(*((flip, math.nan if of is None else of) for flip, of in curve), strict=True)
     value = at_flip(flips, effects, level)
     return value if math.isfinite(value) else None
+
+
+def along(flips: dict[int, float], **effects: dict[int, float]) -> dict[str, float | None]:
+    """Columns of a row: `flip_<dose>`, `<effect>_<dose>`, and `<effect>@<level>` at each of FLIPS.
+
+    flips, effects: by dose, rising from 0.
+    """
+    row = {f"flip_{dose}": flip for dose, flip in flips.items()}
+    for name, of in effects.items():
+        curve = list(zip(flips.values(), of.values(), strict=True))
+        row |= {f"{name}_{dose}": value for dose, value in of.items()}
+        row |= {f"{name}@{level:.0f}": effect_at(curve, level) for level in FLIPS}
+    return row
+
+
+def curve_in(row: dict, effect: str) -> Curve:
+    """The curve of `effect` in a row with the columns of `along`."""
+    doses = sorted(int(key.removeprefix("flip_")) for key in row if key.startswith("flip_"))
+    return [(row[f"flip_{dose}"], row[f"{effect}_{dose}"]) for dose in doses]
 
 
 def at_flips(curves: Sequence[Curve]) -> dict[float, dict]:
