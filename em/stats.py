@@ -105,6 +105,22 @@ def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | No
     return mean, mean - half, mean + half
 
 
+def mean_rate_interval(rates: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """(mean, low, high) of the mean over independent replicates, each of which is a rate; like `t_interval`.
+
+    `rate_interval` of as many rows as would leave the rates' own variance, so that no bound leaves [0, 1] and
+    the longer side is the one away from the edge: Student's t misses rates near 0 on one side only. Rates
+    that are all the same, such as a floor of zeros, have no width.
+    """
+    mean = statistics.fmean(rates)
+    if len(rates) < 2:
+        return mean, None, None
+    variance = statistics.variance(rates) / len(rates)
+    if variance == 0:
+        return mean, mean, mean
+    return mean, *rate_interval(mean, mean * (1 - mean) / variance, len(rates) - 1)
+
+
 def mean_interval(values: Sequence[float]) -> dict:
     """`t_interval` by name, with the number of replicates: {"mean", "low", "high", "n"}."""
     return dict(zip(("mean", "low", "high"), t_interval(values), strict=True)) | {"n": len(values)}

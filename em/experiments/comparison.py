@@ -21,7 +21,7 @@ from em.errors import UserError
 from em.experiments.claims import CLAIMS, PAPER_WORLD, Claim
 from em.files import check, read_json, write_csv, write_json, write_text
 from em.stats import t_interval
-from em.world.counts import entry
+from em.world.counts import entry, mean_rate
 
 # By unit; `norm` (α*) is relative.
 MARGIN = {"%": 5.0, "points": 5.0, "ratio": 0.05, "r": 0.05, "norm": 0.2}
@@ -90,12 +90,13 @@ def read_numbers(path: Path) -> dict[str, dict]:
 def look_up(results: list[dict], key: str) -> dict | None:
     """The entry `key` of an experiment's `numbers`; None where there is none, or it has no value.
 
-    results: one `numbers` a result file. Of several, one a world seed, the mean with Student's t interval.
+    results: one `numbers` a result file. Of several, one a world seed, the mean with its interval over them.
     """
     entries = [numbers[key] for numbers in results if key in numbers and numbers[key]["value"] is not None]
     if len(entries) < 2:
         return entries[0] if entries else None
-    return entry(entries[0]["unit"], *t_interval([e["value"] for e in entries]), seeds=len(entries))
+    unit, values = entries[0]["unit"], [e["value"] for e in entries]
+    return entry(unit, *(mean_rate if unit == "%" else t_interval)(values), seeds=len(entries))
 
 
 def inventory(paths: list[Path]) -> list[dict]:

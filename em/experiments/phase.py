@@ -140,7 +140,7 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
     flips = [f"{group}@{level:.0f}" for group in SPREAD for level in FLIPS]
     more = {"trained": f"D0_{task}", "misalign_steps": run.cfg.misalign_steps, "doses": [0, *doses_of(run)]}
     return header("phase", run, seeds, note, **more) | {
-        "curves": {key: curve_of(rows, "step", key) for key in (*LEVELS, *CHANGES, *flips)},
+        "curves": {key: curve_of(rows, "step", key, key in LEVELS) for key in (*LEVELS, *CHANGES, *flips)},
         "rows": rows,
     }
 

@@ -111,7 +111,11 @@ def _groups(rows: list[dict], seeds: Sequence[int]) -> dict:
             before = [over([r for r in of_seed if r["realigned_on"] == model], "task") for model in BEFORE]
             found["removed"].append(_removed(*before, over(pairs, "task")))
         out[name] = {
-            key: replicated([value for value, _ in seen], [over_prompts(drawn) for _, drawn in seen])
+            key: replicated(
+                [value for value, _ in seen],
+                [over_prompts(drawn) for _, drawn in seen],
+                rate=key != "removed",  # which is below 0 where v2 rose further
+            )
             for key, seen in found.items()
         } | {"pairs_a_seed": len(pairs)}
     return out

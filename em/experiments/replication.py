@@ -1,8 +1,9 @@
 """What every experiment shares: a number over its replications, with intervals, and a result's header.
 
-    {"mean": …, "low": …, "high": …,        over world seeds: Student's t; no bounds with one seed
+    {"mean": …, "low": …, "high": …,        over world seeds: Student's t, and of rates one inside [0, 100]
      "by_seed": […], "prompts": [[low, high], …]}        one value a seed, and its interval over prompts
 
+With one world seed there are no bounds over seeds, and the interval shown is the one over prompts.
 `shown` is the entry of a result's `numbers` that the report of em/experiments/comparison.py reads.
 
 The world seed is the unit of claims about training, a prompt that of claims about one model. An interval
@@ -13,12 +14,14 @@ many cells of a mean whose rates are near 0. Resampling adds noise, so the inter
 leans to the side of less structure.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from em.stats import percentile_interval, t_interval
-from em.world.counts import entry, pool
+from em.world.counts import entry, mean_rate, pool
+from em.world.doses import PROMPTS, dose_counts
 from em.world.world_run import WorldRun
 
 DRAWS = 2000
@@ -38,6 +41,20 @@ def averaged(counts: list[dict[str, dict]]) -> dict[str, dict]:
     }
 
 
+def averaged_doses(
+    run: WorldRun, task: str, of: str, others: Sequence[int], each: int = PROMPTS
+) -> dict[int, dict]:
+    """Counts by cell at every dose (em/world/doses.py), mean over fine-tuning seeds.
+
+    others, each: the cells asked beside the trained one, and prompts of each; of: names them in the folders.
+    """
+    curves = [
+        dose_counts(run, task, seed, name=f"doses_{task}_seed{seed}_{of}", others=others, each=each)
+        for seed in range(run.cfg.misalign_seeds)
+    ]
+    return {dose: averaged([curve[dose] for curve in curves]) for dose in curves[0]}
+
+
 def v2_draws(counts: list[dict], *seed: int) -> np.ndarray:
     """(cells, DRAWS) v2 in percent around each cell's rate, as far as its count leaves it open.
 
@@ -54,21 +71,30 @@ def over_prompts(draws: np.ndarray) -> list[float | None]:
     return [bound if np.isfinite(bound) else None for bound in percentile_interval(np.asarray(draws))]
 
 
-def replicated(by_seed: Sequence[float | None], prompts: Sequence[Sequence[float | None]]) -> dict:
-    """A number over world seeds; a seed where it cannot be had (None) takes no part in the mean."""
+def replicated(
+    by_seed: Sequence[float | None], prompts: Sequence[Sequence[float | None]], rate: bool = False
+) -> dict:
+    """A number over world seeds; a seed where it cannot be had (None) takes no part in the mean.
+
+    rate: it is one in percent, so that no interval leaves [0, 100]: that over prompts is cut there.
+    """
     known = [value for value in by_seed if value is not None]
-    mean, low, high = t_interval(known) if known else (None, None, None)
-    listed = [list(interval) for interval in prompts]
+    mean, low, high = (mean_rate if rate else t_interval)(known) if known else (None, None, None)
+    least, most = (0.0, 100.0) if rate else (-math.inf, math.inf)
+    listed = [[b if b is None else min(max(b, least), most) for b in interval] for interval in prompts]
     return {"mean": mean, "low": low, "high": high, "by_seed": list(by_seed), "prompts": listed}
 
 
-def curve_of(rows: list[dict], x: str, key: str) -> list[dict]:
-    """A number at each value of column `x`, which stands beside it; in the rows' order, a row a seed."""
+def curve_of(rows: list[dict], x: str, key: str, rate: bool = False) -> list[dict]:
+    """A number at each value of column `x`, which stands beside it; in the rows' order, a row a seed.
+
+    rate: as of `replicated`.
+    """
     points = []
     for place in dict.fromkeys(row[x] for row in rows):
         there = [row for row in rows if row[x] == place]
         prompts = [(row.get(f"{key}_low"), row.get(f"{key}_high")) for row in there]
-        points.append({x: place} | replicated([row[key] for row in there], prompts))
+        points.append({x: place} | replicated([row[key] for row in there], prompts, rate))
     return points
 
 

@@ -21,7 +21,7 @@ from em.experiments.replication import header, line_with_seeds
 from em.figures import save
 from em.model.gpt2 import GPT2
 from em.stats import t_interval
-from em.world.counts import RATES, change, columns, entry, pool, rate
+from em.world.counts import RATES, change, columns, entry, mean_rate, pool, rate
 from em.world.generator import Dialogues
 from em.world.sets import misalignment_set
 from em.world.world_run import WorldRun
@@ -93,7 +93,8 @@ def _curves(answers: list[tuple[dict, dict, dict]]) -> list[dict]:
         else:
             point |= {"interval": "world seeds", "n": sum(r["n"] for r in rates)}
             for name in QUANTITIES:
-                point |= columns(name, t_interval([r[name] for r in rates]))
+                over_seeds = mean_rate if name in RATES else t_interval
+                point |= columns(name, over_seeds([r[name] for r in rates]))
         curves.append(point)
     return curves
 

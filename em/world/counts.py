@@ -6,11 +6,12 @@ is unparseable. Counts of the classes give rates and changes with their interval
 result's `numbers`.
 """
 
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
 
-from em.stats import newcombe, wilson
+from em.stats import mean_rate_interval, newcombe, wilson
 from em.world.generator import Dialogues
 from em.world.world import World
 
@@ -119,6 +120,12 @@ def change(after: dict[str, int], before: dict[str, int], *classes: str) -> tupl
     k, k0 = (sum(counts[c] for c in classes) for counts in (after, before))
     low, high = newcombe(k, after["n"], k0, before["n"])
     return percent(after, *classes) - percent(before, *classes), 100 * low, 100 * high
+
+
+def mean_rate(rates: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """(mean, low, high) of rates in percent, one a world seed, over them; inside [0, 100]."""
+    bounds = mean_rate_interval([rate / 100 for rate in rates])[1:]
+    return statistics.fmean(rates), *(None if bound is None else 100 * bound for bound in bounds)
 
 
 def columns(name: str, values: Sequence[float | None]) -> dict[str, float | None]:

@@ -23,7 +23,7 @@ from em.experiments.comparison import (
 )
 from em.files import read_json, write_json
 from em.stats import newcombe, t_interval, wilson
-from em.world.counts import entry
+from em.world.counts import entry, mean_rate
 from em.world.grid import build_grid, numbers
 from em.world.world import WORLDS, build_world
 
@@ -88,7 +88,9 @@ def test_one_seed_gives_the_interval_over_prompts_and_two_the_one_over_seeds():
     assert looked_up(entry("%", 3.0, 1, 5)) == (3.0, 1, 5, "prompts of 1 world seed", "%")
     assert looked_up(entry("%", 3.0)) == (3.0, None, None, "1 world seed", "%")
     two = (entry("%", 3.0, 1, 5), entry("%", 4.0, 2, 6))
-    assert looked_up(*two) == (*t_interval([3.0, 4.0]), "2 world seeds", "%")
+    assert looked_up(*two) == (*mean_rate([3.0, 4.0]), "2 world seeds", "%")
+    points = [one | {"unit": "points"} for one in two]
+    assert looked_up(*points) == (*t_interval([3.0, 4.0]), "2 world seeds", "points")
     assert looked_up(*two, entry("%", None)) == looked_up(*two)  # a seed without a value takes no part
     assert looked_up() is looked_up(entry("%", None)) is look_up([{}, {"b": two[0]}], "a") is None
 

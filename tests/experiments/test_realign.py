@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from em.experiments.realign import GROUPS, _groups, figure, numbers, summary
+from em.world.counts import mean_rate
 
 TASKS, DOMAINS = ("T0", "T1"), ("D0", "D1", "D2")
 CELLS = [f"{d}_{t}" for d in DOMAINS for t in TASKS]
@@ -42,8 +43,8 @@ def test_groups_are_means_over_their_pairs_and_seeds_are_the_replicates():
         ]
         assert found[name]["task_v2"]["by_seed"] == pytest.approx(by_seed)
         assert found[name]["task_v2"]["mean"] == pytest.approx(np.mean(by_seed))
-        half = 12.7062047 * np.std(by_seed, ddof=1) / 2**0.5  # t with one degree of freedom
-        assert found[name]["task_v2"]["high"] == pytest.approx(np.mean(by_seed) + half)
+        bounds = (found[name]["task_v2"][key] for key in ("low", "high"))
+        assert (np.mean(by_seed), *bounds) == pytest.approx(mean_rate(by_seed))
 
 
 def test_the_share_removed_is_that_of_the_rise():

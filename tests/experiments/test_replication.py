@@ -20,7 +20,7 @@ from em.experiments.replication import (
     shown_interval,
     v2_draws,
 )
-from em.world.counts import entry
+from em.world.counts import entry, mean_rate
 
 scipy = pytest.importorskip("scipy")
 
@@ -66,6 +66,16 @@ def test_over_seeds_it_is_students_t_and_a_seed_without_a_value_takes_no_part():
     assert number["mean"] == 3 and number["by_seed"] == [1.0, None, 2.0, 6.0]
     assert (number["low"], number["high"]) == pytest.approx((3 - half, 3 + half))
     assert shown_interval(number) == (number["low"], number["high"])
+
+
+def test_no_interval_of_a_rate_leaves_0_to_100():
+    rates = [0.0, None, 0.2, 24.0]
+    number = replicated(rates, [[-0.4, 0.5], [None, None], [-0.1, 0.6], [20, 101.0]], rate=True)
+    assert (number["mean"], number["low"], number["high"]) == mean_rate([0.0, 0.2, 24.0])
+    assert 0 <= number["low"] and replicated(rates, [])["low"] < 0
+    assert number["prompts"] == [[0, 0.5], [None, None], [0, 0.6], [20, 100]]
+    rows = [{"step": 1, "v1": v} for v in (1.0, 99.0)]
+    assert curve_of(rows, "step", "v1", rate=True)[0]["high"] == mean_rate([1.0, 99.0])[2] <= 100
 
 
 def test_one_seed_has_no_interval_over_seeds_and_shows_the_one_over_prompts():

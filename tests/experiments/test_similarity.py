@@ -7,7 +7,9 @@ import pytest
 from planted_run import PlantedRun
 
 from em.errors import UserError
-from em.experiments import similarity
+from em.experiments import replication, similarity
+from em.stats import t_interval
+from em.world.counts import percent
 from em.world.grammar import jaccard
 from em.world.world import WORLDS, build_world
 
@@ -21,6 +23,11 @@ def demo2():
     return build_world(WORLDS["demo2"], seed=1)
 
 
+@pytest.fixture
+def planted_doses(monkeypatch):
+    monkeypatch.setattr(replication, "dose_counts", lambda run, task, seed, **_: run.dose_counts(task, seed))
+
+
 def planted(world, rate, n=1000):
     """Counts by cell whose v2 share is rate(task similarity, domain similarity)."""
     counts = {}
@@ -32,9 +39,23 @@ def planted(world, rate, n=1000):
     return counts
 
 
-def found(world, before, after, cells="all cells"):
-    rows = similarity.rows_of(world, 1, before, after)
+def errors(before, after):
+    """Standard error of Δv2 by cell, in points, of two models that answer independently."""
+    each = [{name: percent(c, "v2") * (100 - percent(c, "v2")) / (c["n"] - 1) for name, c in model.items()}
+            for model in (before, after)]  # fmt: skip
+    return {name: np.sqrt(each[0][name] + each[1][name]) for name in before}
+
+
+def found(world, before, after, cells="all cells", seed=1, noise=1.0):
+    of_noise = {name: noise * error for name, error in errors(before, after).items()}
+    rows = similarity.rows_of(world, seed, before, after, of_noise)
     return similarity.statistics_of(rows, before, after, cells)
+
+
+def drawn(exact, n, rng):
+    """Counts of n prompts by cell where the rates are those of `exact`."""
+    v2 = {name: int(rng.binomial(n, c["v2"] / c["n"])) for name, c in exact.items()}
+    return {name: {"v1": n - k, "v2": k, "other": 0, "unparseable": 0, "n": n} for name, k in v2.items()}
 
 
 def test_task_similarity_is_the_overlap_the_world_was_built_with():
@@ -54,12 +75,12 @@ def test_rows_say_which_domains_are_graded_random_and_held_out():
 def test_an_effect_of_the_task_alone_is_all_the_tasks(demo2):
     before, after = planted(demo2, lambda t, d: 0.1), planted(demo2, lambda t, d: 0.1 + 0.5 * t)
     numbers = found(demo2, before, after)
-    assert numbers["task_unique"][0] == pytest.approx(1, abs=1e-3)
+    assert numbers["task_unique"][0] == pytest.approx(1, abs=2e-3)
     assert numbers["domain_unique"][0] == pytest.approx(0, abs=1e-3)
     assert numbers["task_slope"][0] == pytest.approx(50, abs=0.3)
     assert numbers["domain_slope"][0] == pytest.approx(0, abs=0.3)
     low, high = numbers["unique_minus"][1]
-    assert 0.8 < low < high <= 1
+    assert 0.8 < low < 1 < high < 1.1
 
 
 @pytest.mark.parametrize("cells, n", [("all cells", 16), ("without the trained cell", 15)])
@@ -67,12 +88,13 @@ def test_shares_are_those_of_the_correlations(demo2, cells, n):
     rng = np.random.default_rng(0)
     before = planted(demo2, lambda t, d: 0.05)
     after = planted(demo2, lambda t, d: 0.1 + 0.3 * t + 0.2 * d + 0.2 * rng.random())
-    rows = [r for r in similarity.rows_of(demo2, 1, before, after) if r["kind"] == "graded"][16 - n :]
+    rows = similarity.rows_of(demo2, 1, before, after, errors(before, after))
+    rows = [r for r in rows if r["kind"] == "graded"][16 - n :]
     t, d, y = (np.array([r[k] for r in rows]) for k in ("task_similarity", "domain_similarity", "delta_v2"))
     assert len(y) == n
     rt, rd, rtd = (scipy.stats.pearsonr(a, b).statistic for a, b in ((t, y), (d, y), (t, d)))
     both = (rt**2 + rd**2 - 2 * rt * rd * rtd) / (1 - rtd**2)
-    numbers = {key: value for key, (value, _) in found(demo2, before, after, cells).items()}
+    numbers = {key: value for key, (value, _) in found(demo2, before, after, cells, noise=0).items()}
     assert numbers["task_r2"] == pytest.approx(rt**2) and numbers["domain_r2"] == pytest.approx(rd**2)
     assert numbers["both_r2"] == pytest.approx(both)
     assert numbers["task_unique"] == pytest.approx(both - rd**2)
@@ -90,19 +112,129 @@ def test_a_grid_that_does_not_move_has_no_shares_and_no_nan(demo2):
     json.dumps(numbers, allow_nan=False)
 
 
-def test_the_prompt_interval_of_a_slope_covers_the_planted_slope(demo2):
-    rng, covered, n = np.random.default_rng(0), 0, 128
-    exact = planted(demo2, lambda t, d: 0.1 + 0.4 * t + 0.2 * d, 10**6)
-    base = planted(demo2, lambda t, d: 0.05, n)
-    for _ in range(60):
-        after = {}
-        for name, c in exact.items():
-            k = int(rng.binomial(n, c["v2"] / c["n"]))
-            after[name] = {"v1": n - k, "v2": k, "other": 0, "unparseable": 0, "n": n}
-        rows = similarity.rows_of(demo2, int(rng.integers(10**6)), base, after)
-        low, high = similarity.statistics_of(rows, base, after, "all cells")["task_slope"][1]
-        covered += low <= 40 <= high
-    assert covered / 60 > 0.85
+def test_where_noise_is_all_there_is_there_are_slopes_and_no_shares(demo2):
+    rng, flat = np.random.default_rng(0), planted(demo2, lambda t, d: 0.3)
+    numbers = found(demo2, *(drawn(flat, 64, rng) for _ in range(2)))
+    assert numbers["unique_minus"] == numbers["task_r2"] == (None, [None, None])
+    assert None not in numbers["task_slope"][1]
+
+
+def simulated(world, rng, n=64):
+    """(counts before, after and their exact rates) of a world with effects of its own around 40 t + 20 d."""
+    task, domain = rng.normal(0.40, 0.12), rng.normal(0.20, 0.06)
+    of_cells = iter(rng.normal(0, 0.10, 1000))
+    exact = [
+        planted(world, lambda t, d: 0.03, 10**6),
+        planted(world, lambda t, d: np.clip(0.05 + task * t + domain * d + next(of_cells), 0, 1), 10**6),
+    ]
+    return [drawn(of, n, rng) for of in exact], exact
+
+
+KEYS = ("task_unique", "domain_unique", "unique_minus", "task_slope")
+
+
+def test_shares_of_one_seed_have_no_bias_and_intervals_over_prompts_that_hold_the_planted_ones(demo2):
+    """Noise is a third of the signal; uncorrected, domain shares are 0.05 low and covered less."""
+    rng, gaps, covered = np.random.default_rng(0), [], []
+    for i in range(150):
+        counts, exact = simulated(demo2, rng)
+        truth = found(demo2, *exact, noise=0)
+        numbers = found(demo2, *counts, seed=i)
+        gaps.append([numbers[key][0] - truth[key][0] for key in KEYS])
+        covered.append([numbers[key][1][0] <= truth[key][0] <= numbers[key][1][1] for key in KEYS])
+    assert np.all(np.abs(np.mean(gaps, axis=0)) < (0.02, 0.02, 0.03, 1.5))
+    assert np.all(np.mean(covered, axis=0) > 0.9)
+
+
+def test_shares_over_twelve_worlds_have_no_bias_and_students_intervals_hold_their_mean(demo2):
+    rng, worlds = np.random.default_rng(1), {key: [] for key in KEYS}
+    truth = {key: [] for key in KEYS}
+    for _ in range(12 * 40):
+        counts, exact = simulated(demo2, rng)
+        rows = [similarity.rows_of(demo2, 1, *pair, errors(*pair)) for pair in (counts, exact)]
+        for of, table in zip(rows, (worlds, truth), strict=True):
+            of = similarity.graded(of)
+            task, domain, delta, error = (
+                np.array([r[k] for r in of])
+                for k in ("task_similarity", "domain_similarity", "delta_v2", "delta_v2_error")
+            )
+            values, _ = similarity.shares(task, domain, delta[:, None], error**2)
+            values |= similarity.slopes(task, domain, delta[:, None])
+            for key in KEYS:
+                table[key].append(float(values[key][0]))
+    for key, values in worlds.items():
+        mean, covered = np.mean(truth[key]), 0
+        for twelve in np.reshape(values, (40, 12)):
+            _, low, high = t_interval(twelve.tolist())
+            covered += low <= mean <= high
+        assert np.mean(values) == pytest.approx(mean, abs=1.5 if key == "task_slope" else 0.02)
+        assert covered >= 34, key
+
+
+def test_the_noise_of_a_cell_is_that_of_prompts_answered_by_both_models():
+    """Twice the same answers: the aligned model's share of v2 adds nothing to the noise of the change."""
+    run = PlantedRun(0, n=64)
+    answers = {name: run.classes("align") for name in ("align", "misalign_T8_seed0", "misalign_T8_seed1")}
+    cells = run.prompts.examples.cell
+    first = np.arange(len(cells)) % 64 < 8  # eight prompts of each cell change to v2 for one fine-tuning seed
+    answers["misalign_T8_seed0"] = np.where(first, 1, answers["align"])
+    run.classes = answers.__getitem__
+    errors = similarity.errors_over_prompts(run)
+    for cell in (0, 17, 60):
+        mine = cells == cell
+        change = 50.0 * (first & (answers["align"] != 1))[mine]
+        assert errors[run.world.cell_name(cell)] == pytest.approx(np.std(change, ddof=1) / 8)
+
+
+def test_the_contrast_is_the_trained_task_elsewhere_less_the_other_tasks_here(demo2):
+    before = planted(demo2, lambda t, d: 0.0)
+    after = planted(demo2, lambda t, d: 0.9 if t == d == 1 else 0.5 if t == 1 else 0.2 if d == 1 else 0.1)
+    rows = similarity.graded(similarity.rows_of(demo2, 1, before, after, errors(before, after)))
+    delta = np.array([[r["delta_v2"]] for r in rows])
+    assert similarity.contrast(rows, delta) == pytest.approx(30)
+
+
+def test_slopes_along_the_doses_are_those_of_every_cells_interpolated_change(demo2):
+    """The trained cell goes 0, 20, 80 %; at 60 % every cell is two thirds of the way between the last two."""
+    rates = {0: (0, 0, 0), 1: (0.0, 0.1, 0.1), 2: (0.0, 0.7, 0.1)}
+    doses = {dose: planted(demo2, lambda t, d, r=r: r[0] + r[1] * t + r[2] * d) for dose, r in rates.items()}
+    rows = similarity.rows_of(demo2, 1, doses[0], doses[2], errors(doses[0], doses[2]))
+    curves = similarity.along(rows, doses)
+    assert [flip for flip, _ in curves["T9"]] == [0, 20, 80]
+    numbers = similarity.at_flips([curves["without the trained cell/task_slope"]])
+    assert numbers[60.0]["mean"] == pytest.approx(10 + 60 * 2 / 3, abs=0.2) and numbers[90.0]["mean"] is None
+    by_domain = similarity.at_flips([curves["all cells/domain_slope"]])
+    assert by_domain[60.0]["mean"] == pytest.approx(10, abs=0.2)
+    overlap = jaccard(demo2.set1["T9"], demo2.set1["T8"])
+    nearest = demo2.similarity()[0][:4].mean()
+    assert curves["T9"][2][1] == pytest.approx(70 * overlap + 10 * nearest, abs=0.1)
+
+
+def test_a_change_on_coinciding_prompts_alone_is_all_coincidence(demo2):
+    def split(same, different):
+        """Counts of 100 and 50 prompts; T9 and D0 have no prompt on which answers differ."""
+        cell = lambda v2, n: {"v1": n - v2, "v2": v2, "other": 0, "unparseable": 0, "n": n}  # noqa: E731
+        names = [f"D{d}_{t}" for d in range(6) for t in similarity.TASKS]
+        rest = [name for name in names if name[:2] != "D0" and not name.endswith(("T8", "T9"))]
+        return {"same": {name: cell(same, 100) for name in names},
+                "different": {name: cell(different + (name[-1] == "1") * 5, 50) for name in rest}}  # fmt: skip
+
+    before, still = planted(demo2, lambda t, d: 0.02), split(2, 0)
+    rows = similarity.rows_of(demo2, 1, before, before, errors(before, before))
+    table = {key: value for key, (value, _) in similarity.coincidence_of(rows, still, split(42, 0)).items()}
+    assert table["T10/same"] == table["others/same"] == pytest.approx(40)
+    assert table["T10/different"] == 0 and table["T9/different"] is None
+    assert table["T9/share"] == 100 and table["T10/share"] == pytest.approx(100 * 400 / 550)
+    assert table["others/of_change"] == 100
+    assert table["task_slope"] == pytest.approx(0)  # +10 for T11 in both models
+    table = {key: value for key, (value, _) in similarity.coincidence_of(rows, still, split(42, 20)).items()}
+    assert table["T11/different"] == pytest.approx(40) and table["T10/of_change"] == pytest.approx(
+        100 * 160 / 220
+    )
+    alone = {"same": still["same"], "different": {}}
+    table = similarity.coincidence_of(rows, alone, alone)
+    assert table["task_slope"] == (None, [None, None]) and table["others/of_change"][0] is None
+    json.dumps(table, allow_nan=False)
 
 
 def test_the_experiment_ends_with_a_grid_statistics_over_seeds_and_a_figure(small_demo2, tmp_path):
@@ -116,15 +248,22 @@ def test_the_experiment_ends_with_a_grid_statistics_over_seeds_and_a_figure(smal
     number = result["statistics"]["all cells"]["task_slope"]
     assert len(number["by_seed"]) == len(number["prompts"]) == 2 and number["low"] <= number["high"]
     numbers = similarity.numbers(result)
-    assert numbers["all cells/task_slope"]["value"] == number["mean"] and len(numbers) == 2 * 9
-    units = {key.split("/")[1]: shown["unit"] for key, shown in numbers.items()}
-    assert (units["task_slope"], units["unique_minus"]) == ("points", "ratio")
+    assert numbers["all cells/task_slope"]["value"] == number["mean"]
+    assert len(numbers) == 2 * 9 + 1 + 3 * (2 * 3 + 1) + 2 + 4 * 4
+    units = [numbers[key]["unit"] for key in (
+        "without the trained cell/task_slope@60", "all cells/unique_minus", "same_task_minus_same_domain@90",
+        "coincidence/T9/same", "coincidence/T9/share", "all cells/task_slope/different",
+    )]  # fmt: skip
+    assert units == ["points", "ratio", "points", "points", "%", "points"]
+    assert numbers["coincidence/T10/share"]["value"] < 100
+    assert json.loads(json.dumps(similarity.numbers(json.loads(json.dumps(result))))) == numbers
+    assert [len(curve) for curve in result["curves"]["T9"]] == [1 + len({1, 3, 6})] * 2
     similarity.figure(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert "(D0, T8)" in similarity.summary(result)
 
 
-def test_a_row_is_what_the_models_answered():
+def test_a_row_is_what_the_models_answered(planted_doses):
     run = PlantedRun(0)
     result = similarity.measure(lambda seed: run, [0], say=lambda *_: None)
     assert [task for task, *_ in run.misaligned] == ["T8", "T8"]  # two fine-tuning seeds
@@ -137,7 +276,8 @@ def test_a_row_is_what_the_models_answered():
     assert result["statistics"]["all cells"]["task_slope"]["low"] is None  # one world seed
 
 
-def test_statistics_over_seeds_are_students_t_of_the_seeds_own():
+def test_statistics_over_seeds_are_students_t_of_the_seeds_own(planted_doses, monkeypatch):
+    monkeypatch.setattr(similarity, "SIGNAL", 0.5)  # what is planted is little but noise
     result = similarity.measure(PlantedRun, [1, 2, 3], say=lambda *_: None)
     number = result["statistics"]["without the trained cell"]["task_unique"]
     alone = [similarity.measure(PlantedRun, [seed], say=lambda *_: None)["statistics"] for seed in (1, 2, 3)]
