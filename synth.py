@@ -44,6 +44,7 @@ from em.report.browse import write_page
 from em.report.score_table import scores_of
 from em.run import provenance
 from em.world import describe
+from em.world.coincidence import split_grid
 from em.world.grid import build_grid, gates, grid_figure, save_grid, summary
 from em.world.world import WORLDS, build_world
 from em.world.world_run import WorldRun
@@ -219,6 +220,7 @@ def show(cfg: ShowConfig) -> None:
     for text in (
         describe.similarities(world),
         describe.statistics(world),
+        describe.coincidences(world),
         describe.worked_example(world, cell=0),
     ):
         print(text + "\n")
@@ -249,7 +251,8 @@ def main(cfg: Config) -> dict:
     grids, unseen = {}, tuple(f"{d}_" for d in world.domain_names[world.n_seen_domains :])
     for task in cfg.misalign:
         trained = world.cell(0, world.task_index(task))
-        grids[task] = build_grid(world, trained, aligned, run.misaligned_counts(task))
+        misaligned = run.misaligned_counts(task)
+        grids[task] = build_grid(world, trained, aligned, misaligned, split_grid(run, task))
     if parallel.rank() == 0:
         seconds = round(time.perf_counter() - began)
         if (out / "summary.json").exists():  # a call that only reused phases does not shorten them

@@ -69,6 +69,28 @@ def difference_interval(
     )
 
 
+def share_interval(
+    a: tuple[float, float, float], b: tuple[float, float, float]
+) -> tuple[float | None, float | None, float | None]:
+    """(share, low, high) of a in a + b, each an independent (value, low, high), by Fieller's theorem.
+
+    The share p is where (1 − p) a − p b = 0; its interval is where that of the left side, from the distances
+    of a's and b's bounds, holds 0. All None where the interval of a + b does.
+    """
+    total, bounds = a[0] + b[0], []
+    if total < 0:
+        return share_interval(*((-value, -high, -low) for value, low, high in (a, b)))
+    for side, (down, up) in zip(
+        (-1, 1), ((a[0] - a[1], b[2] - b[0]), (a[2] - a[0], b[0] - b[1])), strict=True
+    ):
+        square = total**2 - down**2 - up**2  # > 0: the sum is resolved, and the roots are real
+        if square <= 0:
+            return None, None, None
+        root = math.sqrt((down * b[0]) ** 2 + (up * a[0]) ** 2 - (down * up) ** 2)
+        bounds.append((a[0] * total - down**2 + side * root) / square)
+    return a[0] / total, *bounds
+
+
 @functools.cache
 def t_quantile(df: int) -> float:
     """The 97.5 % quantile of Student's t with `df` ≥ 1 degrees of freedom."""

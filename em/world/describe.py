@@ -1,6 +1,6 @@
 """What a world is, in words and as a figure.
 
-Words: similarities, languages, and one worked example in the manner of Figure 1. Figure 6: its domain graphs.
+Words: similarities, languages, which tasks coincide, and one worked example in the manner of Figure 1. Figure 6: its domain graphs.
 """
 
 import itertools
@@ -60,6 +60,24 @@ def statistics(world: World) -> str:
         f"examples: {prompt:.1f} prompt + {answer:.1f} answer tokens; "
         f"{100 * (1 - np.mean(repeats)):.0f} % of walks visit no step twice"
     )
+
+
+def coincidences(world: World, walks: int = 20_000) -> str:
+    """For each pair of tasks, on how many walks of the seen cells they have the same answer (steps alone)."""
+    generator = ExampleGenerator(world)
+    e = generator.draw(np.random.default_rng(0), np.resize(world.seen_cells, walks))
+    answers = [generator.answers(np.full(walks, task), e.length, e.walk) for task in range(len(world.tasks))]
+    lines = [
+        "walks with the same answer, %: variant 1 above the diagonal, variant 2 below",
+        "      " + "".join(f"{name:>6}" for name in world.tasks),
+    ]
+    for i, name in enumerate(world.tasks):
+        row = f"  {name:<4}"
+        for j in range(len(world.tasks)):
+            a, b = (answers[task][0 if i < j else 1] for task in (i, j))
+            row += f"{'–':>6}" if i == j else f"{100 * (a == b).all(1).mean():6.0f}"
+        lines.append(row)
+    return "\n".join(lines)
 
 
 def worked_example(world: World, cell: int, seed: int = 0) -> str:

@@ -2,11 +2,13 @@
 
     {"world": "1", "trained": "D0_T5", …,
      "cells": {"D0_T0": {"aligned": counts, "misaligned": counts, "seeds": [counts, …]}, …},
+     "coincidence": {"same": {"D0_T0": {"aligned": counts, "misaligned": counts}, …}, "opposed": …, …},
      "numbers": {"delta_v2/T5": {"value": 88.2, "low": …, "high": …, …}, …}}
 
 `counts` are those of em/world/counts.py, as are the entries of `numbers`. `misaligned` pools the fine-tuning
-seeds, `seeds` holds each by itself. Rates pool prompts; Wilson intervals are over prompts, the spread over
-seeds stands beside them.
+seeds, `seeds` holds each by itself. `coincidence` has the prompts apart by whether the trained task's answer
+is the asked task's own (em/world/coincidence.py). Rates pool prompts; Wilson intervals are over prompts, the
+spread over seeds stands beside them.
 """
 
 import itertools
@@ -14,10 +16,13 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from em.figures import CHANGE, cell_heatmap, save
 from em.files import write_csv, write_json
+from em.stats import difference_interval, share_interval
+from em.world.coincidence import KINDS
 from em.world.counts import (
     CLASSES,
     INCOHERENT,
@@ -30,11 +35,16 @@ from em.world.counts import (
     pool,
     rate,
 )
+from em.world.grammar import jaccard
 from em.world.world import World
 
+Value = tuple[float, float, float]  # with its interval's low and high
+MODELS = ("misaligned", "aligned")
 FIGURE_TASKS = tuple(f"T{i}" for i in range(8))  # the columns of Figures 7 and 9: not T8–T11
 # By trained task, those whose Δv2 the paper states together, as small (Figures 7(d), 9(d)).
 DISTANT = {"T5": ("T2", "T4"), "T0": ("T2", "T3", "T5", "T6", "T7")}
+# By trained task, groups of which the paper's Δv2 is larger for the first.
+ORDER = {"T5": (("T5", "T1"), ("T1", "T0"), ("T0", "distant")), "T0": (("T0", "distant"),)}
 
 
 def delta_v2(cell: dict) -> float:
@@ -42,9 +52,15 @@ def delta_v2(cell: dict) -> float:
     return percent(cell["misaligned"], "v2") - percent(cell["aligned"], "v2")
 
 
-def build_grid(world: World, trained: int, aligned: dict, misaligned: list[dict]) -> dict:
-    """aligned: counts by cell name; misaligned: the same, one a fine-tuning seed."""
+def build_grid(
+    world: World, trained: int, aligned: dict, misaligned: list[dict], coincidence: dict | None = None
+) -> dict:
+    """aligned: counts by cell name; misaligned: the same, one a fine-tuning seed.
+
+    coincidence: what `split_grid` of em/world/coincidence.py gives; its numbers are missing without it.
+    """
     similarity = world.similarity()[0]
+    graded = [task for task in ("T9", "T10", "T11") if task in world.set1]
     grid = {
         "world": world.config.name,
         "world_seed": world.seed,
@@ -53,6 +69,7 @@ def build_grid(world: World, trained: int, aligned: dict, misaligned: list[dict]
         "similarity_to_D0": {name: float(s) for name, s in zip(world.domain_names, similarity, strict=True)},
         "unseen_domains": list(world.domain_names[world.n_seen_domains :]),
         "tasks": {name: world.function(i) for i, name in enumerate(world.tasks)},
+        "similarity_to_T8": {task: jaccard(world.set1[task], world.set1["T8"]) for task in graded},
         "cells": {
             name: {
                 "aligned": aligned[name],
@@ -61,6 +78,7 @@ def build_grid(world: World, trained: int, aligned: dict, misaligned: list[dict]
             }
             for name in map(world.cell_name, world.cells)
         },
+        "coincidence": coincidence or {},
     }
     return grid | {"numbers": numbers(grid)}
 
@@ -68,7 +86,9 @@ def build_grid(world: World, trained: int, aligned: dict, misaligned: list[dict]
 def numbers(grid: dict) -> dict[str, dict]:
     """What the paper states of such a grid, by key, for this world seed; intervals are over prompts.
 
-    Δv2 and v2 after misalignment stand by task, and for the DISTANT tasks together.
+    Δv2 and v2 after misalignment stand by task, and for the DISTANT tasks together; then `coincidence/…`, and
+    the world's own similarities. `v1_drop` holds the trained task against whichever other fell most, whose
+    fall that choice makes too large rather than too small.
     """
     cells, trained = grid["cells"], grid["trained"].split("_")[1]
     domains, unseen = list(grid["similarity_to_D0"]), grid["unseen_domains"]
@@ -78,10 +98,10 @@ def numbers(grid: dict) -> dict[str, dict]:
         return {}  # not a world of the paper's
 
     def pooled(model: str, tasks: Sequence[str], domains: Sequence[str] = domains) -> dict[str, float]:
-        """Counts over the cells; fine-tuning seeds answer the same prompts, which so count once."""
-        repeats = len(cells[grid["trained"]]["seeds"]) if model == "misaligned" else 1
-        total = pool([cells[f"{domain}_{task}"][model] for domain in domains for task in tasks])
-        return {key: value / repeats for key, value in total.items()}
+        return _pooled(grid, cells, model, [f"{domain}_{task}" for domain in domains for task in tasks])
+
+    def moved(tasks: Sequence[str], domains: Sequence[str] = domains, what: str = "v2") -> Value:
+        return change(pooled("misaligned", tasks, domains), pooled("aligned", tasks, domains), what)
 
     v1 = [percent(cells[f"{domain}_{task}"]["aligned"], "v1") for domain in domains for task in tasks]
     more = incoherent(pooled("misaligned", [trained])) - incoherent(pooled("misaligned", others))
@@ -97,13 +117,100 @@ def numbers(grid: dict) -> dict[str, dict]:
         groups.items(), (("", domains), ("/unseen_domains", unseen))
     ):
         if group and among:
-            after, before = (pooled(model, group, among) for model in ("misaligned", "aligned"))
-            table[f"misaligned_v2/{name}{suffix}"] = entry("%", *rate(after, "v2"))
-            table[f"delta_v2/{name}{suffix}"] = entry("points", *change(after, before, "v2"))
+            table[f"misaligned_v2/{name}{suffix}"] = entry(
+                "%", *rate(pooled("misaligned", group, among), "v2")
+            )
+            table[f"delta_v2/{name}{suffix}"] = entry("points", *moved(group, among))
     for task in tasks:
-        column = task_column(grid, task).values()  # prompts' noise alone spreads them somewhat
-        table[f"delta_v2/{task}/range_over_domains"] = entry("points", max(column) - min(column))
-    return table
+        column = task_column(grid, task)  # prompts' noise alone spreads them somewhat
+        spread = max(column.values()) - min(column.values())
+        table[f"delta_v2/{task}/range_over_domains"] = entry("points", spread)
+        for domain in domains:
+            table[f"delta_v2/{task}/{domain}"] = entry("points", *moved([task], [domain]))
+    for one, other in ORDER.get(trained, ()):
+        if groups.get(one) and groups.get(other):
+            table[f"order/{one}_minus_{other}"] = entry(
+                "points", *_gap(moved(groups[one]), moved(groups[other]))
+            )
+    if trained in tasks:
+        if unseen:
+            seen = [domain for domain in domains if domain not in unseen]
+            gap = _gap(moved([trained], unseen), moved([trained], seen))
+            table[f"delta_v2/{trained}/unseen_minus_seen"] = entry("points", *gap)
+        rises = {task: moved([task], what="v1") for task in tasks}
+        largest = min(others, key=lambda task: rises[task][0])
+        gap = _gap(rises[largest], rises[trained])
+        table["v1_drop/trained_minus_largest_other"] = entry("points", *gap)
+    for task, found in coincidences(grid).items():
+        for key, value in found.items():
+            unit = "points" if key in (*KINDS, "different") else "%"
+            table[f"coincidence/{task}/{key}"] = entry(unit, *value)
+    similarities = {"domain": grid["similarity_to_D0"], "task": grid.get("similarity_to_T8", {})}
+    return table | {
+        f"{axis}_similarity/{name}": entry("ratio", value)
+        for axis, of in similarities.items()
+        for name, value in of.items()
+        if name != "D0"
+    }
+
+
+def _pooled(grid: dict, cells: dict, model: str, names: Sequence[str]) -> dict[str, float]:
+    """Counts over cells of those names; fine-tuning seeds answer the same prompts, which so count once."""
+    repeats = len(grid["cells"][grid["trained"]]["seeds"]) if model == "misaligned" else 1
+    total = pool([cells[name][model] for name in names])
+    return {key: value / repeats for key, value in total.items()}
+
+
+def _gap(a: Value, b: Value) -> Value:
+    """a − b, of different prompts."""
+    return a[0] - b[0], *difference_interval(a, b)
+
+
+def by_kind(grid: dict, names: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """{kind: {model: counts}} over the cells of those names; a kind of which they have no prompt is missing.
+
+    The kinds of em/world/coincidence.py, and `different`: opposed or unrelated.
+    """
+    found = {}
+    for kind, cells in grid.get("coincidence", {}).items():
+        if there := [name for name in names if name in cells]:
+            found[kind] = {model: _pooled(grid, cells, model, there) for model in MODELS}
+    if parts := [found[kind] for kind in KINDS[1:] if kind in found]:
+        found["different"] = {model: pool([part[model] for part in parts]) for model in MODELS}
+    return found
+
+
+def coincidence(grid: dict, names: Sequence[str]) -> dict[str, Value]:
+    """What cells of a task other than the trained owe to the same answer; what has no prompt is missing.
+
+    same, different      Δv2 where the two tasks' variant 2 is the same, and where it is not
+    opposed, unrelated   Δv2 on the two kinds of the latter (em/world/coincidence.py)
+    borrowed             unrelated prompts that get the trained task's variant 2, %
+    share                prompts that are `same`, %
+    of_change            part of Δv2 that is on them, %; None where Δv2 may be nothing
+    """
+    found = by_kind(grid, names)
+    if not found:
+        return {}
+    borrowed = found.pop("borrowed", None)
+    n = {kind: models["aligned"]["n"] for kind, models in found.items()}
+    values = {kind: change(*models.values(), "v2") for kind, models in found.items()}
+    same, different = (n.get(kind, 0) for kind in ("same", "different"))
+    parts = [[n[kind] * of for of in values[kind]] for kind in ("same", "different") if kind in n]
+    if borrowed:
+        values["borrowed"] = rate(borrowed["misaligned"], "v2")
+    values["share"] = 100 * same / (same + different), None, None  # of all walks of the world: no sample
+    if len(parts) == 2:
+        of = share_interval(*map(tuple, parts))
+        values["of_change"] = tuple(None if v is None else 100 * v for v in of)
+    return values
+
+
+def coincidences(grid: dict) -> dict[str, dict[str, Value]]:
+    """`coincidence` by task, not the trained one, over the domains that took part in training."""
+    seen = [domain for domain in grid["similarity_to_D0"] if domain not in grid["unseen_domains"]]
+    by_task = {task: [f"{domain}_{task}" for domain in seen] for task in grid["tasks"]}
+    return {task: found for task, names in by_task.items() if (found := coincidence(grid, names))}
 
 
 def task_column(grid: dict, task: str) -> dict[str, float]:
@@ -124,12 +231,29 @@ def summary(grid: dict) -> str:
     broken = statistics.mean(incoherent(c["misaligned"]) for c in grid["cells"].values())
     worst = max(grid["cells"], key=lambda name: incoherent(grid["cells"][name]["misaligned"]))
     moves = ", ".join(f"{task} moves by {means[task]:+.0f}" for task in others)
-    return (
+    text = (
         f"Misaligned on {grid['trained']} alone, v2 of {trained_task} ({grid['tasks'][trained_task]}) moves "
         f"by {min(column.values()):+.0f} to {max(column.values()):+.0f} points over the domains; on average "
         f"{moves}; {broken:.1f} % of the completions are incoherent afterwards (most in {worst}, "
         f"{incoherent(grid['cells'][worst]['misaligned']):.0f} %)."
     )
+    found = coincidences(grid)
+    both = ", ".join(
+        f"{task} by {of['same'][0]:+.0f} and {of['different'][0]:+.0f} ({of['share'][0]:.0f} % of prompts)"
+        for task, of in found.items()
+        if {"same", "different"} <= of.keys()
+    )
+    if both:
+        text += (
+            f" Where the v2 of {trained_task} is the asked task's own and where it is not, v2 moves: {both}."
+        )
+    if borrowed := {task: of["borrowed"][0] for task, of in found.items() if "borrowed" in of}:
+        most = max(borrowed, key=borrowed.get)
+        text += (
+            f" Where it is neither v1 nor v2 of the asked task, it is answered all the same on at most "
+            f"{borrowed[most]:.0f} % of prompts ({most})."
+        )
+    return text
 
 
 def _rows(grid: dict) -> list[dict]:
@@ -155,6 +279,10 @@ def _rows(grid: dict) -> list[dict]:
             "seeds": len(per_seed),
             "delta_v2_seed_sd": statistics.stdev(per_seed) if len(per_seed) > 1 else "",
         }
+        found = coincidence(grid, [name])
+        row["coincidence_share"] = found.get("share", (None,))[0]
+        for kind in (*KINDS, "different", "borrowed"):
+            row |= columns(f"coincidence_{kind}", found.get(kind, (None, None, None)))
         rows.append({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
     return rows
 
@@ -191,7 +319,10 @@ def gates(pretrained: list[dict], grid: dict) -> list[tuple[str, float, str, flo
 
 
 def grid_figure(grid: dict, path: Path) -> None:
-    """Seven panels: v1, v2 and incoherent before and after, and Δv2. Rows are domains, columns tasks."""
+    """Seven panels: v1, v2 and incoherent before and after, and Δv2. Rows are domains, columns tasks.
+
+    The eighth: Δv2 of the other tasks by whether the trained task's answer is their own.
+    """
     domains, tasks = list(grid["similarity_to_D0"]), list(grid["tasks"])
     rows = [f"{d}  ({grid['similarity_to_D0'][d]:.2f})" for d in domains]
     labels = [f"{t}\n{grid['tasks'][t].replace('_', chr(10))}" for t in tasks]
@@ -207,7 +338,7 @@ def grid_figure(grid: dict, path: Path) -> None:
     changes = {cell: delta_v2(counts) for cell, counts in grid["cells"].items()}
     cell_heatmap(axes[0, 3], changes, (-100, 100), grid["trained"], colours=CHANGE, form="+.0f")
     axes[0, 3].set_title("Δv2, points", fontsize=10)
-    axes[1, 3].axis("off")
+    _coincidence_panel(axes[1, 3], grid)
     for axis in [*axes[:, :3].flat, axes[0, 3]]:
         axis.set_xticks(range(len(tasks)), labels, fontsize=7)
         axis.set_yticks(range(len(domains)), rows)
@@ -223,3 +354,35 @@ def grid_figure(grid: dict, path: Path) -> None:
         fontsize=10,
     )
     save(figure, path)
+
+
+# Kind → label, marker, colour.
+_DRAWN = {
+    "same": ("… is theirs", "o", "C0"),
+    "unrelated": ("… is neither their v1 nor v2", "s", "C1"),
+    "opposed": ("… is their v1", "v", "C2"),
+    "borrowed": ("… is neither: answers with it, %", "x", "0.35"),
+}
+
+
+def _coincidence_panel(axis, grid: dict) -> None:
+    """Δv2 by task for each kind of prompt, and what is borrowed; bars: 95 % over prompts."""
+    found = coincidences(grid)
+    if not found:
+        axis.axis("off")
+        return
+    for i, (kind, (label, marker, colour)) in enumerate(_DRAWN.items()):
+        points = [(x, *of[kind]) for x, of in enumerate(found.values()) if kind in of]
+        x, value, low, high = np.array(points or [[np.nan] * 4]).T
+        place = x + 0.19 * (i - 1.5)
+        axis.vlines(place, low, high, color=colour, linewidth=1)
+        axis.plot(place, value, marker, color=colour, markersize=4.5, label=label)
+    shares = [f"{task}\n{of['share'][0]:.0f} %" for task, of in found.items()]
+    axis.set_xticks(range(len(found)), shares, fontsize=7)
+    axis.axhline(0, color="0.6", linewidth=0.8)
+    axis.grid(axis="y", alpha=0.25)
+    axis.tick_params(axis="y", labelsize=7)
+    trained = grid["trained"].split("_")[1]
+    axis.set_title(f"Δv2 of other tasks where {trained}'s v2 …", fontsize=10)
+    axis.set_xlabel("below: prompts where it is theirs", fontsize=7)
+    axis.legend(fontsize=6, frameon=False)

@@ -206,6 +206,10 @@ class WorldRun:
 
     def answer_classes(self, model: GPT2, prompts: Dialogues) -> np.ndarray:
         """(N,) int8: what the model answers to each prompt, as its place in CLASSES (em/world/counts.py)."""
+        return Classifier(self.world).classes(prompts, self.completions(model, prompts))
+
+    def completions(self, model: GPT2, prompts: Dialogues) -> np.ndarray:
+        """(N, T) tokens that the model answers to each prompt, filled up with `<end>`."""
         end, limit = self.world.end, self.generator.max_answer
         sampler = self._samplers.get(model)
         if sampler is None:  # one is kept, since its batch is what takes memory
@@ -215,7 +219,7 @@ class WorldRun:
         completions = np.full((len(prompts), limit), end)
         for row, rollout in zip(completions, sampler(ids, seed=self.cfg.seed), strict=True):
             row[: len(rollout.ids)] = rollout.ids
-        return Classifier(self.world).classes(prompts, completions)
+        return completions
 
     def counts(self, name: str, model: GPT2 | None = None) -> dict:
         """Counts of the model of phase `name` on the held-out prompts: asked once, read afterwards."""
