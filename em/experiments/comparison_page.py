@@ -1,6 +1,7 @@
 """The report of em/experiments/comparison.py as a page and for a terminal: verdicts lead, runs come last."""
 
 import itertools
+import statistics
 from pathlib import Path
 
 from em.experiments.comparison import MATCHED, MOST_SEEDS, of_seeds
@@ -69,9 +70,11 @@ def _paper(row: dict) -> str:
     return _stated(*paper, row["unit"], row["flat"]) + _SIGN.get(row["unit"], "") + here
 
 
-def _ours(row: dict) -> str:
+def _ours(row: dict, said: str | None = None) -> str:
+    """Our number and what its interval is over, where that is not what was `said`."""
     number = {"value": row["ours"], "low": row["ours_low"], "high": row["ours_high"]}
-    return _interval(number, row["unit"]) + (f", {row['interval_over']}" if row["interval_over"] else "")
+    over = row["interval_over"]
+    return _interval(number, row["unit"]) + ("" if over in (said, None) else f", {over}")
 
 
 def _matched(row: dict) -> str:
@@ -137,28 +140,23 @@ def _image(path: str) -> str:
 
 def markdown(table: dict) -> str:
     """The whole report as one page; figures are linked relative to a folder beside the runs'."""
-    at = f"at {MATCHED} % local flip"
+    measured = [row for row in table["rows"] if row["ours"] is not None]
+    over = statistics.mode(row["interval_over"] for row in measured) if measured else None
     judged, levels = [], []
-    for row in table["rows"]:
-        first = (row["source"], row["claim"], _paper(row), _ours(row), _matched(row))
+    for row in measured:
+        first = (row["source"], row["claim"], _paper(row), _ours(row, over), _matched(row))
         if row["verdict"] == LEVEL:
             levels.append(first)
         else:
             said = row["verdict"]
             judged.append((*first, f"**{said}**" if said in (AGREES, DIFFERS) else said, _note(row)))
-    lines = [
-        f"# World {table['world']} beside the paper",
-        "",
-        _say_tally(table) + ".",
-        "",
-        _machines(table),
-        "",
-    ]
-    lines += _table(f"paper | what | the paper's | ours [95 %] | {at} | verdict | note", judged)
+    title = f"# World {table['world']} beside the paper"
+    lines = [title, "", f"{_say_tally(table)}.", "", _machines(table), ""]
+    header = f"paper | what | the paper's | ours [95 %], {over} | at {MATCHED} % local flip"
+    lines += _table(f"{header} | verdict | note", judged) if judged else []
     lines += [_rule(table), ""]
     if levels:
-        lines += ["## Levels, side by side, not judged", ""]
-        lines += _table(f"paper | what | the paper's | ours [95 %] | {at}", levels)
+        lines += ["## Levels, side by side, not judged", "", *_table(header, levels)]
     if table["coincidence"]:
         rows = [
             (of["task"], *(_interval(of[part], unit) for part, unit in _COINCIDENCE.items()))
@@ -175,6 +173,8 @@ def markdown(table: dict) -> str:
     doses = [path for path in table["figures"] if "dose" in Path(path).stem]
     if doses:
         lines += ["## Transfer against local flip", "", *map(_image, doses)]
+    if missing := [row for row in table["rows"] if row["ours"] is None]:
+        lines += ["## Not measured", "", *(f"- {row['source']}: {row['claim']}" for row in missing), ""]
     lines += ["## Runs", ""]
     runs = [tuple("—" if v is None else str(v) for v in run.values()) for run in table["runs"]]
     lines += _table("run | world seeds | seconds | device | commit", runs)
