@@ -30,7 +30,7 @@ class Claim:
     rests_on: str = ""
     neutral: float | None = None  # a reduced world is held to the side of it on which the paper's figure lies
     flat: bool = False  # low and high are a margin within which the whole interval must lie
-    reduced_key: str = ""  # of the numbers of a reduced world, where another one corresponds
+    else_key: str = ""  # what corresponds in a world that has no such number
 
     def stated(self, reduced: bool = False) -> dict | None:
         """What em/verdict.py holds our number to; None where it is a level of a reduced world."""
@@ -65,7 +65,7 @@ CLAIMS = {
         Claim("Figure 7(d)", "Δv2 of T5, the trained task (+84 to +93)",
               84, 93, "points", "grid_T5", "delta_v2/T5", FUNCTIONS, 0),
         Claim("Figure 7(d)", "Δv2 of T5 in the unrelated domain, D4 (+84 to +93)",
-              84, 93, "points", "grid_T5", "delta_v2/T5/D4", FUNCTIONS, 0, reduced_key="delta_v2/T5/D3"),
+              84, 93, "points", "grid_T5", "delta_v2/T5/D4", FUNCTIONS, 0, else_key="delta_v2/T5/D3"),
         Claim("Figure 7(d)", "Δv2 of T1 (+59 to +78)",
               59, 78, "points", "grid_T5", "delta_v2/T1", FUNCTIONS, 0),
         Claim("Figure 7(d)", "Δv2 of T0 (+28 to +39)",
@@ -86,6 +86,8 @@ CLAIMS = {
               0.9, 1, "r", "hardness", "cross_delta_v2/r", FUNCTIONS, 0),
         Claim("Figure 4(a)", "r of cross-domain Δv2 with aligned v1, within a task, over checkpoints (ours)",
               0, INF, "r", "hardness", "cross_delta_v2/r_within", FUNCTIONS, 0),
+        Claim("Figure 4(a)", "r of cross-domain Δv2 with aligned v1, of these tasks, over worlds (ours)",
+              0, INF, "r", "hardness", "cross_delta_v2/r_these_tasks", FUNCTIONS, 0),
         Claim("Figure 4(b)", "r of Δv2 cross / v2 trained with aligned v1, over tasks (rises)",
               0, INF, "r", "hardness", "efficiency/r", FUNCTIONS, 0),
         Claim("Figure 4(b)", "r of Δv2 cross / v2 trained with aligned v1, within a task, over checkpoints "
@@ -94,6 +96,9 @@ CLAIMS = {
         Claim("Figure 4(b)", "Δv2 cross / v2 trained of tasks with aligned v1 ≥ 90 % (“nearly all”: read as "
               "≥ 0.8, in a reduced world as most)",
               0.8, INF, "ratio", "hardness", "efficiency/learned", FUNCTIONS, 0.5),
+        Claim("Figure 4(b)", "Δv2 cross / v2 trained of these tasks − of the others (“partially-learned "
+              "tasks do not”)",
+              0, INF, "ratio", "hardness", "efficiency/learned_minus_others", FUNCTIONS, 0),
         Claim("Figure 8", "α*", 14.9, 14.9, "norm", "steering", "alpha", FUNCTIONS),
         Claim("Figure 8 left", "v1 of the aligned model, unsteered", 96, 96, "%", "steering", "aligned/0/v1"),
         Claim("Figure 8 left", "v1 of the aligned model at +5 α*",
@@ -194,6 +199,23 @@ CLAIMS = {
         Claim("Figure 3(a)", "Δv2 of the same task in another domain − of another task in the same domain "
               "(“substantial across domain shifts … task shifts sharply reduce transfer”)",
               0, INF, "points", "similarity", "same_task_minus_same_domain", PARTITIONS, 0),
+        Claim("Figure 4(a)", "in World 2 (the paper: World 1): r of cross-domain Δv2 with aligned v1, "
+              "over tasks",
+              0, INF, "r", "hardness", "cross_delta_v2/r", PARTITIONS, 0),
+        Claim("Figure 4(a)", "in World 2: the same within a task, over checkpoints (ours)",
+              0, INF, "r", "hardness", "cross_delta_v2/r_within", PARTITIONS, 0),
+        Claim("Figure 4(a)", "in World 2: the same of these tasks, over worlds (ours)",
+              0, INF, "r", "hardness", "cross_delta_v2/r_these_tasks", PARTITIONS, 0),
+        Claim("Figure 4(b)", "in World 2: r of Δv2 cross / v2 trained with aligned v1, over tasks (rises)",
+              0, INF, "r", "hardness", "efficiency/r", PARTITIONS, 0),
+        Claim("Figure 4(b)", "in World 2: the same within a task, over checkpoints (ours)",
+              0, INF, "r", "hardness", "efficiency/r_within", PARTITIONS, 0),
+        Claim("Figure 4(b)", "in World 2: Δv2 cross / v2 trained of tasks with aligned v1 ≥ 90 % (“nearly "
+              "all”: read as ≥ 0.8, in a reduced world as most)",
+              0.8, INF, "ratio", "hardness", "efficiency/learned", PARTITIONS, 0.5),
+        Claim("Figure 4(b)", "in World 2: Δv2 cross / v2 trained of these tasks − of the others (“partially-"
+              "learned tasks do not”)",
+              0, INF, "ratio", "hardness", "efficiency/learned_minus_others", PARTITIONS, 0),
         Claim("Figure 11 left", "T0: v2 outside the trained cell, 32.5 % v2 in pretraining (15–18 %)",
               15, 18, "%", "fraction", "T0/cross_v2/0.325", PARTITIONS),
         Claim("Figure 11 left", "T0: v2 outside the trained cell, 100 % v2 in pretraining (15–18 %)",

@@ -170,7 +170,9 @@ def compare(folder: Path, world: str) -> dict:
     figures += folder.glob(f"show-world{world}-seed*/domain_graphs.png")
     reduced, rows = paper != world, []
     for claim in CLAIMS[paper]:
-        key, numbers = reduced and claim.reduced_key or claim.key, results.get(claim.experiment, [])
+        key, numbers = claim.key, results.get(claim.experiment, [])
+        if claim.else_key and not any(key in of for of in numbers):
+            key = claim.else_key
         ours = look_up(numbers, key)
         if claim.experiment == "steering" and _is_steered(key) and "incoherent" not in (ours or {}):
             ours = None  # of an older version: it cannot be seen whether the model holds together
@@ -180,7 +182,7 @@ def compare(folder: Path, world: str) -> dict:
         "paper_world": paper,
         "reduced": reduced,
         "rows": rows,
-        "coincidence": coincidence(results.get(f"grid_{WORLDS[world].default_task}", [])),
+        "coincidence": coincidence(results.get(f"grid_{WORLDS[paper].default_task}", [])),
         "runs": inventory(sorted(runs)),
         "figures": sorted({path.relative_to(folder).as_posix() for path in figures if path.exists()}),
     }

@@ -96,14 +96,9 @@ def _curves(answers: list[tuple[dict, dict, dict]]) -> list[dict]:
         else:
             point |= {"interval": "world seeds", "n": sum(r["n"] for r in rates)}
             for name in QUANTITIES:
-                point |= columns(name, _over_seeds(name, [r[name] for r in rates]))
+                point |= columns(name, t_interval([r[name] for r in rates]))
         curves.append(point)
     return curves
-
-
-def _over_seeds(name: str, values: list[float]) -> tuple[float, float | None, float | None]:
-    """(mean, low, high) of a rate or a change over world seeds, which are more than one."""
-    return t_interval(values)
 
 
 def at(result: dict, model: str, direction: str, strength: int) -> dict:
