@@ -38,7 +38,16 @@ from em.data.cells import PAPER_GRID
 from em.data.rows import BROAD
 from em.errors import UserError
 from em.estimate.gpus import GPUS
-from em.experiments import comparison, fraction, hardness, phase, realign, similarity, steering
+from em.experiments import (
+    comparison,
+    comparison_page,
+    fraction,
+    hardness,
+    phase,
+    realign,
+    similarity,
+    steering,
+)
 from em.files import read_json, write_csv, write_json
 from em.report.browse import write_page
 from em.report.score_table import scores_of
@@ -358,8 +367,8 @@ def report(cfg: ReportConfig) -> None:
     """Every figure the paper states beside ours; what was not run is said to be not measured."""
     table = comparison.compare(Path(cfg.out), cfg.world)
     folder = Path(cfg.out) / f"report-world{cfg.world}"
-    comparison.save(table, folder)
-    print(comparison.summary(table))
+    comparison_page.save(table, folder)
+    print(comparison_page.summary(table))
     print(f"  {folder / 'report.md'}")
 
 

@@ -1,59 +1,30 @@
 """The paper's stated figures beside ours, each with a verdict (`python synth.py report`).
 
 A claim (em/experiments/claims.py) names an experiment and one of the `numbers` of its result
-(em/world/counts.py), which holds our value with its interval.
+(em/world/counts.py), which holds our value with its interval; em/verdict.py says when it agrees. A reduced
+world is judged by the same rule on what does not hang on its size: directions, orders, flatness, differences,
+correlations. Its levels stand in a table of their own, not judged.
 
-    agrees           our interval (the value, where there is none) comes within MARGIN of the paper's range
-    does not agree   it does not
-    depends on reconstructed definitions (ours)
-                     it does not, and the quantity rests on a definition that had to be reconstructed
-    not measured     no run under the folder holds it
-
-The margin stands for what the paper's one run leaves open: one seed, 100–130 prompts a cell. A reduced world
-is compared in direction only: whether our interval lies on the paper's side of the neutral value.
+Intervals are over world seeds, and over prompts where there is one. Beside a number at the paper's number of
+steps stands the same one at MATCHED % local flip (em/world/doses.py), where the experiment has it.
 """
 
 import math
 import re
+import statistics
 from pathlib import Path
 
 from em.errors import UserError
 from em.experiments.claims import CLAIMS, PAPER_WORLD, Claim
-from em.files import check, read_json, write_csv, write_json, write_text
-from em.stats import t_interval
+from em.files import check, read_json
+from em.stats import t_interval, t_quantile
+from em.verdict import DIFFERS, LEVEL, NOT_RESOLVED, decisive, verdict
 from em.world.counts import entry, mean_rate
+from em.world.world import WORLDS
 
-# By unit; `norm` (α*) is relative.
-MARGIN = {"%": 5.0, "points": 5.0, "ratio": 0.05, "r": 0.05, "norm": 0.2}
-RECONSTRUCTED = "depends on reconstructed definitions (ours)"
-
-
-def verdict(claim: Claim, ours: dict | None) -> str:
-    """By the rule above, at the paper's scale."""
-    if ours is None:
-        return "not measured"
-    margin = MARGIN[claim.unit] * (claim.low if claim.unit == "norm" else 1)
-    low, high = _ends(ours)
-    if low <= claim.high + margin and high >= claim.low - margin:
-        return "agrees"
-    return RECONSTRUCTED if claim.rests_on else "does not agree"
-
-
-def direction(claim: Claim, ours: dict | None) -> str:
-    """For a reduced world: same, opposite or unresolved direction."""
-    if ours is None:
-        return "not measured"
-    if claim.neutral is None:
-        return "a level, not compared"
-    side = 1 if claim.low + claim.high > 2 * claim.neutral else -1
-    low, high = _ends(ours)
-    if low <= claim.neutral <= high:
-        return "direction not resolved"
-    return "same direction" if side * (low - claim.neutral) > 0 else "opposite direction"
-
-
-def _ends(ours: dict) -> tuple[float, float]:
-    return (ours["value"], ours["value"]) if ours["low"] is None else (ours["low"], ours["high"])
+MATCHED = 60  # v2 % of the trained cell
+MOST_SEEDS = 1000  # beyond them nobody asks how many
+Z80 = 0.8416212335729143  # the 80 % quantile of the normal
 
 
 # -- what our runs left ------------------------------------------------------------------------------------
@@ -81,7 +52,7 @@ def read_numbers(path: Path) -> dict[str, dict]:
     numbers = result["numbers"]
     check(numbers, path, dict.fromkeys(numbers, dict))
     for key, number in numbers.items():
-        check(number, f"{path}, {key}", _NUMBER)
+        check(number, f"{path}, {key}", _NUMBER, {"incoherent": float})
         if (number["low"] is None) != (number["high"] is None):
             raise UserError(f"{path}, {key}: an interval has two bounds or none")
     return numbers
@@ -96,7 +67,10 @@ def look_up(results: list[dict], key: str) -> dict | None:
     if len(entries) < 2:
         return entries[0] if entries else None
     unit, values = entries[0]["unit"], [e["value"] for e in entries]
-    return entry(unit, *(mean_rate if unit == "%" else t_interval)(values), seeds=len(entries))
+    found = entry(unit, *(mean_rate if unit == "%" else t_interval)(values), seeds=len(entries))
+    if all("incoherent" in e for e in entries):
+        found["incoherent"] = statistics.fmean(e["incoherent"] for e in entries)
+    return found
 
 
 def inventory(paths: list[Path]) -> list[dict]:
@@ -122,125 +96,109 @@ def inventory(paths: list[Path]) -> list[dict]:
 # -- the two side by side ----------------------------------------------------------------------------------
 
 
+def of_seeds(over: str | None) -> int | None:
+    """The number of world seeds that an interval is over; None where it is over something else."""
+    match = re.fullmatch(r"(\d+) world seeds", over or "")
+    return int(match[1]) if match else None
+
+
+def judged(claim: Claim, reduced: bool, ours: dict | None, matched: dict | None = None) -> dict:
+    """A claim beside our number: a row of the report, with its verdict and what there is to say of it.
+
+    ours, matched: entries, at the paper's number of steps and at MATCHED % local flip.
+    """
+    stated = claim.stated(reduced)
+    row = {
+        "source": claim.figure,
+        "claim": claim.words,
+        "unit": claim.unit,
+        "paper_low": claim.stated()["low"],
+        "paper_high": claim.stated()["high"],
+        "held_to_low": stated and stated["low"],
+        "held_to_high": stated and stated["high"],
+        "flat": claim.flat,
+        "ours": ours and ours["value"],
+        "ours_low": ours and ours["low"],
+        "ours_high": ours and ours["high"],
+        "interval_over": ours and ours["over"],
+        "matched": matched and matched["value"],
+        "matched_low": matched and matched["low"],
+        "matched_high": matched and matched["high"],
+        "verdict": verdict(stated, ours) if stated else LEVEL,
+        "incoherent": ours and ours.get("incoherent"),
+        "seeds_needed": None,
+        "one_world_may": None,
+        "rests_on": claim.rests_on or None,
+    }
+    seeds = of_seeds(row["interval_over"])
+    if seeds and row["verdict"] == NOT_RESOLVED:
+        row["seeds_needed"] = seeds_needed(ours, seeds, decisive(stated, ours["value"]))
+    if seeds and row["verdict"] == DIFFERS and not claim.flat and None not in (stated["low"], stated["high"]):
+        row["one_world_may"] = one_world_may(stated, ours, seeds)
+    return row
+
+
+def seeds_needed(ours: dict, seeds: int, half: float) -> int | None:
+    """World seeds that would give a verdict four times in five; None beyond MOST_SEEDS.
+
+    half: of the interval around our value that would be one (`decisive` of em/verdict.py). It takes value and
+    spread for those found, of which few seeds tell little.
+    """
+    spread = (ours["high"] - ours["low"]) / 2 * math.sqrt(seeds) / t_quantile(seeds - 1)
+    enough = (n for n in range(2, MOST_SEEDS) if (t_quantile(n - 1) + Z80) * spread <= half * math.sqrt(n))
+    return next(enough, None)
+
+
+def one_world_may(stated: dict, ours: dict, seeds: int) -> bool:
+    """Whether one more world may give what the paper's one world gave, by Student's prediction interval.
+
+    The interval of a mean gets narrower with every world, and a single world's spread does not.
+    """
+    reach = (ours["high"] - ours["low"]) / 2 * math.sqrt(seeds + 1)
+    return ours["value"] - reach <= stated["high"] and ours["value"] + reach >= stated["low"]
+
+
 def compare(folder: Path, world: str) -> dict:
     """Every claim on `world` with its verdict, the runs it was read from and their figures' paths."""
     paper, files = PAPER_WORLD[world], result_files(folder, world)
     results = {name: [read_numbers(path) for path in paths] for name, paths in files.items()}
     runs = [paths[0] for name, paths in files.items() if not name.startswith("grid_")]
     runs += folder.glob(f"world{world}-seed*/summary.json")
-    figures = [path.with_suffix(".png") for paths in files.values() for path in paths]
+    figures = [
+        path.with_suffix(".png") for name, paths in files.items() if name[:5] == "grid_" for path in paths
+    ]
+    figures += [path for name in files for path in folder.glob(f"{name}-world{world}/*.png")]
     figures += folder.glob(f"show-world{world}-seed*/domain_graphs.png")
     reduced, rows = paper != world, []
     for claim in CLAIMS[paper]:
-        ours = look_up(results.get(claim.experiment, []), claim.key)
-        rows.append(
-            {
-                "source": claim.figure,
-                "claim": claim.words,
-                "unit": claim.unit,
-                "paper_low": _finite(claim.low),
-                "paper_high": _finite(claim.high),
-                "ours": ours and ours["value"],
-                "ours_low": ours and ours["low"],
-                "ours_high": ours and ours["high"],
-                "interval_over": ours and ours["over"],
-                "verdict": (direction if reduced else verdict)(claim, ours),
-                "rests_on": claim.rests_on or None,
-            }
-        )
+        key, numbers = claim.key, results.get(claim.experiment, [])
+        if claim.else_key and not any(key in of for of in numbers):
+            key = claim.else_key
+        ours = look_up(numbers, key)
+        if claim.experiment == "steering" and _is_steered(key) and "incoherent" not in (ours or {}):
+            ours = None  # of an older version: it cannot be seen whether the model holds together
+        rows.append(judged(claim, reduced, ours, look_up(numbers, f"{key}@{MATCHED}")))
     return {
         "world": world,
         "paper_world": paper,
         "reduced": reduced,
         "rows": rows,
+        "coincidence": coincidence(results.get(f"grid_{WORLDS[paper].default_task}", [])),
         "runs": inventory(sorted(runs)),
-        "figures": sorted(path.relative_to(folder).as_posix() for path in figures if path.exists()),
+        "figures": sorted({path.relative_to(folder).as_posix() for path in figures if path.exists()}),
     }
 
 
-def _finite(bound: float) -> float | None:
-    return bound if math.isfinite(bound) else None
+def _is_steered(key: str) -> bool:
+    return key != "alpha" and not key.endswith("/incoherent")
 
 
-def tally(table: dict) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for row in table["rows"]:
-        counts[row["verdict"]] = counts.get(row["verdict"], 0) + 1
-    return counts
+def coincidence(grids: list[dict]) -> list[dict]:
+    """By task: the share of prompts where variant 2 is the trained task's, and Δv2 on these and on the rest.
 
-
-def _number(value: float, unit: str) -> str:
-    if unit in ("ratio", "r", "norm"):
-        return f"{value:.2f}"
-    return f"{value:+.1f}" if unit == "points" else f"{value:.1f}"
-
-
-def _paper(row: dict) -> str:
-    low, high, unit = row["paper_low"], row["paper_high"], row["unit"]
-    if high is None:
-        return f"> {_number(low, unit)}" if low == 0 else f"≥ {_number(low, unit)}"
-    return _number(low, unit) if low == high else f"{_number(low, unit)} … {_number(high, unit)}"
-
-
-def _ours(row: dict) -> str:
-    if row["ours"] is None:
-        return "—"
-    text = _number(row["ours"], row["unit"])
-    if row["ours_low"] is not None:
-        text += f" [{_number(row['ours_low'], row['unit'])}, {_number(row['ours_high'], row['unit'])}]"
-    return f"{text}, {row['interval_over']}"
-
-
-def markdown(table: dict) -> str:
-    """The whole report as one page; figures are linked relative to a folder beside the runs'."""
-    world, margins = table["world"], MARGIN
-    rule = (
-        f"World {world} is a reduced world: only the direction is compared with the paper's World "
-        f"{table['paper_world']}, by the side of the neutral value on which our 95 % interval lies."
-        if table["reduced"]
-        else f"*Agrees*: our 95 % interval comes within {margins['%']:.0f} points, {margins['r']} of a ratio "
-        f"or correlation, {100 * margins['norm']:.0f} % of α* of the paper's range, which is from one run. "
-        "Where it does not and the quantity rests on a definition that we had to reconstruct, we say so."
-    )
-    lines = [
-        f"# World {world} beside the paper",
-        "",
-        f"{rule} Intervals: Student's t over world seeds, or over prompts where there is one seed, as said.",
-        "",
-        ", ".join(f"{n} × {what}" for what, n in tally(table).items()) + ".",
-        "",
-        "| paper | what | unit | the paper's | ours [95 %] | verdict | rests on, reconstructed |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in table["rows"]:
-        cells = (row["source"], row["claim"], row["unit"], _paper(row), _ours(row), row["verdict"])
-        lines.append(f"| {' | '.join(cells)} | {row['rests_on'] or '—'} |")
-    lines += [
-        "",
-        "## Runs",
-        "",
-        "| run | world seeds | seconds | device | commit |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for run in table["runs"]:
-        lines.append("| " + " | ".join(str(value) for value in run.values()) + " |")
-    lines += ["", "## Figures", ""]
-    lines += [f"![{Path(path).parent.name}, {Path(path).stem}](../{path})\n" for path in table["figures"]]
-    return "\n".join(lines)
-
-
-def save(table: dict, folder: Path) -> None:
-    write_json(folder / "report.json", table)
-    write_csv(folder / "report.csv", table["rows"])
-    write_text(folder / "report.md", markdown(table))
-
-
-def summary(table: dict) -> str:
-    """Row by row for a terminal, then the tally."""
-    lines = [
-        f"  {row['verdict']:<22} {row['source']}: {row['claim']}: {_ours(row)}"
-        for row in table["rows"]
-        if row["verdict"] != "not measured"
-    ]
-    counts = ", ".join(f"{n} × {what}" for what, n in tally(table).items())
-    return "\n".join([f"World {table['world']} beside the paper: {counts}", *lines])
+    grids: one `numbers` a world seed. {"task", "share", "same", "different"}: entries, or None.
+    """
+    keys = dict.fromkeys(key for numbers in grids for key in numbers)
+    tasks = [key.split("/")[1] for key in keys if re.fullmatch("coincidence/[^/]+/share", key)]
+    parts = ("share", "same", "different")
+    return [{"task": t} | {part: look_up(grids, f"coincidence/{t}/{part}") for part in parts} for t in tasks]

@@ -5,7 +5,9 @@ block (6 of 12) for prompts of the trained cell; v is D's top right singular vec
 α*, the mean projection of D on v, positive. The aligned model gets + s α* v and the misaligned one − s α* v,
 s = −5 … 5, at that block's output of `<asst>` and of every token generated after it.
 
-Controls (ours): random directions of the same norm at the same strengths.
+Controls (ours): random directions of the same norm at the same strengths. “Easy to push, hard to reverse” is
+a number here (ours), `push_minus_reverse`: how far + s α* v moves the aligned model towards v2, less how far
+− s' α* v moves the misaligned one back.
 """
 
 import itertools
@@ -20,7 +22,7 @@ from em.experiments.direction import Steering, asst_hidden, find_direction, midd
 from em.experiments.replication import header, line_with_seeds
 from em.figures import save
 from em.model.gpt2 import GPT2
-from em.stats import t_interval
+from em.stats import difference_interval, t_interval
 from em.world.counts import RATES, change, columns, entry, mean_rate, pool, rate
 from em.world.generator import Dialogues
 from em.world.sets import misalignment_set
@@ -40,14 +42,15 @@ class Plan:
     task: str  # misaligned on (D0, task), unless the run names another
     pairs: int  # N, prompts of the trained cell that give the direction
     column: bool  # ask the trained task's column, instead of all cells
+    reverse: int  # the strength at which the paper reads the reversal; the push it reads at the largest
     prompts: int = 1 << 30  # of each cell's held-out ones, at most
 
 
 PLANS = {
-    "1": Plan("T5", pairs=500, column=False),
-    "2": Plan("T0", pairs=1000, column=True),
-    "demo": Plan("T5", pairs=500, column=False, prompts=24),  # ours, as are demo2's
-    "demo2": Plan("T0", pairs=1000, column=True, prompts=64),
+    "1": Plan("T5", pairs=500, column=False, reverse=3),
+    "2": Plan("T0", pairs=1000, column=True, reverse=5),
+    "demo": Plan("T5", pairs=500, column=False, reverse=3, prompts=24),  # ours, as are demo2's
+    "demo2": Plan("T0", pairs=1000, column=True, reverse=5, prompts=64),
 }
 
 
@@ -160,13 +163,45 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say: Callable =
 
 
 def numbers(result: dict) -> dict[str, dict]:
-    """Entries `alpha` and such as `misaligned/3/v2_change`: of v's curves, by model and strength."""
+    """Entries `alpha`, such as `misaligned/3/v2_change`, of v's curves, and `push_minus_reverse/v2_change`.
+
+    An entry on v1 or v2 has `incoherent` too, in percent at its strength: where that is high, a fall of v1
+    or v2 is the model's breaking.
+    """
     seeds, table = len(result["seeds"]), {}
     for point, name in itertools.product(result["curves"], QUANTITIES):
         if point["direction"] == "v":
             key, unit = f"{point['model']}/{point['strength']}/{name}", "%" if name in RATES else "points"
             table[key] = entry(unit, *_interval(point, name), seeds=seeds)
+            if not name.startswith("incoherent"):
+                table[key]["incoherent"] = point["incoherent"]
+    largest, reverse = STRENGTHS[-1], PLANS[result["world"]].reverse
+    for name in ("v1_change", "v2_change"):
+        table[f"push_minus_reverse/{name}"] = push_minus_reverse(result, name, largest, reverse)
+        table[f"push_minus_reverse/at_1/{name}"] = push_minus_reverse(result, name, 1, 1)
     return table | {"alpha": entry("norm", *result["alpha"], seeds=seeds)}
+
+
+def push_minus_reverse(result: dict, name: str, push: int, reverse: int) -> dict:
+    """An entry in points: the change at + push α* less that undone at − reverse α*, towards v2 both counted.
+
+    name: v1_change or v2_change. Over world seeds, or over prompts as if each model had prompts of its own.
+    """
+    towards = 1 if name == "v2_change" else -1  # a push raises v2 and lowers v1
+    ends = (("aligned", push, towards), ("misaligned", reverse, -towards))
+    parts = []  # by model: one (value, low, high) a seed, in the direction that v should move it
+    for model, strength, sign in ends:
+        rows = [row for row in result["rows"] if (row["model"], row["direction"], row["strength"])
+                == (model, "v", strength)]  # fmt: skip
+        bounds = [[sign * bound for bound in _interval(row, name)] for row in rows]
+        parts.append([(value, min(pair), max(pair)) for value, *pair in bounds])
+    gaps = [a[0] - b[0] for a, b in zip(*parts, strict=True)]
+    if len(gaps) == 1:
+        number = gaps[0], *difference_interval(parts[0][0], parts[1][0])
+    else:
+        number = t_interval(gaps)
+    broken = max(at(result, model, "v", strength)["incoherent"] for model, strength, _ in ends)
+    return entry("points", *number, seeds=len(gaps)) | {"incoherent": broken}
 
 
 # -- what was found ----------------------------------------------------------------------------------------

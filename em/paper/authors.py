@@ -18,12 +18,13 @@ from em.data.cells import grid_of
 from em.files import write_csv, write_json
 from em.paper.counts import Counts, read_counts
 from em.paper.measures import Sets, measure, same
-from em.paper.stated import read_items, verdict
+from em.paper.stated import read_items
 from em.report import figures
 from em.report.effects import RunCounts, effects_of
 from em.report.panel import DRAWS
 from em.report.score_table import ALL, SURFACES
 from em.stats import pearson
+from em.verdict import verdict
 
 MATCHES = ("task_match", "domain_match", "task_minus_domain")
 NAMES = {"qwen2.5-14b": "Qwen2.5-14B", "llama3.1-8b": "Llama-3.1-8B"}

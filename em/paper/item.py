@@ -6,8 +6,8 @@ from pathlib import Path
 from em.experiments import comparison
 from em.files import read_json, read_record
 from em.paper import ours
-from em.paper.stated import verdict
 from em.paper.wording import image_uri, number_text, stated_text
+from em.verdict import BROKEN, LEVEL, verdict
 from em.world.describe import worked_example
 from em.world.tasks import TASKS, answers
 from em.world.world import WORLDS, build_world
@@ -117,13 +117,13 @@ def _measured(stated: dict, item: dict, sources: Sources) -> dict | None:
     whose = OURS if same_unit and ours.is_of(found["model"], item["models"]) else DEMONSTRATION
     if whose == DEMONSTRATION:
         side = None in (stated["low"], stated["high"])
-        said = _DIRECTION.get(said, said) if side else "a level, not compared"
+        said = _DIRECTION.get(said, said) if side else LEVEL
     text = number_text(found, stated["unit"] if same_unit else "nats")
     return {"text": text, "verdict": said, "whose": whose, "model": found["model"]}
 
 
 def _of_world(stated: dict, sources: Sources) -> dict | None:
-    """From a world's report, whose verdict stands where the world is a reduced one: the direction only."""
+    """From a world's report, with its verdict: of a reduced world on all but levels."""
     if sources.worlds[stated["world"]] is None:
         return None
     report = sources.worlds[stated["world"]][1]
@@ -131,11 +131,11 @@ def _of_world(stated: dict, sources: Sources) -> dict | None:
     if row["ours"] is None:
         return None
     value = {"value": row["ours"], "low": row["ours_low"], "high": row["ours_high"]}
-    reduced = report["reduced"]
+    broken = f", {row['incoherent']:.0f} % incoherent" if row["verdict"] == BROKEN else ""
     return {
-        "text": f"{number_text(value, stated['unit'])}, {row['interval_over']}",
-        "verdict": row["verdict"] if reduced else verdict(stated, value),
-        "whose": DEMONSTRATION if reduced else OURS,
+        "text": f"{number_text(value, stated['unit'])}, {row['interval_over']}{broken}",
+        "verdict": row["verdict"],
+        "whose": DEMONSTRATION if report["reduced"] else OURS,
         "model": f"world {report['world']}",
     }
 

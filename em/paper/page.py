@@ -17,8 +17,9 @@ from em.cli import command_line, knob
 from em.errors import UserError
 from em.files import read_json, read_text, write_text
 from em.paper.item import DEMONSTRATION, OURS, PAPER_MODELS, STATES, Sources, shown_item
-from em.paper.stated import NOT_MEASURED, VERDICTS, read_items
+from em.paper.stated import read_items
 from em.paper.wording import image_uri, number_text
+from em.verdict import NOT_MEASURED, VERDICTS
 
 RESULTS = Path(__file__).parents[2] / "results"
 TEMPLATE = Path(__file__).with_name("page.html")

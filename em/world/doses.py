@@ -11,6 +11,7 @@ Only the classes of the answers are kept, in `doses_T5_seed0/doses.json` of the 
 """
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 

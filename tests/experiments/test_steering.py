@@ -1,5 +1,6 @@
 """Steering: the direction, the vector that decoding adds, and the experiment on a miniature."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from em.experiments import steering
 from em.experiments.direction import Steering, asst_hidden, find_direction, middle_block, random_direction
 from em.model.gpt2 import GPT2, GPT2Config
 from em.sampling.sampler import Sampler
-from em.stats import newcombe, wilson
+from em.stats import newcombe, t_interval, wilson
 from em.world.counts import incoherent, percent, pool
 from em.world.sets import misalignment_set
 from em.world.world_run import WorldRun
@@ -255,9 +256,8 @@ def test_intervals_are_over_world_seeds_or_with_one_seed_over_prompts(finished):
 
     numbers = steering.numbers(result)
     point = steering.at(result, "misaligned", "v", 3)
-    assert (
-        numbers["misaligned/3/v2_change"]["low"] == point["v2_change_low"] and len(numbers) == 2 * 11 * 6 + 1
-    )
+    assert numbers["misaligned/3/v2_change"]["low"] == point["v2_change_low"]
+    assert len(numbers) == 2 * 11 * 6 + 4 + 1
     assert numbers["misaligned/3/v1"]["value"] == point["v1"] and numbers["misaligned/3/v1"]["unit"] == "%"
     assert numbers["alpha"]["value"] == result["alpha"][0] and numbers["alpha"]["over"] == "2 world seeds"
 
@@ -275,6 +275,54 @@ def test_intervals_are_over_world_seeds_or_with_one_seed_over_prompts(finished):
     assert (random["n"], random["v2"], random["v2_change"]) == (200, 15, 10)
     change = [100 * x for x in newcombe(30, 200, 5, 100)]
     assert (random["v2_change_low"], random["v2_change_high"]) == pytest.approx(change)
+
+
+def test_what_is_steered_says_how_much_of_it_is_incoherent(finished):
+    numbers = steering.numbers(finished[1])
+    for (model, sign), name in itertools.product(
+        steering.SIGNS.items(), ("v1", "v2", "v1_change", "v2_change")
+    ):
+        for strength in (-5, 0, 3):
+            there = steering.at(finished[1], model, "v", strength)["incoherent"]
+            assert numbers[f"{model}/{strength}/{name}"]["incoherent"] == there, sign
+    assert all("incoherent" not in numbers[key] for key in ("alpha", "aligned/5/incoherent"))
+
+
+def planted(seeds, world="demo"):
+    """A result with changes of (v1, v2) by seed: (pushed at 5, reversed at 3, both at 1)."""
+    places = (("aligned", 5), ("misaligned", 3), ("aligned", 1), ("misaligned", 1))
+    rows = [
+        {"seed": seed, "model": model, "direction": direction, "strength": strength}
+        | {f"{name}_change{end}": value + 4 * way for name, value in zip(("v1", "v2"), changes, strict=True)
+           for end, way in (("", 0), ("_low", -1), ("_high", 1))}
+        for seed, of_seed in enumerate(seeds)
+        for (model, strength), changes in zip(places, of_seed, strict=True)
+        for direction in ("random0", "v")
+    ]  # fmt: skip
+    curves = [
+        {"model": model, "direction": "v", "strength": strength, "incoherent": float(10 * strength)}
+        for model, strength in places
+    ]
+    return {"world": world, "seeds": list(range(len(seeds))), "rows": rows, "curves": curves}
+
+
+def test_push_minus_reverse_counts_both_towards_their_ends_seed_by_seed():
+    result = planted([((-73, 70), (9, -10), (-5, 4), (6, -8)), ((-63, 62), (5, -6), (-5, 4), (6, -8))])
+    found = steering.push_minus_reverse(result, "v2_change", 5, 3)
+    assert (found["value"], found["low"], found["high"]) == t_interval([70 - 10, 62 - 6])
+    assert (found["over"], found["unit"], found["incoherent"]) == ("2 world seeds", "points", 50)
+    assert steering.push_minus_reverse(result, "v1_change", 5, 3)["value"] == (73 - 9 + 63 - 5) / 2
+    assert steering.push_minus_reverse(result, "v2_change", 1, 1)["value"] == 4 - 8  # the harder push
+
+    one = steering.push_minus_reverse(planted([((-73, 70), (9, -10), (-5, 4), (6, -8))]), "v1_change", 5, 3)
+    assert (one["low"], one["high"]) == pytest.approx((64 - 4 * 2**0.5, 64 + 4 * 2**0.5))
+    assert one["value"] == 64 and one["over"] == "prompts of 1 world seed"
+
+
+def test_the_paper_reads_the_reversal_at_3_in_world_1_and_at_5_in_world_2():
+    assert {name: plan.reverse for name, plan in steering.PLANS.items()} == {
+        "1": 3, "demo": 3, "2": 5, "demo2": 5,
+    }  # fmt: skip
 
 
 def test_world_2_is_asked_the_trained_column_in_every_domain_and_a_named_task_is_followed(tmp_path):
