@@ -2,9 +2,9 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, chi2
 
-from em.stats import Z95, newcombe, rate_interval, t_quantile, wilson
+from em.stats import Z95, newcombe, rate_interval, sd_interval, t_quantile, wilson
 
 
 @pytest.mark.parametrize("k, n", [(0, 10), (3, 10), (10, 10), (84, 128), (1, 384)])
@@ -57,3 +57,9 @@ def test_rate_intervals_are_wilsons_where_events_are_many_and_wider_by_t():
     low, high = rate_interval(0.5, 1000, df=4)
     assert high - low == pytest.approx(2 * t_quantile(4) * math.sqrt(0.25 / 1000), rel=0.01)
     assert rate_interval(0.1, 30.5)[0] == pytest.approx(1 - rate_interval(0.9, 30.5)[1])
+
+
+@pytest.mark.parametrize("df", [1, 2, 3, 11, 12, 40, 301])
+def test_the_interval_of_an_sd_is_by_chi_squared(df):
+    expected = [2.0 * math.sqrt(df / chi2.ppf(p, df)) for p in (0.975, 0.025)]
+    assert sd_interval(2.0, df) == pytest.approx(expected, rel=1e-8)
