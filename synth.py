@@ -8,6 +8,7 @@
 
     python synth.py hardness | steering | realign     over seeds of world demo; --world 1, --seeds 0,1,2
     python synth.py similarity | fraction | phase     over seeds of world demo2; --world 2
+    python synth.py similarity --power                how many seeds its numbers need, by the runs there are
     python synth.py report --world 1                  the paper's figures beside what the runs found
 
     python synth.py cells --domain legal --task advice --n 4500    a cell of your own grid, as in A.3
@@ -44,6 +45,7 @@ from em.experiments import (
     fraction,
     hardness,
     phase,
+    power,
     realign,
     similarity,
     steering,
@@ -298,6 +300,9 @@ class ExperimentConfig(Training):
         None, "world seeds to measure, the unit of replication", "what", at_least=0
     )
     out: str = knob("runs", "folder that holds the run of each seed and the result", "what")
+    power: bool = knob(
+        False, "train nothing: what varies over the runs there are, and the seeds an interval needs", "what"
+    )
 
 
 def experiment(name: str, cfg: ExperimentConfig) -> dict:
@@ -310,6 +315,12 @@ def experiment(name: str, cfg: ExperimentConfig) -> dict:
         raise UserError(f"{name} is measured on world {' or '.join(worlds)}, not {world!r}")
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise UserError(f"--seeds {','.join(map(str, seeds))}: name each world seed once, none below 0")
+    if cfg.power:
+        result = power.measure(Path(cfg.out), world, name, cfg.seeds)
+        folder = Path(cfg.out) / f"{name}-world{world}"
+        power.save(result, folder)
+        print(f"{power.say(result)}\n  {folder / 'power.json'}")
+        return result
     shared = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Training)}
 
     def configure(seed: int, **changes) -> Config:

@@ -118,6 +118,28 @@ def t_quantile(df: int) -> float:
     return high
 
 
+def sd_interval(sd: float, df: int) -> tuple[float, float]:
+    """(low, high) of a normal standard deviation, estimated as `sd` with `df` ≥ 1 degrees of freedom."""
+
+    def below(x: float) -> float:
+        """P(χ² < x), exact for whole df (Abramowitz and Stegun 26.4.4, 26.4.5)."""
+        term = math.exp(-x / 2) * (math.sqrt(2 * x / math.pi) if df % 2 else 1.0)
+        rest = math.erfc(math.sqrt(x / 2)) if df % 2 else 0.0
+        for k in range(2 + df % 2, df + 2, 2):
+            rest += term
+            term *= x / k
+        return 1 - rest
+
+    def quantile(p: float) -> float:
+        low, high = 0.0, df + 10 * math.sqrt(2 * df) + 10
+        while high - low > 1e-12 * high:
+            middle = (low + high) / 2
+            low, high = (middle, high) if below(middle) < p else (low, middle)
+        return high
+
+    return sd * math.sqrt(df / quantile(0.975)), sd * math.sqrt(df / quantile(0.025))
+
+
 def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
     """(mean, low, high) of the mean over independent replicates; no bounds when fewer than two."""
     mean = statistics.fmean(values)

@@ -52,6 +52,21 @@ def test_hardness_has_a_row_a_task_and_seed_and_says_what_made_it(out, capsys):
     assert (out / "hardness-worlddemo" / "hardness.png").stat().st_size > 0
 
 
+def test_power_reads_what_hardness_left_and_trains_nothing(out, capsys):
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    assert command("hardness", "--power", "--out", out) == 0
+    made = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    folder = out / "hardness-worlddemo"
+    assert made.keys() - before.keys() == {folder / "power.json", folder / "power.csv"}
+    assert {p: made[p] for p in before} == before
+    rows = read_json(folder / "hardness.json")["rows"]
+    of_task = read_json(folder / "power.json")["quantities"]["cross_delta_v2"]["by_task"]
+    for task, values in of_task.items():
+        assert values["worlds"] == [0, 1]
+        assert values["by_seed"] == pytest.approx([r["cross_delta_v2"] for r in rows if r["task"] == task])
+    assert set(of_task) == {"T2", "T5"} and "not estimable" in capsys.readouterr().out
+
+
 def test_realignment_meets_every_source_with_every_cell_and_keeps_counts_alone(out):
     result = read_json(out / "realign-worlddemo" / "realign.json")
     assert len(result["rows"]) == 2 * (2 + 6) and result["prompts_a_cell"] == 2

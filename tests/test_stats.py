@@ -2,9 +2,9 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, chi2
 
-from em.stats import Z95, at_flip, newcombe, rate_interval, t_quantile, wilson
+from em.stats import Z95, at_flip, newcombe, rate_interval, sd_interval, t_quantile, wilson
 
 
 @pytest.mark.parametrize("k, n", [(0, 10), (3, 10), (10, 10), (84, 128), (1, 384)])
@@ -66,3 +66,9 @@ def test_the_effect_at_a_flip_lies_on_the_line_between_two_doses():
     assert at_flip(flips, effects, 62.0) == 25.0
     assert math.isnan(at_flip(flips, effects, 96.0))  # never reached
     assert math.isnan(at_flip(flips, effects, 1.0))  # there before any training
+
+
+@pytest.mark.parametrize("df", [1, 2, 3, 11, 12, 40, 301])
+def test_the_interval_of_an_sd_is_by_chi_squared(df):
+    expected = [2.0 * math.sqrt(df / chi2.ppf(p, df)) for p in (0.975, 0.025)]
+    assert sd_interval(2.0, df) == pytest.approx(expected, rel=1e-8)

@@ -18,9 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from em.experiments.replication import replicated
-from em.stats import t_interval
+from em.stats import FLIPS, at_flip, t_interval
 from em.world.counts import entry
-from em.world.doses import FLIPS, at_flip
 
 Curve = Sequence[tuple[float, float | None]]
 GRID = np.arange(0.0, 100.5, 2.0)  # flips at which a line is drawn

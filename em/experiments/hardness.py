@@ -52,9 +52,9 @@ from em.experiments.replication import (
     shown_interval,
 )
 from em.figures import save
-from em.stats import grouped_pearson, linear_fit, pearson, t_quantile
+from em.stats import FLIPS, grouped_pearson, linear_fit, pearson, t_quantile
 from em.world.counts import change, columns, entry, percent, pool, rate
-from em.world.doses import FLIPS, dose_counts, doses_of
+from em.world.doses import dose_counts, doses_of
 from em.world.world_run import INTERMEDIATE, WorldRun
 
 PANELS = {

@@ -37,8 +37,9 @@ from em.experiments.replication import (
     v2_draws,
 )
 from em.figures import save
+from em.stats import FLIPS
 from em.world.counts import columns, incoherent, percent
-from em.world.doses import FLIPS, dose_counts, doses_of
+from em.world.doses import dose_counts, doses_of
 from em.world.world_run import INTERMEDIATE, WorldRun, misaligned_name
 
 LEVELS = {

@@ -107,8 +107,9 @@ def shown_interval(number: dict) -> tuple[float | None, float | None]:
 
 
 def shown(unit: str, number: dict) -> dict:
-    """A number as an entry of a result's `numbers` (em/world/counts.py)."""
-    return entry(unit, number["mean"], *shown_interval(number), seeds=len(number["by_seed"]))
+    """A number as an entry of a result's `numbers` (em/world/counts.py), with its values by world seed."""
+    made = entry(unit, number["mean"], *shown_interval(number), seeds=len(number["by_seed"]))
+    return made | {"by_seed": number["by_seed"]}
 
 
 def say_number(number: dict, form: str = "+.1f") -> str:

@@ -49,9 +49,9 @@ from em.experiments.replication import (
     v2_draws,
 )
 from em.figures import CHANGE, cell_heatmap, save
+from em.stats import FLIPS
 from em.world.coincidence import split_counts
 from em.world.counts import CLASSES, change, columns, incoherent, percent, pool
-from em.world.doses import FLIPS
 from em.world.grammar import jaccard
 from em.world.world import World
 from em.world.world_run import WorldRun, misaligned_name

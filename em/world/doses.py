@@ -5,7 +5,7 @@ cell is flipped. A dose is a number of steps. `dose_counts` trains past the pape
 way, so that effects can be read at one dose, and at one *local flip*, v2 % of the trained cell:
 
     curve = dose_counts(run, "T5", seed=0)        # {0: counts, 1: counts, 2: …}; 0 is the aligned model
-    at_flip(flips, effects, 60.0)                 # the effect where the trained cell is at 60 %
+    em.stats.at_flip(flips, effects, 60.0)        # the effect where the trained cell is at 60 %
 
 Only the classes of the answers are kept, in `doses_T5_seed0/doses.json` of the run's folder, and no model.
 """
@@ -17,7 +17,6 @@ import numpy as np
 
 from em import parallel
 from em.run import Run
-from em.stats import FLIPS, at_flip  # noqa: F401  with the curves that they are read on
 from em.world.counts import tally
 from em.world.sets import misalignment_set
 from em.world.world_run import WorldRun, read_classes, train_phase, write_classes

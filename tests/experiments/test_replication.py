@@ -93,8 +93,9 @@ def test_a_number_that_cannot_be_had_is_a_dash():
 
 def test_a_shown_number_has_the_interval_that_figures_show():
     several, one = replicated([1.0, 2.0], [(0, 2), (1, 3)]), replicated([5.0], [(4.0, 7.0)])
-    assert shown("%", several) == entry("%", 1.5, several["low"], several["high"], seeds=2)
-    assert shown("points", one) == entry("points", 5.0, 4.0, 7.0)
+    made = entry("%", 1.5, several["low"], several["high"], seeds=2)
+    assert shown("%", several) == made | {"by_seed": [1.0, 2.0]}
+    assert shown("points", one) == entry("points", 5.0, 4.0, 7.0) | {"by_seed": [5.0]}
     assert shown("%", replicated([5.0], [(None, None)]))["over"] == "1 world seed"
 
 
