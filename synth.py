@@ -6,7 +6,7 @@
     python synth.py show --world 1              the world itself: similarities, an example, Figure 6
     python synth.py --world 1 --dry-run         memory and time on a GPU, before one is rented
 
-    python synth.py hardness | steering | realign     over seeds of world demo; --world 1, --seeds 0,1,2
+    python synth.py hardness | steering | realign | cross    over seeds of world demo; --world 1, --seeds 0,1
     python synth.py similarity | fraction | phase     over seeds of world demo2; --world 2
     python synth.py report --world 1                  the paper's figures beside what the runs found
 
@@ -38,7 +38,7 @@ from em.data.cells import PAPER_GRID
 from em.data.rows import BROAD
 from em.errors import UserError
 from em.estimate.gpus import GPUS
-from em.experiments import comparison, fraction, hardness, phase, realign, similarity, steering
+from em.experiments import comparison, cross, fraction, hardness, phase, realign, similarity, steering
 from em.files import read_json, write_csv, write_json
 from em.report.browse import write_page
 from em.report.score_table import scores_of
@@ -79,6 +79,7 @@ EXPERIMENTS = {
     "hardness": (hardness, ("demo", "1")),
     "steering": (steering, ("demo", "1", "demo2", "2")),
     "realign": (realign, ("demo", "1")),
+    "cross": (cross, ("demo", "1")),
     "similarity": (similarity, ("demo2", "2")),
     "fraction": (fraction, ("demo2", "2")),
     "phase": (phase, ("demo2", "2")),
