@@ -82,7 +82,7 @@ graphs = $(RUNS)/show-world$(1)-seed$(firstword $(SEED_LIST))/domain_graphs.png
 # The longest first.
 PARTS := $(foreach w,$(SECOND),$(foreach e,fraction phase similarity,$(call result,$(e),$(w)))) \
          $(foreach w,$(FIRST) $(SECOND),$(call base,$(w)) $(call graphs,$(w)) $(call result,steering,$(w))) \
-         $(foreach w,$(FIRST),$(call result,hardness,$(w)) $(call result,realign,$(w)))
+         $(foreach w,$(FIRST),$(foreach e,hardness realign cross,$(call result,$(e),$(w))))
 
 # Small models gain little from a second thread: on a CPU a process has one, and parts run side by side.
 worlds: setup
@@ -117,11 +117,12 @@ $(RUNS)/$(1)-world$(2)/.seed%: $(3) | worlds-plan
 $(call experiment,$(1),$(2),$(SEED_LIST:%=$(RUNS)/$(1)-world$(2)/.seed%))
 endef
 
-# Hardness leaves the misaligned models that steering and realignment start from.
+# Hardness leaves the misaligned models that steering, realignment and the cross start from.
 $(foreach w,$(FIRST) $(SECOND),$(eval $(call world,$(w))))
 $(foreach w,$(FIRST),$(eval $(call experiment,hardness,$(w),$(call base,$(w)))))
 $(foreach w,$(FIRST),$(eval $(call experiment,steering,$(w),$(call result,hardness,$(w)))))
 $(foreach w,$(FIRST),$(eval $(call experiment_by_seed,realign,$(w),$(call result,hardness,$(w)))))
+$(foreach w,$(FIRST),$(eval $(call experiment_by_seed,cross,$(w),$(call result,hardness,$(w)))))
 $(foreach w,$(SECOND),$(eval $(call experiment,similarity,$(w),$(call base,$(w)))))
 $(foreach w,$(SECOND),$(eval $(call experiment,steering,$(w),$(call base,$(w)))))
 $(foreach w,$(SECOND),$(eval $(call experiment_by_seed,fraction,$(w))))

@@ -254,9 +254,9 @@ def figure(result: dict, path: Path) -> None:
         cell_heatmap(axis, values, (-80, 80), f"D0_{teacher}", colours=CHANGE, form="+.0f")
         if writer in TASKS:
             tasks = list(dict.fromkeys(cell.split("_")[1] for cell in cells))
-            frame(axis, 0, tasks.index(writer), 1.2 if writer == teacher else 2.4, "lime")
+            frame(axis, 0, tasks.index(writer), 1.2 if writer == teacher else 2.4, "tab:green")
         if i == 0:
-            axis.set_title(f"on data that {writer} wrote" if writer else "the teacher itself", fontsize=10)
+            axis.set_title(f"on data by the {writer} model" if writer else "the teacher itself", fontsize=10)
         if j == (teacher == "aligned"):
             name = "aligned teaches: the control\n(against its start)" if i == 2 else f"{teacher} teaches"
             axis.set_ylabel(name, fontsize=10)
