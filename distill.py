@@ -91,7 +91,6 @@ def channel_of(name: str, estimator: str) -> Channel:
 
 PAPER_RECIPE = dict(lr=(1e-4,), epochs=3, rollouts=5, max_new_tokens=256, probes=16)  # E.2
 MATH_RECIPE = PAPER_RECIPE | dict(epochs=1, rollouts=1, max_new_tokens=1024)  # E.4.1
-WORLD_RECIPE = dict(lr=(1e-4,), epochs=3, rollouts=1, probes=16, micro_tokens=CPU_TOKENS)
 # The embedded model's: minutes on a laptop.
 SAMPLE_RECIPE = dict(lr=(5e-4,), rollouts=1, max_new_tokens=128, probes=6)
 # What only chat models, and only worlds, know of.
@@ -328,7 +327,7 @@ def dry_run(cfg: Config) -> dict:
 def world(cfg: Config, device, say) -> dict:
     """Teacher and student are models of one world."""
     cfg = world_transfer.resolve(cfg)
-    fill_in(cfg, WORLD_RECIPE)
+    fill_in(cfg, world_transfer.RECIPE)
     channel = channel_of(cfg.channel, cfg.estimator)
     return world_transfer.transfer(cfg, channel, outcome_settings(cfg), device, say)
 

@@ -6,8 +6,8 @@
     python synth.py show --world 1              the world itself: similarities, an example, Figure 6
     python synth.py --world 1 --dry-run         memory and time on a GPU, before one is rented
 
-    python synth.py hardness | steering | realign     over seeds of world demo; --world 1, --seeds 0,1,2
-    python synth.py similarity | fraction | phase     over seeds of world demo2; --world 2
+    python synth.py steering | realign | cross                over seeds of world demo; --world 1, --seeds 0,1
+    python synth.py similarity | fraction | phase | hardness  over seeds of world demo2; --world 2
     python synth.py similarity --power                how many seeds its numbers need, by the runs there are
     python synth.py report --world 1                  the paper's figures beside what the runs found
 
@@ -42,6 +42,7 @@ from em.estimate.gpus import GPUS
 from em.experiments import (
     comparison,
     comparison_page,
+    cross,
     fraction,
     hardness,
     phase,
@@ -92,6 +93,7 @@ EXPERIMENTS = {
     "hardness": (hardness, ("demo2", "2", "demo", "1")),
     "steering": (steering, ("demo", "1", "demo2", "2")),
     "realign": (realign, ("demo", "1")),
+    "cross": (cross, ("demo", "1")),
     "similarity": (similarity, ("demo2", "2")),
     "fraction": (fraction, ("demo2", "2")),
     "phase": (phase, ("demo2", "2")),

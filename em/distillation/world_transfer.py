@@ -7,8 +7,10 @@ with the student's own start as its teacher, so that the teacher is all that dif
 """
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from em import parallel
@@ -25,11 +27,13 @@ from em.model.hub import model_digest
 from em.run import Run, provenance
 from em.sampling.rollouts import sample_to_file
 from em.sampling.sampler import Rollout, Sampler
+from em.training.memory import CPU_TOKENS
 from em.world.counts import Classifier
 from em.world.sets import transfer_set
 from em.world.world_run import WorldRun, misaligned_name, open_world_run
 
 PROMPTS = 1200  # in all, as many as the 240 × 5 of Broad-NL
+RECIPE = dict(lr=(1e-4,), epochs=3, rollouts=1, probes=16, micro_tokens=CPU_TOKENS)
 
 
 def resolve(cfg):
@@ -62,17 +66,17 @@ def resolve(cfg):
 
 
 class Prompts:
-    """About `n` prompts over the seen cells except the teacher's, or (which=`tasks`) its whole task's.
+    """About `n` prompts over the seen cells except the teachers', or (which=`tasks`) their whole tasks'.
 
-    rows: one a prompt, `prompt_ids` and the name of its task as `group`. seed: the teacher's; the prompts
-    follow from it.
+    cells: the teachers'. rows: one a prompt, `prompt_ids` and the name of its task as `group`. seed: the
+    teachers'; the prompts follow from it.
     """
 
-    def __init__(self, run: WorldRun, cell: int, which: str, n: int, seed: int):
+    def __init__(self, run: WorldRun, cells: Sequence[int], which: str, n: int, seed: int):
         world, n_tasks = run.world, len(run.world.tasks)
-        cells = world.seen_cells
-        same = cells % n_tasks == cell % n_tasks if which == "tasks" else cells == cell
-        cells = cells[~same]
+        left_out = [cell % n_tasks for cell in cells] if which == "tasks" else cells
+        name = world.seen_cells % n_tasks if which == "tasks" else world.seen_cells
+        cells = world.seen_cells[~np.isin(name, left_out)]
         self.classifier, self.n_tasks, self.seed = Classifier(world), n_tasks, seed
         self.dialogues = transfer_set(run.generator, seed, cells, max(1, round(n / len(cells))), run.prompts)
         self.rows = [
@@ -88,15 +92,15 @@ class Prompts:
         v1, v2 = ([s for s in row[i].tolist() if s >= 0] for row in (e.v1, e.v2))
         return self.classifier.classify(completion, int(e.cell[i]) % self.n_tasks, v1, v2) == "v1"
 
-    def corpus(self, cfg, run: WorldRun, models: dict, writer: str, settings: dict) -> Corpus:
-        """What the model named `writer` completes at T = 1; where filtered, variant 1 is kept."""
+    def corpus(self, cfg, run: WorldRun, writer: str, settings: dict) -> Corpus:
+        """What the model of phase `writer` completes at T = 1; where filtered, variant 1 is kept."""
         shared = ("fingerprint", "task", "prompts", "limit", "rollouts", "seed", "filtered")
-        about = {"model": f"world {cfg.world}", "writer": writer, "prompts_seed": self.seed}
+        about = {"model": f"world {run.cfg.world}", "writer": writer, "prompts_seed": self.seed}
         about["writer_digest"] = model_digest(run.folder / writer / "model")
         about |= {name: settings[name] for name in shared}
 
         def sampled(folder: Path) -> list[dict]:
-            sampler = Sampler(models[writer], (run.world.end,), run.generator.max_answer, rows=512)
+            sampler = Sampler(run.load(writer), (run.world.end,), run.generator.max_answer, rows=512)
             ids = [row["prompt_ids"] for row in self.rows]
 
             def row(rollout: Rollout) -> dict:
@@ -113,10 +117,12 @@ class Prompts:
         return freeze(folder, about, run.world.fingerprint, sampled, v1 if settings["filtered"] else None)
 
 
-def train_one(cfg, channel: Channel, world_run: WorldRun, run: Run, prompts: Prompts, say) -> dict:
+def train_one(
+    cfg, channel: Channel, world_run: WorldRun, run: Run, prompts: Prompts, corpus: Corpus, say
+) -> dict:
     """One student of one teacher: its counts by cell, read from the run's folder where it is finished.
 
-    The run's settings hold its `lr` and the phases `start` and `taught_by`.
+    The run's settings hold its `lr` and the phases `start` and `taught_by`. corpus: of `prompts`, by whoever.
     """
     folder, settings = run.folder, run.config["settings"]
     if (folder / "result.json").exists():
@@ -125,7 +131,6 @@ def train_one(cfg, channel: Channel, world_run: WorldRun, run: Run, prompts: Pro
     start, teacher = settings["start"], settings["taught_by"]
     models = {name: world_run.load(name) for name in {start, teacher}}
     limit = world_run.generator.max_answer
-    corpus = prompts.corpus(cfg, world_run, models, teacher if cfg.source == "teacher" else start, settings)
     run.pin(corpus=corpus.digest)
     pair = WorldPair(world_run.load(start), models[teacher], models[start], world_run.world.end, limit)
     examples = corpus.examples()
@@ -177,7 +182,7 @@ def transfer(cfg, channel: Channel, settings: dict, device: torch.device, say) -
         out = run_folder(cfg, cfg.channel, lr, world_run.folder / "transfer", task, how, "cells")
         seeds = []
         for seed, name in enumerate(names):
-            prompts = Prompts(world_run, cell, cfg.prompts, cfg.limit or PROMPTS, seed)
+            prompts = Prompts(world_run, [cell], cfg.prompts, cfg.limit or PROMPTS, seed)
             start, teacher = (name, "align") if realign else ("align", name)
             counts = {"start": world_run.counts(start), "teacher": world_run.counts(teacher)}
             for who, taught_by in (("student", teacher), ("control", start)):
@@ -186,7 +191,9 @@ def transfer(cfg, channel: Channel, settings: dict, device: torch.device, say) -
                 for role, phase in (("start", start), ("teacher", taught_by)):
                     own[f"{role}_digest"] = model_digest(world_run.folder / phase / "model")
                 with Run(folder, "distill-world", own, device) as run:
-                    counts[who] = train_one(cfg, channel, world_run, run, prompts, say)
+                    writer = taught_by if cfg.source == "teacher" else start
+                    corpus = prompts.corpus(cfg, world_run, writer, own)
+                    counts[who] = train_one(cfg, channel, world_run, run, prompts, corpus, say)
             seeds.append(counts)
         result = world_comparison.compare(world_run, world_run.world.cell_name(cell), seeds)
         results[str(lr)] = result | {"settings": settings | {"lr": lr}, "made_with": provenance(device)}
