@@ -9,7 +9,7 @@ the range says how we read them.
 import math
 from dataclasses import dataclass
 
-PAPER_WORLD = {"1": "1", "demo": "1", "2": "2", "demo2": "2"}
+PAPER_WORLD = {"1": "1", "1-small": "1", "demo": "1", "2": "2", "2-small": "2", "demo2": "2"}
 FUNCTIONS, PARTITIONS = "the output functions", "the output functions, World 2's overlaps and partitions"
 INF = math.inf
 
