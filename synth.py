@@ -4,6 +4,7 @@
     python synth.py --world 1 --misalign T5     the paper's World 1, Figure 7 (one GPU)
     python synth.py --world 1 --misalign T0,T1  other tasks from the same aligned model
     python synth.py show --world 1              the world itself: similarities, an example, Figure 6
+    python synth.py --world 1 --size small      the paper's world, a smaller model; an hour on two cores
     python synth.py --world 1 --dry-run         memory and time on a GPU, before one is rented
 
     python synth.py steering | realign | cross                over seeds of world demo; --world 1, --seeds 0,1
@@ -84,6 +85,15 @@ DEFAULTS = {
 }  # fmt: skip
 DEFAULTS["2"] = DEFAULTS["1"] | dict(misalign=("T0",), warmup=600, align_warmup=250)
 
+# --size small: the worlds as they are, a smaller GPT-2 and a shorter schedule (ours), for two CPU cores.
+SMALL = dict(
+    layers=4, heads=4, width=192,
+    batch=32, length=128, lr=3e-3, steps=8_000, warmup=300, beta2=0.98,
+    align_examples=40_000, align_steps=1_000, align_lr=3e-4, align_warmup=60,
+    misalign_lr=2e-4,
+)  # fmt: skip
+SIZES = ("paper", "small")
+
 # World seeds of an experiment; elsewhere 0, 1, 2. Demo: of 1, 2, 3 those whose pretraining is coherent enough
 # (3.8, 3.8 and 8.1 % incoherent, gate 5), which is known before any effect is. Demo2: as many as resolve
 # Figure 3(a), since worlds differ far more than prompts and fine-tuning seeds do (`--power` says how many).
@@ -106,6 +116,10 @@ class Training:
 
     device: str = knob("auto", "the device that trains: auto, cpu, cuda or cuda:N", "what", setting=False)
 
+    size: str = knob(
+        "paper", "of worlds 1 and 2: the paper's model and schedule, or small ones for a CPU", "model",
+        SIZES, setting=False,
+    )  # fmt: skip
     layers: int | None = knob(
         None, "number of blocks of the model (GPT-2-small: 12)", "model", at_least=1, at_most=1000
     )
@@ -194,14 +208,22 @@ class Config(Training):
     gpu: str = knob("h100", "the GPU that --dry-run is about", "what", tuple(GPUS), setting=False)
 
 
+def full_name(world: str, size: str) -> str:
+    """The world as folders are named after it, such as `1-small`. UserError where it has no other size."""
+    if size == "small" and world not in ("1", "2"):
+        raise UserError(f"--size small is of worlds 1 and 2; world {world} is small already")
+    return world if size == "paper" else f"{world}-{size}"
+
+
 def resolve(cfg: Config) -> Config:
     """Fill in the world's defaults, and refuse what cannot be."""
-    missing = {k: v for k, v in DEFAULTS[cfg.world].items() if getattr(cfg, k) is None}
-    cfg = dataclasses.replace(cfg, **missing)
+    name = full_name(cfg.world, cfg.size)
+    defaults = DEFAULTS[cfg.world] | (SMALL if cfg.size == "small" else {})
+    cfg = dataclasses.replace(cfg, **{k: v for k, v in defaults.items() if getattr(cfg, k) is None})
     if cfg.v2_fraction is None:
         cfg.v2_fraction = WORLDS[cfg.world].v2_fraction
     if cfg.out is None:
-        cfg.out = f"runs/world{cfg.world}-seed{cfg.seed}"
+        cfg.out = f"runs/world{name}-seed{cfg.seed}"
     for task in cfg.misalign:
         WORLDS[cfg.world].task_index(task)
     if cfg.width % cfg.heads:
@@ -332,7 +354,7 @@ def experiment(name: str, cfg: ExperimentConfig) -> dict:
             for k, v in changes.items()
             if k in outcome_settings(Config())
         )
-        folder = Path(cfg.out) / f"world{world}-seed{seed}{suffix}"
+        folder = Path(cfg.out) / f"world{full_name(world, cfg.size)}-seed{seed}{suffix}"
         return resolve(Config(**shared | changes, world=world, seed=seed, out=str(folder)))
 
     settings = dataclasses.asdict(configure(seeds[0]))  # refuses bad ones before anything is written
@@ -348,7 +370,7 @@ def experiment(name: str, cfg: ExperimentConfig) -> dict:
 
     result = module.measure(make, seeds, say)
     if parallel.rank() == 0:
-        out = Path(cfg.out) / f"{name}-world{world}"
+        out = Path(cfg.out) / f"{name}-world{full_name(world, cfg.size)}"
         seconds = round(time.perf_counter() - began)
         if (out / f"{name}.json").exists():  # as in main
             old = read_json(out / f"{name}.json")
@@ -373,13 +395,15 @@ def experiment(name: str, cfg: ExperimentConfig) -> dict:
 @dataclass
 class ReportConfig:
     world: str = knob("demo", "the world to compare with the paper's", "what", tuple(WORLDS))
+    size: str = knob("paper", "of worlds 1 and 2: the size of the models", "what", SIZES)
     out: str = knob("runs", "folder that holds the runs; report-world<world>/ appears in it", "what")
 
 
 def report(cfg: ReportConfig) -> None:
     """Every figure the paper states beside ours; what was not run is said to be not measured."""
-    table = comparison.compare(Path(cfg.out), cfg.world)
-    folder = Path(cfg.out) / f"report-world{cfg.world}"
+    world = full_name(cfg.world, cfg.size)
+    table = comparison.compare(Path(cfg.out), world)
+    folder = Path(cfg.out) / f"report-world{world}"
     comparison_page.save(table, folder)
     print(comparison_page.summary(table))
     print(f"  {folder / 'report.md'}")

@@ -201,3 +201,13 @@ def test_world_2_keeps_its_intermediate_checkpoints_and_asks_the_unseen_domains(
     grid = read_json(tmp_path / "grid.json")
     assert grid["trained"] == "D0_T0" and grid["unseen_domains"] == ["D8", "D9"] and len(grid["cells"]) == 120
     assert read_json(tmp_path / "summary.json")["T0"]["gates"] == []
+
+
+def test_a_small_size_is_the_same_world_with_another_model(capsys):
+    paper, small = (synth.resolve(synth.Config(world="1", size=size)) for size in ("paper", "small"))
+    assert small.out == "runs/world1-small-seed0" and paper.out == "runs/world1-seed0"
+    assert (small.world, small.seed, small.v2_fraction) == (paper.world, paper.seed, paper.v2_fraction)
+    assert (small.layers, small.width, paper.layers) == (4, 192, 12) and small.steps < paper.steps
+    assert synth.resolve(synth.Config(world="1", size="small", steps=7)).steps == 7
+    assert command_line(synth.COMMANDS, argv=["--world", "demo", "--size", "small"]) == 2
+    assert "world demo is small already" in capsys.readouterr().err
