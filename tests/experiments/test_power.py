@@ -279,7 +279,7 @@ def test_numbers_of_the_result_are_planned_for_from_their_values_by_seed(tmp_pat
         (["similarity"], "no misaligned model of similarity, world demo2"),
         (["similarity", "--world", "2"], "no misaligned model of similarity, world 2"),
         (["similarity", "--seeds", "1,7"], "no run of world demo2, seed 7"),
-        (["hardness", "--world", "2"], "hardness is measured on world"),
+        (["realign", "--world", "2"], "realign is measured on world"),
     ],
 )
 def test_without_runs_it_is_one_line(arguments, message, tmp_path, capsys):
