@@ -6,8 +6,8 @@
     python synth.py show --world 1              the world itself: similarities, an example, Figure 6
     python synth.py --world 1 --dry-run         memory and time on a GPU, before one is rented
 
-    python synth.py hardness | steering | realign     over seeds of world demo; --world 1, --seeds 0,1,2
-    python synth.py similarity | fraction | phase     over seeds of world demo2; --world 2
+    python synth.py steering | realign                over seeds of world demo; --world 1, --seeds 0,1,2
+    python synth.py similarity | fraction | phase | hardness     over seeds of world demo2; --world 2
     python synth.py report --world 1                  the paper's figures beside what the runs found
 
     python synth.py cells --domain legal --task advice --n 4500    a cell of your own grid, as in A.3
