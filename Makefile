@@ -64,7 +64,7 @@ plan: setup
 
 # -- the synthetic experiments ---------------------------------------------------------------------------
 # WORLD  paper (worlds 1 and 2), demo (demo and demo2), or a single 1 or 2
-# SEEDS  how many world seeds (12 of demo2; demo takes at most 3, being for steering, realignment and the cross)
+# SEEDS  how many world seeds (of demo2; demo, for steering, realignment and the cross, takes at most 3)
 # RUNS   the folder of everything; parts whose result is there are skipped
 # RUN    a launcher before every python, such as RUN="srun --gpus=1" with make -j8
 WORLD ?= paper
