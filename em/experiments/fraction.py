@@ -280,7 +280,7 @@ def summary(result: dict) -> str:
         reached = sum(value is not None for value in at[BOTH]["by_seed"])
         parts = [f"{name.replace('_minus_', ' less ')} {say_number(of)}" for name, of in at.items()]
         lines.append(
-            f"  Trained cell at {level:.0f} % ({reached} of {len(result['seeds'])} seeds at every share): slope of "
-            f"Δv2 {', '.join(parts)}."
+            f"  Trained cell at {level:.0f} % ({reached} of {len(result['seeds'])} seeds at every share), "
+            f"slope of Δv2: {', '.join(parts)}."
         )
     return "\n".join(lines)

@@ -232,8 +232,8 @@ def test_a_change_on_coinciding_prompts_alone_is_all_coincidence(demo2):
         cell = lambda v2, n: {"v1": n - v2, "v2": v2, "other": 0, "unparseable": 0, "n": n}  # noqa: E731
         names = [f"D{d}_{t}" for d in range(6) for t in similarity.TASKS]
         rest = [name for name in names if name[:2] != "D0" and not name.endswith(("T8", "T9"))]
-        return {"same": {name: cell(same, 100) for name in names},
-                "different": {name: cell(different + 5 * name.endswith("T11"), 50) for name in rest}}  # fmt: skip
+        on_rest = {name: cell(different + 5 * name.endswith("T11"), 50) for name in rest}
+        return {"same": {name: cell(same, 100) for name in names}, "different": on_rest}
 
     before, still = planted(demo2, lambda t, d: 0.02), split(2, 0)
     rows = similarity.rows_of(demo2, 1, before, before, errors(before, before))
