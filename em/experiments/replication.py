@@ -21,7 +21,7 @@ import numpy as np
 
 from em.stats import percentile_interval, t_interval
 from em.world.counts import entry, mean_rate, pool
-from em.world.doses import PROMPTS, dose_counts
+from em.world.doses import dose_counts
 from em.world.world_run import WorldRun
 
 DRAWS = 2000
@@ -41,15 +41,13 @@ def averaged(counts: list[dict[str, dict]]) -> dict[str, dict]:
     }
 
 
-def averaged_doses(
-    run: WorldRun, task: str, of: str, others: Sequence[int], each: int = PROMPTS
-) -> dict[int, dict]:
+def averaged_doses(run: WorldRun, task: str, of: str, others: Sequence[int]) -> dict[int, dict]:
     """Counts by cell at every dose (em/world/doses.py), mean over fine-tuning seeds.
 
-    others, each: the cells asked beside the trained one, and prompts of each; of: names them in the folders.
+    others: the cells asked beside the trained one; of: what they are, in the name of a curve's folder.
     """
     curves = [
-        dose_counts(run, task, seed, name=f"doses_{task}_seed{seed}_{of}", others=others, each=each)
+        dose_counts(run, task, seed, name=f"doses_{task}_seed{seed}_{of}", others=others)
         for seed in range(run.cfg.misalign_seeds)
     ]
     return {dose: averaged([curve[dose] for curve in curves]) for dose in curves[0]}

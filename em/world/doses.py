@@ -48,30 +48,30 @@ def doses_of(run: WorldRun) -> tuple[int, ...]:
     return tuple(sorted({*run.cfg.doses, run.cfg.misalign_steps}))
 
 
-def asked(run: WorldRun, cell: int, others: Sequence[int] | None = None, each: int = PROMPTS) -> np.ndarray:
-    """Places of the held-out prompts that are asked: all of the trained cell's, `each` of each other.
+def asked(run: WorldRun, cell: int, others: Sequence[int] | None = None) -> np.ndarray:
+    """Places of the held-out prompts that are asked: all of the trained cell's, PROMPTS of each other.
 
     others: cells that are asked beside the trained one, by default all.
     """
     place, cells = np.arange(len(run.prompts)) % run.cfg.eval_prompts, run.prompts.examples.cell
-    wanted = (place < each) & np.isin(cells, run.world.cells if others is None else others)
+    wanted = (place < PROMPTS) & np.isin(cells, run.world.cells if others is None else others)
     return np.flatnonzero(wanted | (cells == cell))
 
 
 def dose_classes(
     run: WorldRun, task: str, seed: int, start: str = "align", name: str | None = None,
-    others: Sequence[int] | None = None, each: int = PROMPTS,
+    others: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:  # fmt: skip
     """(places of the prompts asked (P,), {dose: the class of each answer (P,)}), dose 0 being phase `start`.
 
     Misaligned on (D0, `task`) with fine-tuning seed `seed`, from the model of phase `start`. name: of the
-    folder (default: `doses_<task>_seed<seed>`). others, each: as in `asked`. What is asked at the
-    misalignment's own number of steps is the model of `run.misalign(task, seed, start)`.
+    folder (default: `doses_<task>_seed<seed>`). others: as in `asked`. What is asked at the misalignment's
+    own number of steps is the model of `run.misalign(task, seed, start)`.
     """
     cfg, doses = run.cfg, doses_of(run)
     cell = run.world.cell(0, run.world.task_index(task))
     name = name or f"doses_{task}_seed{seed}"
-    places = asked(run, cell, others, each)
+    places = asked(run, cell, others)
     sizes = {key: getattr(cfg, key) for key in ("misalign_steps", "misalign_batch", "misalign_lr")}
     settings = run.settings | sizes | {"start": start, "prompts": len(places)}
     with Run(run.folder / name, "world-phase", settings, run.device, wait=True) as record:
@@ -98,9 +98,9 @@ def dose_classes(
 
 def dose_counts(
     run: WorldRun, task: str, seed: int, start: str = "align", name: str | None = None,
-    others: Sequence[int] | None = None, each: int = PROMPTS,
+    others: Sequence[int] | None = None,
 ) -> dict[int, dict]:  # fmt: skip
     """Counts by cell (em/world/counts.py) at every dose, of what `dose_classes` asks."""
-    places, classes = dose_classes(run, task, seed, start, name, others, each)
+    places, classes = dose_classes(run, task, seed, start, name, others)
     cells = run.prompts.examples.cell[places]
     return {dose: tally(run.world, cells, of) for dose, of in classes.items()}

@@ -74,8 +74,8 @@ def test_rows_say_which_domains_are_graded_random_and_held_out():
 
 def test_an_effect_of_the_task_alone_is_all_the_tasks(demo2):
     before, after = planted(demo2, lambda t, d: 0.1), planted(demo2, lambda t, d: 0.1 + 0.5 * t)
-    numbers = found(demo2, before, after)
-    assert numbers["task_unique"][0] == pytest.approx(1, abs=2e-3)
+    numbers = found(demo2, before, after, noise=0)  # there is none
+    assert numbers["task_unique"][0] == pytest.approx(1, abs=1e-3)
     assert numbers["domain_unique"][0] == pytest.approx(0, abs=1e-3)
     assert numbers["task_slope"][0] == pytest.approx(50, abs=0.3)
     assert numbers["domain_slope"][0] == pytest.approx(0, abs=0.3)
@@ -119,56 +119,72 @@ def test_where_noise_is_all_there_is_there_are_slopes_and_no_shares(demo2):
     assert None not in numbers["task_slope"][1]
 
 
-def simulated(world, rng, n=64):
-    """(counts before, after and their exact rates) of a world with effects of its own around 40 t + 20 d."""
-    task, domain = rng.normal(0.40, 0.12), rng.normal(0.20, 0.06)
-    of_cells = iter(rng.normal(0, 0.10, 1000))
-    exact = [
-        planted(world, lambda t, d: 0.03, 10**6),
-        planted(world, lambda t, d: np.clip(0.05 + task * t + domain * d + next(of_cells), 0, 1), 10**6),
-    ]
-    return [drawn(of, n, rng) for of in exact], exact
+@pytest.fixture(scope="module")
+def grid(demo2):
+    """Rows of the graded cells, to be filled, with their similarities."""
+    still = planted(demo2, lambda t, d: 0.0)
+    rows = similarity.graded(similarity.rows_of(demo2, 1, still, still, errors(still, still)))
+    return rows, *(np.array([r[f"{axis}_similarity"] for r in rows]) for axis in ("task", "domain"))
+
+
+def answered(grid, rng, n=64):
+    """(v2 % before and after of each cell, counts (2, cells) of n prompts) of a world of its own."""
+    _, t, d = grid
+    own = rng.normal(0.40, 0.12) * t + rng.normal(0.20, 0.06) * d + rng.normal(0, 0.10, len(t))
+    rates = np.stack([np.full(len(t), 0.03), np.clip(0.05 + own, 0, 1)])
+    return 100 * rates, rng.binomial(n, rates)
 
 
 KEYS = ("task_unique", "domain_unique", "unique_minus", "task_slope")
 
 
-def test_shares_of_one_seed_have_no_bias_and_intervals_over_prompts_that_hold_the_planted_ones(demo2):
-    """Noise is a third of the signal; uncorrected, domain shares are 0.05 low and covered less."""
-    rng, gaps, covered = np.random.default_rng(0), [], []
-    for i in range(150):
-        counts, exact = simulated(demo2, rng)
-        truth = found(demo2, *exact, noise=0)
-        numbers = found(demo2, *counts, seed=i)
-        gaps.append([numbers[key][0] - truth[key][0] for key in KEYS])
-        covered.append([numbers[key][1][0] <= truth[key][0] <= numbers[key][1][1] for key in KEYS])
-    assert np.all(np.abs(np.mean(gaps, axis=0)) < (0.02, 0.02, 0.03, 1.5))
+def values_of(grid, delta, noise):
+    _, t, d = grid
+    table = similarity.shares(t, d, delta[:, None], noise)[0] | similarity.slopes(t, d, delta[:, None])
+    return [float(table[key][0]) for key in KEYS]
+
+
+def sampled(k, n=64):
+    """(Δv2, its sampling variance) of each cell, in points."""
+    rates = 100 * k / n
+    return rates[1] - rates[0], (rates * (100 - rates)).sum(0) / (n - 1)
+
+
+def test_shares_of_one_seed_have_no_bias_and_intervals_over_prompts_that_hold_the_planted_ones(grid):
+    """Uncorrected, with a fifth of the variance noise, the domain's share is 0.05 low."""
+    rng, n, rows = np.random.default_rng(0), 64, grid[0]
+    gaps, covered = [], []
+    for seed in range(100):
+        rates, k = answered(grid, rng, n)
+        truth = values_of(grid, rates[1] - rates[0], np.zeros(len(rows)))
+        delta, noise = sampled(k, n)
+        names = [f"{r['domain']}_{r['task']}" for r in rows]
+        counts = [{name: {"v2": int(v2), "n": n} for name, v2 in zip(names, of, strict=True)} for of in k]
+        filled = [r | {"seed": seed, "delta_v2": y, "delta_v2_error": e**0.5}
+                  for r, y, e in zip(rows, delta, noise, strict=True)]  # fmt: skip
+        numbers = similarity.statistics_of(filled, *counts, "all cells")
+        if numbers["task_unique"][0] is None:
+            continue
+        gaps.append([numbers[key][0] - true for key, true in zip(KEYS, truth, strict=True)])
+        covered.append(
+            [numbers[key][1][0] <= true <= numbers[key][1][1] for key, true in zip(KEYS, truth, strict=True)]
+        )
+    assert len(gaps) > 90
+    assert np.all(np.abs(np.mean(gaps, axis=0)) < (0.02, 0.02, 0.03, 1.0))
     assert np.all(np.mean(covered, axis=0) > 0.9)
 
 
-def test_shares_over_twelve_worlds_have_no_bias_and_students_intervals_hold_their_mean(demo2):
-    rng, worlds = np.random.default_rng(1), {key: [] for key in KEYS}
-    truth = {key: [] for key in KEYS}
-    for _ in range(12 * 40):
-        counts, exact = simulated(demo2, rng)
-        rows = [similarity.rows_of(demo2, 1, *pair, errors(*pair)) for pair in (counts, exact)]
-        for of, table in zip(rows, (worlds, truth), strict=True):
-            of = similarity.graded(of)
-            task, domain, delta, error = (
-                np.array([r[k] for r in of])
-                for k in ("task_similarity", "domain_similarity", "delta_v2", "delta_v2_error")
-            )
-            values, _ = similarity.shares(task, domain, delta[:, None], error**2)
-            values |= similarity.slopes(task, domain, delta[:, None])
-            for key in KEYS:
-                table[key].append(float(values[key][0]))
-    for key, values in worlds.items():
-        mean, covered = np.mean(truth[key]), 0
-        for twelve in np.reshape(values, (40, 12)):
-            _, low, high = t_interval(twelve.tolist())
-            covered += low <= mean <= high
-        assert np.mean(values) == pytest.approx(mean, abs=1.5 if key == "task_slope" else 0.02)
-        assert covered >= 34, key
+def test_shares_over_twelve_worlds_have_no_bias_and_students_intervals_hold_their_mean(grid):
+    rng, trials = np.random.default_rng(1), 60
+    true, ours = [], []
+    for _ in range(12 * trials):
+        rates, k = answered(grid, rng)
+        true.append(values_of(grid, rates[1] - rates[0], np.zeros(16)))
+        ours.append(values_of(grid, *sampled(k)))
+    assert np.mean(ours, axis=0) == pytest.approx(np.mean(true, axis=0), abs=0.015, rel=0.02)
+    for key, values, mean in zip(KEYS, np.array(ours).T, np.mean(true, axis=0), strict=True):
+        bounds = [t_interval(twelve.tolist())[1:] for twelve in values.reshape(trials, 12)]
+        assert np.mean([low <= mean <= high for low, high in bounds]) >= 0.9, key
 
 
 def test_the_noise_of_a_cell_is_that_of_prompts_answered_by_both_models():
@@ -176,11 +192,11 @@ def test_the_noise_of_a_cell_is_that_of_prompts_answered_by_both_models():
     run = PlantedRun(0, n=64)
     answers = {name: run.classes("align") for name in ("align", "misalign_T8_seed0", "misalign_T8_seed1")}
     cells = run.prompts.examples.cell
-    first = np.arange(len(cells)) % 64 < 8  # eight prompts of each cell change to v2 for one fine-tuning seed
+    first = np.arange(len(cells)) % 64 < 8  # eight prompts a cell change for one of two seeds
     answers["misalign_T8_seed0"] = np.where(first, 1, answers["align"])
     run.classes = answers.__getitem__
     errors = similarity.errors_over_prompts(run)
-    for cell in (0, 17, 60):
+    for cell in (0, 17, 33):
         mine = cells == cell
         change = 50.0 * (first & (answers["align"] != 1))[mine]
         assert errors[run.world.cell_name(cell)] == pytest.approx(np.std(change, ddof=1) / 8)
@@ -216,8 +232,8 @@ def test_a_change_on_coinciding_prompts_alone_is_all_coincidence(demo2):
         cell = lambda v2, n: {"v1": n - v2, "v2": v2, "other": 0, "unparseable": 0, "n": n}  # noqa: E731
         names = [f"D{d}_{t}" for d in range(6) for t in similarity.TASKS]
         rest = [name for name in names if name[:2] != "D0" and not name.endswith(("T8", "T9"))]
-        return {"same": {name: cell(same, 100) for name in names},
-                "different": {name: cell(different + (name[-1] == "1") * 5, 50) for name in rest}}  # fmt: skip
+        on_rest = {name: cell(different + 5 * name.endswith("T11"), 50) for name in rest}
+        return {"same": {name: cell(same, 100) for name in names}, "different": on_rest}
 
     before, still = planted(demo2, lambda t, d: 0.02), split(2, 0)
     rows = similarity.rows_of(demo2, 1, before, before, errors(before, before))
@@ -227,7 +243,8 @@ def test_a_change_on_coinciding_prompts_alone_is_all_coincidence(demo2):
     assert table["T9/share"] == 100 and table["T10/share"] == pytest.approx(100 * 400 / 550)
     assert table["others/of_change"] == 100
     assert table["task_slope"] == pytest.approx(0)  # +10 for T11 in both models
-    table = {key: value for key, (value, _) in similarity.coincidence_of(rows, still, split(42, 20)).items()}
+    moved = similarity.coincidence_of(rows, still, split(42, 20))
+    table = {key: value for key, (value, _) in moved.items()}
     assert table["T11/different"] == pytest.approx(40) and table["T10/of_change"] == pytest.approx(
         100 * 160 / 220
     )
@@ -277,14 +294,16 @@ def test_a_row_is_what_the_models_answered(planted_doses):
 
 
 def test_statistics_over_seeds_are_students_t_of_the_seeds_own(planted_doses, monkeypatch):
-    monkeypatch.setattr(similarity, "SIGNAL", 0.5)  # what is planted is little but noise
+    monkeypatch.setattr(similarity, "SIGNAL", -1.0)  # what is planted is noise alone
     result = similarity.measure(PlantedRun, [1, 2, 3], say=lambda *_: None)
     number = result["statistics"]["without the trained cell"]["task_unique"]
     alone = [similarity.measure(PlantedRun, [seed], say=lambda *_: None)["statistics"] for seed in (1, 2, 3)]
-    assert number["by_seed"] == [s["without the trained cell"]["task_unique"]["mean"] for s in alone]
+    assert number["by_seed"] == [s["without the trained cell"]["task_unique"]["by_seed"][0] for s in alone]
+    middle = np.mean(number["by_seed"])
     half = scipy.stats.t.ppf(0.975, 2) * np.std(number["by_seed"], ddof=1) / np.sqrt(3)
-    assert number["high"] == pytest.approx(number["mean"] + half)
-    assert number["low"] == max(0, number["mean"] - half) == 0  # no share is negative
+    assert number["high"] == pytest.approx(min(1, middle + half))
+    assert number["low"] == max(0, middle - half) == 0  # no share is negative
+    assert number["mean"] == pytest.approx(max(0, middle))
 
 
 def test_again_it_trains_nothing(small_demo2):
