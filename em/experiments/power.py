@@ -418,8 +418,8 @@ def say(result: dict) -> str:
         lines.append(f"There is no {name}.json: for its own numbers, run {again}.")
     elif result["without"]:
         lines.append(
-            f"{len(result['without'])} numbers of {name}.json have no values in two of these world seeds, are "
-            f"no mean over seeds, or are norms. Those of an older version have them after {again}."
+            f"{len(result['without'])} numbers of {name}.json have no values in two of these world seeds, "
+            f"are no mean over seeds, or are norms. Those of an older version have them after {again}."
         )
     return "\n".join(lines)
 

@@ -1,4 +1,5 @@
 import csv
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,8 @@ from em.world.counts import incoherent
 from em.world.describe import graph_figure
 from em.world.grid import build_grid, delta_v2, gates, grid_figure, save_grid, summary, task_column
 from em.world.world import WORLDS, build_world
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def counts(v1, v2, other=0, unparseable=0):
@@ -111,6 +114,29 @@ def test_gates_pass_and_fail_on_what_they_name(grid):
         "cells": grid["cells"] | {"D3_T5": grid["cells"]["D3_T1"]}
     }  # one domain that does not flip
     assert [passed for *_, passed in gates(fine, weak)] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("v2, passes", [(28, True), (26, False)])  # of 100, and 2 before
+def test_the_trained_task_has_to_move_by_25_points_in_every_domain(grid, v2, passes):
+    moved = grid["cells"]["D3_T5"] | {"misaligned": counts(100 - v2, v2)}
+    *_, (what, value, _, bound, passed), _ = gates(
+        [counts(40, 57, 2, 1)], grid | {"cells": grid["cells"] | {"D3_T5": moved}}
+    )
+    assert "smallest domain" in what and (value, bound, passed) == (pytest.approx(v2 - 2), 25, passes)
+
+
+def test_every_cpu_type_that_was_measured_passes_the_gates(grid):
+    """And by half of what lies between them at least."""
+    measured = read_json(ROOT / "results" / "demo" / "cpu_types.json")["runs"]
+    bounds = {what: (relation, bound) for what, _, relation, bound, _ in gates([counts(40, 57, 2, 1)], grid)}
+    assert len(measured) >= 3 and all(run["gates"].keys() == bounds.keys() for run in measured)
+    for what, (relation, bound) in bounds.items():
+        values = [run["gates"][what] for run in measured]
+        if "half" in relation:
+            assert all(run["gates"][what] < 0.6 * run["half of the trained task's"] for run in measured)
+        else:
+            margin = bound - max(values) if relation == "<=" else min(values) - bound
+            assert margin > (max(values) - min(values)) / 2 > 0
 
 
 def test_figures_are_drawn(grid, demo, tmp_path):
