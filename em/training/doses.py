@@ -34,6 +34,8 @@ DRAWS = 1000
 REACHED = 0.95  # of the draws: where fewer reach a flip, those that do are no sample of what might be
 
 MEASURES = ("margin", "change", "flip")
+FLIP = MEASURES.index("flip")
+NONE = math.nan, math.nan  # bounds that cannot be had
 GROUPS = ("same task", "same domain", "neither")  # what other cells share with the trained one
 
 Margins = dict[Cell, list[float]]  # nats a token, by row
@@ -143,29 +145,36 @@ def dose_curve(trained: Cell, margins: dict[int, Margins], variant: str) -> dict
     weights = (inside / size / inside.sum(axis=1, keepdims=True))[:, stratum]  # (N, P), a line sums to 1
     points = (measures @ weights.T).round(9)  # (M, D, N); 9 of 10 rows are 90 %, not nearly
     own = list(names).index(str(trained))
-    flips = points[MEASURES.index("flip"), :, own]
+    flips = points[FLIP, :, own]
 
     entries = []
     for d, dose in enumerate(doses):
         for i, name in enumerate(names):
             bounds = [
-                _bounds(points[m, d, i], measures[m, d], weights[i], stratum, rate=measure == "flip")
-                for m, measure in enumerate(MEASURES)
+                _bounds(points[m, d, i], measures[m, d], weights[i], stratum, rate=m == FLIP)
+                for m in range(len(MEASURES))
             ]
             entry = {"at": f"step {dose}", "dose": dose, "local_flip": flips[d], "cells": name}
             entries.append(entry | _named(points[:, d, i], bounds) | {"n": int(size[inside[i]].sum())})
     few = np.array([size[members | inside[own]].min() < FEW for members in inside])  # (N,)
-    drawn = resample_clusters(stratum, DRAWS, seed=0)[:, None, None] * measures  # (B, M, D, P)
-    drawn = (drawn @ weights.T).round(9)  # (B, M, D, N)
+    drawn = resample_clusters(stratum, DRAWS, seed=0)  # (B, P)
+    drawn = np.stack([(draw * measures @ weights.T).round(9) for draw in drawn])  # (B, M, D, N)
     for level in FLIPS:
         found = _at(level, points, own)  # (M, N)
         draws = np.stack([_at(level, of, own) for of in drawn])  # (B, M, N)
-        enough = np.isfinite(draws[:, 0, 0]).mean() >= REACHED and np.isfinite(found).all()
+        dose = at_flip(flips, doses, level)
+        steps = np.array([at_flip(of[FLIP, :, own], doses, level) for of in drawn])  # (B,)
+        enough = np.isfinite(steps).mean() >= REACHED and math.isfinite(dose)
         for i, name in enumerate(names):
-            bounds = [percentile_interval(draws[:, m, i]) for m in range(len(MEASURES))]
-            bounds = bounds if enough and not few[i] else [(math.nan, math.nan)] * len(MEASURES)
-            entry = {"at": f"flip {level:g}", "dose": at_flip(flips, doses, level), "local_flip": level}
-            entry |= {"cells": name} | _named(found[:, i], bounds)
+            sure = enough and not few[i]
+            bounds = [percentile_interval(of) if sure else NONE for of in (steps, *draws[:, :, i].T)]
+            entry = {
+                "at": f"flip {level:g}",
+                "dose": dose,
+                "dose_low": bounds[0][0],
+                "dose_high": bounds[0][1],
+            }
+            entry |= {"local_flip": level, "cells": name} | _named(found[:, i], bounds[1:])
             entries.append(entry | {"n": int(size[inside[i]].sum())})
     units = dict(zip(MEASURES, ("nats a token", "nats a token, from step 0", "%"), strict=True))
     about = {"cell": str(trained), "variant": variant, "units": units}
@@ -174,7 +183,7 @@ def dose_curve(trained: Cell, margins: dict[int, Margins], variant: str) -> dict
 
 def _at(level: float, points: np.ndarray, own: int) -> np.ndarray:
     """(M, N): points (M, D, N) by dose, where the flip of the trained cell, the `own`-th, is at `level`."""
-    flips = points[MEASURES.index("flip"), :, own]
+    flips = points[FLIP, :, own]
     return np.broadcast_to(at_flip(flips, points.swapaxes(0, 1), level), points[:, 0].shape)
 
 
@@ -189,7 +198,7 @@ def _bounds(
     values, weight, cell = values[inside], weight[inside], np.unique(stratum[inside], return_inverse=True)[1]
     size = np.bincount(cell)
     if size.min() < 2:
-        return math.nan, math.nan
+        return NONE
     errors = (values - (np.bincount(cell, values) / size)[cell]) * weight
     if rate:
         few = int(min((values > 0).sum(), (values == 0).sum()))
@@ -257,7 +266,7 @@ def dose_figure(result: dict, path: Path) -> None:
             transfer.plot([place] * 2, [e["change_low"], e["change_high"]], color=colour, linewidth=1.5)
     for axis in (by_change, by_flip):
         axis.set_xscale("symlog", base=2, linthresh=1)
-        ticks = sorted({e["dose"] for e in result["entries"] if e["at"].startswith("step")})
+        ticks = _apart(sorted({e["dose"] for e in result["entries"] if e["at"].startswith("step")}))
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
         axis.set_xlabel("optimiser steps")
@@ -273,6 +282,15 @@ def dose_figure(result: dict, path: Path) -> None:
         f"trained on {result['cell']}, {result['variant']} answers; 95 % over held-out rows", fontsize=10
     )
     save(figure, path)
+
+
+def _apart(doses: list[int]) -> list[int]:
+    """Those that have room for a label: the last, and back from there each at most 0.7 of the one after."""
+    kept = doses[-1:]
+    for dose in reversed(doses[:-1]):
+        if dose <= 0.7 * kept[0]:
+            kept = [dose, *kept]
+    return kept
 
 
 def _line(axis, doses: list[int], rows: list[dict], measure: str, colour: str, name: str) -> None:

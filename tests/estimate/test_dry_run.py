@@ -141,3 +141,16 @@ def test_the_tokens_said_to_fit_do_fit_and_leave_little_room(gpu):
 
     room = MEMORY_SHARE * card.memory
     assert 0.8 * room < chat.measured(setting, step).peak < room
+
+
+def test_margins_along_a_run_cost_by_the_dose_and_a_dose_it_has_not_is_refused(dry, one_layer):
+    line = "train --cell fin_tutor --model smollm2-135m --data sample"
+    packs = []
+    for doses in ("", " --dose-evals 1,2", " --dose-evals 1,2,4,8"):
+        status, out, _ = dry(line + doses)
+        (found,) = (text for text in out.splitlines() if "margins, a pack" in text)
+        assert status == 0
+        packs.append(found)
+    assert len(set(packs)) == 3
+    status, out, err = dry(line + " --dose-evals 16")
+    assert status == 2 and "--dose-evals 16: a run on fin_tutor has only 15 steps" in err

@@ -75,6 +75,7 @@ def test_effects_at_a_flip_lie_between_the_doses_around_it(planted):
     at = entry(result, "flip 60", "same task")  # two thirds of the way from 20 % at step 1 to 80 % at step 4
     early, late = (entry(result, f"step {dose}", "same task") for dose in (1, 4))
     assert at["dose"] == pytest.approx(3) and at["local_flip"] == 60
+    assert at["dose_low"] < 3 < at["dose_high"] and at["flip_low"] < at["flip"] < at["flip_high"]
     for measure in ("margin", "change", "flip"):
         assert at[measure] == pytest.approx(early[measure] / 3 + 2 * late[measure] / 3)
     assert at["change_low"] < at["change"] < at["change_high"]
