@@ -78,8 +78,9 @@ def transfer_curve(
 
     curves: by name, a curve a world seed. label: of the effect. place: of one dose in the curves, marked
     where its mean flip and mean effect are. A line ends where fewer than half of the seeds go on, a band
-    where fewer than two do.
+    where fewer than three do; two have intervals that would dwarf the rest.
     """
+    means = [0.0]
     for i, (name, of) in enumerate(curves.items()):
         colour = f"C{i}" if colours is None else colours[i]
         at = np.array([[effect_at(curve, level) for level in GRID] for curve in of], float)  # None is nan
@@ -91,7 +92,9 @@ def transfer_curve(
             continue
         mean, low, high = np.array(known, float).T
         axis.plot(x, mean, color=colour, label=name, linewidth=1.8)
-        axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+        several = np.isfinite(reached).sum(1) >= 3
+        axis.fill_between(x, low, high, several, color=colour, alpha=0.13, linewidth=0)
+        means += mean.tolist()
         if place is not None:
             there = np.array([curve[place] for curve in of if curve[place][1] is not None], float)
             if len(there):
@@ -99,6 +102,8 @@ def transfer_curve(
     for level in FLIPS:
         axis.axvline(level, color="0.75", linewidth=0.8, linestyle=":", zorder=0)
     axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    margin = 0.3 * (max(means) - min(means)) or 1.0
     axis.set(xlabel="local flip: v2 of the trained cell, %", ylabel=label, xlim=(0, 100))
+    axis.set_ylim(min(means) - margin, max(means) + margin)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False)
