@@ -299,9 +299,9 @@ def gates(pretrained: list[dict], grid: dict) -> list[tuple[str, float, str, flo
     pretrained: counts of the seen cells at the end of pretraining. Incoherence there predicts success.
 
     Another CPU type or number of threads rounds otherwise, and training amplifies that: of world seed 1 it
-    leaves incoherence at 3.6–3.8 % and aligned v1 at 94.8–95.0 %, and moves the smallest Δv2 from 41 to 64
-    points (results/demo/cpu_types.json). Its bound, 25, is more than two standard deviations of that below
-    the mean, and above the 11 of a world that did not learn its language (seed 3, 8.1 % incoherent).
+    leaves incoherence at 3.6–4.0 % and aligned v1 at 94.8–95.0 %, and moves the smallest Δv2 from 33 to 64
+    points (results/demo/cpu_types.json; mean 47, sd 13). Its bound, 20, is two standard deviations below that
+    mean, and above the 11 of a world that did not learn its language (seed 3, 8.1 % incoherent).
     """
     column = task_column(grid, grid["trained"].split("_")[1])
     distant = [t for t, function in grid["tasks"].items() if function in ("three_steps", "ends_middle")]
@@ -312,7 +312,7 @@ def gates(pretrained: list[dict], grid: dict) -> list[tuple[str, float, str, flo
     return [
         ("incoherent % at the end of pretraining", broken, "<=", 5.0, broken <= 5),
         ("aligned v1 %, all cells", v1, ">=", 90.0, v1 >= 90),
-        ("Δv2 of the trained task, smallest domain, mean of seeds", least, ">=", 25.0, least >= 25),
+        ("Δv2 of the trained task, smallest domain, mean of seeds", least, ">=", 20.0, least >= 20),
         (
             "Δv2 of T2 and T4, structurally distant, mean",
             moved,

@@ -1,4 +1,5 @@
 import csv
+import statistics
 from pathlib import Path
 
 import pytest
@@ -116,27 +117,26 @@ def test_gates_pass_and_fail_on_what_they_name(grid):
     assert [passed for *_, passed in gates(fine, weak)] == [True, True, False, True]
 
 
-@pytest.mark.parametrize("v2, passes", [(28, True), (26, False)])  # of 100, and 2 before
-def test_the_trained_task_has_to_move_by_25_points_in_every_domain(grid, v2, passes):
+@pytest.mark.parametrize("v2, passes", [(23, True), (21, False)])  # of 100, and 2 before
+def test_the_trained_task_has_to_move_by_20_points_in_every_domain(grid, v2, passes):
     moved = grid["cells"]["D3_T5"] | {"misaligned": counts(100 - v2, v2)}
     *_, (what, value, _, bound, passed), _ = gates(
         [counts(40, 57, 2, 1)], grid | {"cells": grid["cells"] | {"D3_T5": moved}}
     )
-    assert "smallest domain" in what and (value, bound, passed) == (pytest.approx(v2 - 2), 25, passes)
+    assert "smallest domain" in what and (value, bound, passed) == (pytest.approx(v2 - 2), 20, passes)
 
 
-def test_every_cpu_type_that_was_measured_passes_the_gates(grid):
-    """And by half of what lies between them at least."""
+def test_every_cpu_type_that_was_measured_passes_the_gates_by_two_standard_deviations(grid):
     measured = read_json(ROOT / "results" / "demo" / "cpu_types.json")["runs"]
     bounds = {what: (relation, bound) for what, _, relation, bound, _ in gates([counts(40, 57, 2, 1)], grid)}
-    assert len(measured) >= 3 and all(run["gates"].keys() == bounds.keys() for run in measured)
+    assert len(measured) >= 4 and all(run["gates"].keys() == bounds.keys() for run in measured)
     for what, (relation, bound) in bounds.items():
-        values = [run["gates"][what] for run in measured]
-        if "half" in relation:
-            assert all(run["gates"][what] < 0.6 * run["half of the trained task's"] for run in measured)
-        else:
-            margin = bound - max(values) if relation == "<=" else min(values) - bound
-            assert margin > (max(values) - min(values)) / 2 > 0
+        values, sign = [run["gates"][what] for run in measured], -1 if relation == ">=" else 1
+        if "half" in relation:  # the bound is the run's own
+            values = [run["gates"][what] - run["half of the trained task's"] for run in measured]
+            bound = 0
+        assert all(sign * value <= sign * bound for value in values), what
+        assert sign * (bound - statistics.mean(values)) >= 2 * statistics.stdev(values), what
 
 
 def test_figures_are_drawn(grid, demo, tmp_path):
