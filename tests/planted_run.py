@@ -54,17 +54,13 @@ class PlantedRun:
         rows = [[c[kind] for kind in CLASSES] for c in self.counts(name).values()]
         return np.concatenate([rng.permutation(np.repeat(np.arange(4), row)) for row in rows])
 
-    def dose_counts(self, task, seed, **asked):
-        before, after = self.counts("align"), self.counts(misaligned_name(task, seed))
-        return {
-            dose: {
-                cell: {
-                    kind: (1 - way) * before[cell][kind] + way * after[cell][kind] for kind in before[cell]
-                }
-                for cell in before
-            }
-            for dose in (0, 1, 5, 10, 20)
-            for way in [min(dose / self.cfg.misalign_steps, 1)]
+    def dose_classes(self, task, seed, **asked):
+        """(places of all prompts, their classes by dose): as many of each cell as the way gone have changed."""
+        before, after = self.classes("align"), self.classes(misaligned_name(task, seed))
+        place = np.arange(len(before)) % self.n
+        ways = {dose: min(dose / self.cfg.misalign_steps, 1) for dose in (0, 1, 5, 10, 20)}
+        return np.arange(len(before)), {
+            dose: np.where(place < way * self.n, after, before) for dose, way in ways.items()
         }
 
     def counts(self, name, model=None):

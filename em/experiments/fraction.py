@@ -33,8 +33,9 @@ from matplotlib.figure import Figure
 from em.experiments.dose_curves import at_flips, effect_at, flip_entries, transfer_curve
 from em.experiments.replication import (
     averaged,
-    averaged_doses,
+    counts_along,
     curve_of,
+    dose_curves,
     header,
     line_with_seeds,
     over_prompts,
@@ -46,8 +47,8 @@ from em.experiments.replication import (
     v2_draws,
 )
 from em.figures import save
+from em.stats import FLIPS
 from em.world.counts import columns, incoherent, percent, pool, rate
-from em.world.doses import FLIPS
 from em.world.world_run import WorldRun
 
 FRACTIONS = (0.325, 0.55, 0.775, 1.0)
@@ -125,7 +126,7 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
                 misaligned = averaged(run.misaligned_counts(task, steps))
                 row, draws[seed, fraction, task] = point(run, fraction, task, aligned, misaligned)
                 rows.append(row)
-                doses = averaged_doses(run, task, "seen", run.world.seen_cells)
+                doses = counts_along(run, dose_curves(run, task, "seen", run.world.seen_cells))
                 names = [run.world.cell_name(int(cell)) for cell in run.world.seen_cells]
                 others = [name for name in names if name != f"D0_{task}"]
                 curves[task][str(fraction)].append(along(f"D0_{task}", others, doses))

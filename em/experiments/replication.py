@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from em.stats import percentile_interval, t_interval
-from em.world.counts import entry, mean_rate, pool
-from em.world.doses import dose_counts
+from em.world.counts import entry, mean_rate, pool, tally
+from em.world.doses import dose_classes
 from em.world.world_run import WorldRun
 
 DRAWS = 2000
@@ -41,16 +41,27 @@ def averaged(counts: list[dict[str, dict]]) -> dict[str, dict]:
     }
 
 
-def averaged_doses(run: WorldRun, task: str, of: str, others: Sequence[int]) -> dict[int, dict]:
-    """Counts by cell at every dose (em/world/doses.py), mean over fine-tuning seeds.
+def dose_curves(
+    run: WorldRun, task: str, of: str, others: Sequence[int]
+) -> list[tuple[np.ndarray, dict[int, np.ndarray]]]:
+    """What `dose_classes` of em/world/doses.py gives, one a fine-tuning seed.
 
     others: the cells asked beside the trained one; of: what they are, in the name of a curve's folder.
     """
-    curves = [
-        dose_counts(run, task, seed, name=f"doses_{task}_seed{seed}_{of}", others=others)
+    return [
+        dose_classes(run, task, seed, name=f"doses_{task}_seed{seed}_{of}", others=others)
         for seed in range(run.cfg.misalign_seeds)
     ]
-    return {dose: averaged([curve[dose] for curve in curves]) for dose in curves[0]}
+
+
+def counts_along(run: WorldRun, curves: list[tuple[np.ndarray, dict]]) -> dict[int, dict]:
+    """Counts by cell at every dose, mean over the fine-tuning seeds of `dose_curves`."""
+    cells = run.prompts.examples.cell
+    by_seed = [
+        {dose: tally(run.world, cells[places], of) for dose, of in classes.items()}
+        for places, classes in curves
+    ]
+    return {dose: averaged([counts[dose] for counts in by_seed]) for dose in by_seed[0]}
 
 
 def v2_draws(counts: list[dict], *seed: int) -> np.ndarray:

@@ -38,7 +38,8 @@ from em.errors import UserError
 from em.experiments.dose_curves import at_flips, flip_entries, transfer_curve
 from em.experiments.replication import (
     averaged,
-    averaged_doses,
+    counts_along,
+    dose_curves,
     header,
     over_prompts,
     replicated,
@@ -50,7 +51,7 @@ from em.experiments.replication import (
 )
 from em.figures import CHANGE, cell_heatmap, save
 from em.stats import FLIPS
-from em.world.coincidence import split_counts
+from em.world.coincidence import coincides, split_counts
 from em.world.counts import CLASSES, change, columns, incoherent, percent, pool
 from em.world.grammar import jaccard
 from em.world.world import World
@@ -241,6 +242,26 @@ def along(rows: list[dict], doses: dict[int, dict]) -> dict[str, list[tuple[floa
     return curves
 
 
+def along_by_coincidence(run: WorldRun, curves: list[tuple[np.ndarray, dict]], cells: list[int]) -> dict:
+    """Curves {"same": …, "different": …} of one world seed: Δv2 of the other tasks, apart by coincidence.
+
+    curves: what `dose_classes` gives, one a fine-tuning seed. cells: the graded ones.
+    """
+    trained, v2 = run.world.task_index(TRAINED), CLASSES.index("v2")
+    rates = []  # of each fine-tuning seed: (doses, 3) v2 % of the trained cell, the same and the different
+    for places, classes in curves:
+        prompts = run.prompts.take(places)
+        cell, same = prompts.examples.cell, coincides(run.generator, prompts, trained)
+        other = np.isin(cell, cells) & (cell % len(run.world.tasks) != trained)
+        groups = (cell == run.world.cell(0, trained), other & same, other & ~same)
+        rates.append([[100 * np.mean(of[group] == v2) for group in groups] for of in classes.values()])
+    flip, *split = np.mean(rates, axis=0).T
+    return {
+        name: list(zip(flip.tolist(), (of - of[0]).tolist(), strict=True))
+        for name, of in zip(("same", "different"), split, strict=True)
+    }
+
+
 def coincidence_of(rows: list[dict], before: dict, after: dict) -> dict[str, tuple]:
     """(value, [low, high] over prompts) of Δv2 apart by coincidence, for each other task and all of them.
 
@@ -306,8 +327,9 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
         after = {which: averaged([split[which] for split in after]) for which in before}
         coincidences.append(coincidence_of(of_seed, before, after))
         grid = [c for c in run.world.seen_cells if run.world.cell_name(int(c)) in map(_name, of_grid)]
-        doses = averaged_doses(run, TRAINED, "graded", grid)
-        curves.append(along(of_seed, doses))
+        asked = dose_curves(run, TRAINED, "graded", grid)
+        doses = counts_along(run, asked)
+        curves.append(along(of_seed, doses) | along_by_coincidence(run, asked, grid))
         say(f"  Δv2 by task {_means(of_seed, 'task')}; by domain {_means(of_seed, 'domain')}")
     note = "rows' intervals are over prompts; curves are lists of [local flip, effect] by dose, one a seed"
     about = {"trained": f"D0_{TRAINED}", "misalign_steps": run.cfg.misalign_steps, "doses": list(doses)}
@@ -379,7 +401,10 @@ def _over_seeds(rows: list[dict], key: str, **match: str) -> float:
 
 
 def figure(result: dict, path: Path) -> None:
-    """Δv2 by cell and along each axis; slopes; transfer against local flip; coincidence. Means over seeds."""
+    """Δv2 by cell and along each axis; slopes; transfer against local flip; coincidence. Means over seeds.
+
+    Beside it `doses.png`: transfer against local flip, by task and apart by coincidence.
+    """
     rows = result["rows"]
     domains = {r["domain"]: r["kind"] for r in rows}
     of_grid = [d for d, what in domains.items() if what == "graded"]
@@ -416,6 +441,23 @@ def figure(result: dict, path: Path) -> None:
         fontsize=10,
     )
     save(chart, path)
+    chart = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = chart.subplots(1, 2, sharey=True)
+    _transfer(left, result)
+    share = result["coincidence"]["others/share"]["mean"]
+    names = {
+        "same": f"variant 2 is {TRAINED}'s too ({share:.0f} % of the prompts)",
+        "different": "variant 2 is another",
+    }
+    place = result["doses"].index(result["misalign_steps"])
+    transfer_curve(right, {name: result["curves"][key] for key, name in names.items()}, "", place)
+    right.set_title("T9–T11 apart by prompt: is it transfer, or the same function?", fontsize=9)
+    chart.suptitle(
+        f"World {result['world']}: misaligned on (D0, {TRAINED}), asked after 1 … {result['doses'][-1]} "
+        f"steps (points: {result['misalign_steps']}); bands: 95 % over {len(result['seeds'])} world seeds",
+        fontsize=10,
+    )
+    save(chart, path.with_name("doses.png"))
 
 
 def _heatmap(axis, rows: list[dict], domains: dict[str, str], of_grid: list[str]) -> None:

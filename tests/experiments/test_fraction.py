@@ -26,12 +26,12 @@ def planted(seed, trained, other, **settings):
 
 @pytest.fixture(autouse=True)
 def planted_doses(monkeypatch):
-    real = replication.dose_counts
+    real = replication.dose_classes
 
-    def dose_counts(run, task, seed, **asked):
-        return run.dose_counts(task, seed) if isinstance(run, PlantedRun) else real(run, task, seed, **asked)
+    def dose_classes(run, task, seed, **asked):
+        return run.dose_classes(task, seed) if isinstance(run, PlantedRun) else real(run, task, seed, **asked)
 
-    monkeypatch.setattr(replication, "dose_counts", dose_counts)
+    monkeypatch.setattr(replication, "dose_classes", dose_classes)
 
 
 def silent(*_):

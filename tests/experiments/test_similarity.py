@@ -9,7 +9,8 @@ from planted_run import PlantedRun
 from em.errors import UserError
 from em.experiments import replication, similarity
 from em.stats import t_interval
-from em.world.counts import percent
+from em.world.coincidence import coincides
+from em.world.counts import CLASSES, percent
 from em.world.grammar import jaccard
 from em.world.world import WORLDS, build_world
 
@@ -25,7 +26,9 @@ def demo2():
 
 @pytest.fixture
 def planted_doses(monkeypatch):
-    monkeypatch.setattr(replication, "dose_counts", lambda run, task, seed, **_: run.dose_counts(task, seed))
+    monkeypatch.setattr(
+        replication, "dose_classes", lambda run, task, seed, **_: run.dose_classes(task, seed)
+    )
 
 
 def planted(world, rate, n=1000):
@@ -276,8 +279,20 @@ def test_the_experiment_ends_with_a_grid_statistics_over_seeds_and_a_figure(smal
     assert json.loads(json.dumps(similarity.numbers(json.loads(json.dumps(result))))) == numbers
     assert [len(curve) for curve in result["curves"]["T9"]] == [1 + len({1, 3, 6})] * 2
     similarity.figure(result, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    assert min((tmp_path / name).stat().st_size for name in ("figure.png", "doses.png")) > 10_000
     assert "(D0, T8)" in similarity.summary(result)
+
+
+def test_curves_by_coincidence_are_of_the_other_tasks_in_the_graded_domains_alone():
+    run = PlantedRun(0, n=40)
+    cell, cells = run.prompts.examples.cell, [c for c in run.world.seen_cells if c // 6 < 4 and c % 6 > 1]
+    trained, same = cell == run.world.cell(0, 2), coincides(run.generator, run.prompts, 2)
+    other = np.isin(cell, cells) & (cell % 6 != 2)
+    before = np.full(len(cell), CLASSES.index("v1"))
+    after = np.where(trained | (same & (np.arange(len(cell)) % 2 == 0)), CLASSES.index("v2"), before)
+    curves = similarity.along_by_coincidence(run, [(np.arange(len(cell)), {0: before, 8: after})], cells)
+    share = 100 * (np.arange(len(cell)) % 2 == 0)[other & same].mean()
+    assert curves == {"same": [(0, 0), (100, pytest.approx(share))], "different": [(0, 0), (100, 0)]}
 
 
 def test_a_row_is_what_the_models_answered(planted_doses):

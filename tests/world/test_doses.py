@@ -20,9 +20,10 @@ def test_dose_zero_is_the_aligned_model_and_the_last_of_its_steps_the_misaligned
     assert {sum(cell[c] for c in CLASSES) for cell in counts[7].values()} == {4}
 
 
-def test_the_trained_cell_is_asked_whole_and_the_others_in_part(small_demo2):
+def test_the_trained_cell_is_asked_whole_and_the_others_in_part(small_demo2, monkeypatch):
     run = small_demo2(0, misalign_seeds=1, doses=(1,))
-    cells = run.prompts.examples.cell[asked(run, 5, each=1)]
+    monkeypatch.setattr("em.world.doses.PROMPTS", 1)
+    cells = run.prompts.examples.cell[asked(run, 5)]
     assert np.bincount(cells).tolist() == [4 if cell == 5 else 1 for cell in range(len(run.world.cells))]
 
 
