@@ -55,7 +55,7 @@ class PlantedRun:
         return np.concatenate([rng.permutation(np.repeat(np.arange(4), row)) for row in rows])
 
     def dose_classes(self, task, seed, **asked):
-        """(places of all prompts, their classes by dose): as many of each cell as the way gone have changed."""
+        """(places of all prompts, classes by dose): as much of each cell has changed as the way gone."""
         before, after = self.classes("align"), self.classes(misaligned_name(task, seed))
         place = np.arange(len(before)) % self.n
         ways = {dose: min(dose / self.cfg.misalign_steps, 1) for dose in (0, 1, 5, 10, 20)}
