@@ -1,6 +1,7 @@
 """What a world is, in words and as a figure.
 
-Words: similarities, languages, which tasks coincide, and one worked example in the manner of Figure 1. Figure 6: its domain graphs.
+Words: similarities, languages, which tasks coincide, and one worked example in the manner of Figure 1.
+Figure 6: its domain graphs.
 """
 
 import itertools
