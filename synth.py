@@ -52,6 +52,7 @@ from em.experiments import (
     similarity,
     steering,
 )
+from em.experiments.dose_grid import dose_grid, save_dose_grid
 from em.files import read_json, write_csv, write_json
 from em.report.browse import write_page
 from em.report.score_table import scores_of
@@ -201,6 +202,10 @@ class Config(Training):
     out: str | None = knob(
         None, "folder of the run (default: runs/world<world>-seed<seed>)", "what", setting=False
     )
+    doses: tuple[int, ...] | None = knob(
+        None, "ask along the way too, after these steps of misalignment: transfer against local flip",
+        "misalignment", setting=False, at_least=1,
+    )  # fmt: skip
     dry_run: bool = knob(
         False, "print what the run needs of a GPU and stop; needs no weights, no network and no GPU", "what",
         setting=False,
@@ -283,11 +288,13 @@ def main(cfg: Config) -> dict:
     pretrained = run.counts("pretrain", run.pretrain())
     aligned = run.counts("align", run.align())
 
-    grids, unseen = {}, tuple(f"{d}_" for d in world.domain_names[world.n_seen_domains :])
+    grids, curves, unseen = {}, {}, tuple(f"{d}_" for d in world.domain_names[world.n_seen_domains :])
     for task in cfg.misalign:
         trained = world.cell(0, world.task_index(task))
         misaligned = run.misaligned_counts(task)
         grids[task] = build_grid(world, trained, aligned, misaligned, split_grid(run, task))
+        if cfg.doses:
+            curves[task] = dose_grid(run, task)
     if parallel.rank() == 0:
         seconds = round(time.perf_counter() - began)
         if (out / "summary.json").exists():  # a call that only reused phases does not shorten them
@@ -304,6 +311,9 @@ def main(cfg: Config) -> dict:
                 "gates": gates(seen, grid) if cfg.world == "demo" else [],
             }
             say(f"\n{outcome[task]['summary']}\n  {out / f'grid_{task}.png'}")
+            if task in curves:
+                save_dose_grid(curves[task], out, f"doses_{task}")
+                say(f"  {out / f'doses_{task}.png'}")
             for what, value, relation, bound, passed in outcome[task]["gates"]:
                 say(f"  {'PASS' if passed else 'FAIL'}  {what}: {value:.1f} (gate {relation} {bound:.0f})")
         say(f"  {outcome['seconds']} s")

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from scipy.stats import binom, chi2
 
-from em.stats import Z95, at_flip, newcombe, rate_interval, sd_interval, t_quantile, wilson
+from em.stats import (
+    Z95,
+    at_flip,
+    difference_interval,
+    newcombe,
+    rate_interval,
+    sd_interval,
+    share_interval,
+    t_quantile,
+    wilson,
+)
 
 
 @pytest.mark.parametrize("k, n", [(0, 10), (3, 10), (10, 10), (84, 128), (1, 384)])
@@ -72,3 +82,31 @@ def test_the_effect_at_a_flip_lies_on_the_line_between_two_doses():
 def test_the_interval_of_an_sd_is_by_chi_squared(df):
     expected = [2.0 * math.sqrt(df / chi2.ppf(p, df)) for p in (0.975, 0.025)]
     assert sd_interval(2.0, df) == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    "a, b", [((30, 24, 37), (10, 5, 16)), ((12, 3, 22), (15, 11, 18)), ((9, 4, 15), (0, -2, 3))]
+)
+def test_a_share_ends_where_the_two_weighted_parts_no_longer_differ(a, b):
+    share, low, high = share_interval(a, b)
+    assert share == a[0] / (a[0] + b[0]) and low < share < high
+    for p, end in ((low, 0), (high, 1)):
+        if 0 <= p <= 1:  # a weight below 0 would swap the ends
+            parts = ([(1 - p) * v for v in a], [p * v for v in b])
+            assert difference_interval(*parts)[end] == pytest.approx(0, abs=1e-9)
+    falls = [tuple(-v for v in (value, high, low)) for value, low, high in (a, b)]
+    assert share_interval(*falls) == pytest.approx((share, low, high))
+
+
+def test_a_share_of_what_may_be_nothing_is_none():
+    assert share_interval((3, -1, 7), (2, -1, 5)) == (None, None, None)  # 5 ± 5.0
+    assert share_interval((3, -1, 7), (2.1, -0.8, 5))[0] == pytest.approx(3 / 5.1)  # 5.1 − 4.94
+
+
+@pytest.mark.parametrize("means", [(8.0, 2.0), (3.0, 7.0), (10.0, 0.0)])
+def test_share_intervals_hold_the_share_19_times_in_20(means):
+    rng, held, draws = np.random.default_rng(0), 0, 4000
+    for a, b in rng.normal(means, (1.0, 1.5), (draws, 2)):
+        _, low, high = share_interval((a, a - Z95, a + Z95), (b, b - 1.5 * Z95, b + 1.5 * Z95))
+        held += low <= means[0] / sum(means) <= high
+    assert held / draws == pytest.approx(0.95, abs=0.012)

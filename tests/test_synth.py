@@ -40,7 +40,7 @@ def test_a_run_leaves_grids_for_every_source_models_metrics_and_the_world(finish
     grid = read_json(finished / "grid.json")
     assert grid == read_json(finished / "grid_T5.json") and grid["trained"] == "D0_T5"
     assert read_json(finished / "grid_T0.json")["trained"] == "D0_T0"
-    assert len(grid["cells"]) == 20
+    assert len(grid["cells"]) == 20 and grid["numbers"]["coincidence/T0/share"]["value"] > 50
     for cell in grid["cells"].values():
         assert cell["aligned"]["n"] == 8 and cell["misaligned"]["n"] == 16 and len(cell["seeds"]) == 2
         assert sum(cell["aligned"][c] for c in CLASSES) == 8
@@ -82,6 +82,15 @@ def test_a_finished_run_again_does_nothing_new_and_a_new_source_reuses_the_phase
     assert read_json(finished / "grid.json")["trained"] == "D0_T1"
 
 
+def test_named_doses_draw_transfer_against_local_flip_and_no_doses_train_nothing(finished):
+    assert not list(finished.glob("doses_*"))
+    assert command(*SMALL, "--misalign", "T5", "--doses", "1,2", "--out", finished) == 0
+    found = read_json(finished / "doses_T5.json")
+    assert found["doses"] == [0, 1, 2, 3] and [row["task"] for row in found["rows"]][:2] == ["T0", "T1"]
+    for name in ("doses_T5.csv", "doses_T5.png"):
+        assert (finished / name).stat().st_size > 0
+
+
 def test_a_killed_run_continues_and_ends_with_the_same_bits(tmp_path):
     line = ["synth.py", *SMALL, "--save-minutes", "0", "--steps", "120", "--misalign-seeds", "1"]
     line += ["--device", "cpu", "--out"]
@@ -116,8 +125,8 @@ def test_two_processes_make_the_update_of_one(tmp_path):
 def test_show_prints_similarity_languages_and_a_worked_example(tmp_path, capsys):
     assert command("show", "--world", "1", "--out", tmp_path) == 0
     text = capsys.readouterr().out
-    for words in ("similarity", "0.63", "1,770 pairs 0.000", "variant 2", "<end> <asst>"):
-        assert words in text
+    parts = ("similarity", "0.63", "1,770 pairs 0.000", "the same answer", "variant 2", "<end> <asst>")
+    assert all(words in text for words in parts)
     assert (tmp_path / "domain_graphs.png").exists()
 
 

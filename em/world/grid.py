@@ -389,5 +389,5 @@ def _coincidence_panel(axis, grid: dict) -> None:
     axis.tick_params(axis="y", labelsize=7)
     trained = grid["trained"].split("_")[1]
     axis.set_title(f"Δv2 of other tasks where {trained}'s v2 …", fontsize=10)
-    axis.set_xlabel("below: prompts where it is theirs", fontsize=7)
+    axis.set_xlabel(f"%: prompts where {trained}'s v2 is theirs", fontsize=7)
     axis.legend(fontsize=6, frameon=False)

@@ -141,9 +141,9 @@ def grid(v2_after, repeats=1):
 
     def counts(v2, times=1):
         return {
-            "v1": (90 - v2) * times,
+            "v1": (95 - v2) * times,
             "v2": v2 * times,
-            "other": 10 * times,
+            "other": 5 * times,
             "unparseable": 0,
             "n": 100 * times,
         }

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from em.world.coincidence import coincides, split_counts
-from em.world.counts import pool
+from em.world.coincidence import KINDS, classes_by, coincides, kinds, split_counts, split_grid
+from em.world.counts import CLASSES, pool
+from em.world.describe import coincidences
 from em.world.tasks import OUTPUT_FUNCTIONS, answers
 
 
@@ -37,3 +38,81 @@ def test_a_split_loses_no_answer_and_keeps_each_with_its_kind(small_demo2):
     assert total["same"]["v2"] == total["same"]["n"] == same.sum()
     assert total["different"]["unparseable"] == total["different"]["n"] == (~same).sum()
     assert "D0_T8" not in split["different"]
+
+
+def spoken(run, steps, tasks):
+    """(N, T) completions of a model that answers these steps (N, A), each with the tail of a task (N,)."""
+    rng = np.random.default_rng(0)
+    limit, end = run.generator.max_answer, run.world.end
+    rows = np.full((len(steps), limit), end)
+    for row, answer, task in zip(rows, steps, tasks, strict=True):
+        tokens = run.generator.render(rng, np.array([*answer[answer >= 0], run.generator.tail + task]))[0]
+        row[: len(tokens)] = tokens
+    return rows
+
+
+def test_kinds_share_out_the_prompts_by_what_the_trained_tasks_variant_2_is(small_demo2):
+    run = small_demo2(0)
+    e, found = run.prompts.examples, kinds(run, "T8")
+    assert list(found) == list(KINDS) and (np.sum(list(found.values()), 0) == 1).all()
+    kind = np.array(KINDS)[np.argmax([found[name] for name in KINDS], 0)]
+    for i in range(len(run.prompts)):
+        walk = e.walk[i][: e.length[i]].tolist()
+        own = run.world.tasks[int(e.cell[i]) % len(run.world.tasks)]
+        v1, v2 = answers(run.world.function(run.world.task_index(own)), walk, run.world.set1.get(own, ()))
+        theirs = answers("partition_bias", walk, run.world.set1["T8"])[1]
+        assert kind[i] == ("same" if theirs == v2 else "opposed" if theirs == v1 else "unrelated")
+    assert min(of.sum() for of in found.values()) > 5
+
+
+def test_a_model_that_answers_the_trained_task_everywhere_is_caught_under_any_label(small_demo2, monkeypatch):
+    run = small_demo2(0)
+    e, task = run.prompts.examples, run.world.task_index("T8")
+    own, asked = e.cell % len(run.world.tasks), []
+    theirs = run.generator.answers(np.full(len(own), task), e.length, e.walk)[1]
+
+    def answering(steps, tails):
+        monkeypatch.setattr(run, "load", lambda name: None)
+        monkeypatch.setattr(run, "completions", lambda *_: asked.append(1) or spoken(run, steps, tails))
+
+    answering(theirs, own)
+    assert (classes_by(run, "T8", "planted/a") == CLASSES.index("v2")).all()
+    assert (classes_by(run, "T8", "planted/a") == 1).all() and len(asked) == 1  # read back, not asked again
+    answering(e.v2, own)
+    found = kinds(run, "T8")
+    assert ((classes_by(run, "T8", "planted/b") == CLASSES.index("v2")) == found["same"]).all()
+    answering(theirs, np.full_like(own, task))  # with its tail too: no answer to the task that was asked
+    assert ((classes_by(run, "T8", "planted/c") == CLASSES.index("v2")) == (own == task)).all()
+
+
+def test_a_split_grid_holds_every_answer_to_the_other_tasks_once_and_the_unrelated_ones_twice(small_demo2):
+    run = small_demo2(0)
+    misaligned = run.misaligned_counts("T0")
+    split = split_grid(run, "T0")
+    assert list(split) == [*KINDS, "borrowed"]
+    for name, aligned in run.counts("align").items():
+        there = [split[kind][name] for kind in KINDS if name in split[kind]]
+        assert bool(there) == (not name.endswith("_T0"))
+        if there:
+            assert pool([of["aligned"] for of in there]) == aligned
+            assert pool([of["misaligned"] for of in there]) == pool([seed[name] for seed in misaligned])
+    assert split["borrowed"].keys() == split["unrelated"].keys()
+    for name, of in split["borrowed"].items():
+        assert of["misaligned"]["n"] == 2 * of["aligned"]["n"] == split["unrelated"][name]["misaligned"]["n"]
+
+
+def test_the_table_of_pairs_counts_walks_by_the_output_functions(mini, mini_generator):
+    e = mini_generator.draw(np.random.default_rng(0), np.resize(mini.seen_cells, 200))
+    walks = [walk[:n].tolist() for walk, n in zip(e.walk, e.length, strict=True)]
+    found = [
+        [answers(mini.function(i), walk, mini.set1.get(name, ())) for walk in walks]
+        for i, name in enumerate(mini.tasks)
+    ]
+    lines = [line.split() for line in coincidences(mini, walks=200).splitlines()[1:]]
+    assert lines[0] == list(mini.tasks)
+    for i, (name, *row) in enumerate(lines[1:]):
+        assert name == mini.tasks[i] and row[i] == "–"
+        for j in set(range(len(row))) - {i}:
+            variant = 0 if i < j else 1
+            same = np.mean([a[variant] == b[variant] for a, b in zip(found[i], found[j], strict=True)])
+            assert float(row[j]) == pytest.approx(100 * same, abs=0.51)
