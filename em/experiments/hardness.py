@@ -1,8 +1,8 @@
 """Task hardness and the breadth of misalignment (paper 3.2, Figure 4), along checkpoints and doses (ours).
 
 The model is misaligned on (D0, T) for each task T of the world; where the world keeps checkpoints of its
-pretraining (demo2 and 2), from each of them, aligned by the same recipe as in em/experiments/phase.py. A row
-is one misalignment: a world seed, a task and a checkpoint, the finished model last.
+pretraining (demo2 and 2), from every other one, aligned by the recipe of em/experiments/phase.py. A row is
+one misalignment: a world seed, a task and a checkpoint, the finished model last.
 
     aligned v1      v1 % of the aligned model on T, averaged over the domains: how well T was learned
     cross Δv2       Δv2 of T averaged over the domains other than D0, in points          panel (a)
@@ -185,7 +185,7 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
     rows = []
     for seed in seeds:
         run = make(seed)
-        steps = checkpoints(run) if run.cfg.world in INTERMEDIATE else [run.cfg.steps]
+        steps = checkpoints(run)[::-2][::-1] if run.cfg.world in INTERMEDIATE else [run.cfg.steps]
         for step in steps:
             for task in run.world.tasks:
                 start, model, _ = names(run, step, task, 0)

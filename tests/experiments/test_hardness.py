@@ -68,7 +68,7 @@ def test_effects_along_the_doses_and_where_the_trained_cell_is_at_a_flip(run):
     assert row["cross_delta_v2@90"] is None
 
 
-def test_every_checkpoint_meets_every_task_from_its_aligned_model(monkeypatch, tmp_path):
+def test_every_other_checkpoint_meets_every_task_from_its_aligned_model(monkeypatch, tmp_path):
     run, asked = PlantedRun(1, misalign_seeds=1), []
 
     def curve(run, task, seed, start, name, cells):
@@ -78,7 +78,7 @@ def test_every_checkpoint_meets_every_task_from_its_aligned_model(monkeypatch, t
     monkeypatch.setattr(hardness, "dose_counts", curve)
     monkeypatch.setattr(hardness, "doses_of", lambda run: (4, 10, 64))
     result = hardness.measure(lambda seed: run, [1], lambda *_: None)
-    steps = [10, 100, 300, 600, 900, 1200, 1500]
+    steps = [10, 300, 900, 1500]
     tasks = run.world.tasks
     assert result["checkpoints"] == steps and result["doses"] == [0, 4, 10, 64]
     assert [(r["step"], r["task"]) for r in result["rows"]] == [(step, t) for step in steps for t in tasks]
