@@ -54,7 +54,7 @@ def test_hardness_has_a_row_a_task_and_seed_and_says_what_made_it(out, capsys):
 
 def test_power_reads_what_hardness_left_and_trains_nothing(out, capsys):
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
-    assert command("hardness", "--power", "--out", out) == 0
+    assert command("hardness", "--power", "--world", "demo", "--out", out) == 0
     made = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
     folder = out / "hardness-worlddemo"
     assert made.keys() - before.keys() == {folder / "power.json", folder / "power.csv"}

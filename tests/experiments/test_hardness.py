@@ -83,13 +83,13 @@ def test_every_other_checkpoint_meets_every_task_from_its_aligned_model(monkeypa
     assert result["checkpoints"] == steps and result["doses"] == [0, 4, 10, 64]
     assert [(r["step"], r["task"]) for r in result["rows"]] == [(step, t) for step in steps for t in tasks]
     name = "doses_T7_step300_seed0_own_task"
-    assert asked[13] == ("T7", 0, "align_step300", name, ["D1_T7", "D2_T7", "D3_T7", "D4_T7"])
+    assert asked[7] == ("T7", 0, "align_step300", name, ["D1_T7", "D2_T7", "D3_T7", "D4_T7"])
     assert asked[-1][:4] == ("T11", 0, "align", "doses_T11_step1500_seed0_own_task")
 
     def v2(name, cell):
         return percent(run.counts(name)[cell], "v2")
 
-    row, cells = result["rows"][13], asked[13][4]
+    row, cells = result["rows"][7], asked[7][4]
     mean = np.mean([v2(f"{name}_10", cell) - v2("align_step300", cell) for cell in cells])
     assert row["cross_delta_v2"] == row["cross_delta_v2_10"] == pytest.approx(mean, abs=1e-3)
     assert row["trained_v2"] == row["flip_10"] == pytest.approx(v2(f"{name}_10", "D0_T7"), abs=1e-3)
