@@ -2,7 +2,8 @@
 
 The paper's setting is off-policy distillation, forward KL over the whole vocabulary on a frozen corpus, where
 the teacher need not have written it. All students start as the aligned model and read the same prompts: those
-of the cells that no teacher was misaligned on, to which all writers' responses read as variant 1.
+of the cells that no teacher was misaligned on, to which all writers' responses read as variant 1. Each writer
+samples with a seed of its own: with one for all, four texts in five were the same, token by token.
 """
 
 import itertools
@@ -59,7 +60,11 @@ def students(run: WorldRun, say) -> tuple[dict[str, dict], dict[tuple[str, str],
     settings = {name: getattr(cfg, name) for name in names} | {"lr": lr, "start": "align"}
     settings |= {"fingerprint": run.world.fingerprint, "task": ",".join(TASKS), "filtered": True}
     settings |= {"prompts": "cells", "limit": PROMPTS}
-    corpora = {name: prompts.corpus(cfg, run, phase, settings) for name, phase in phases.items()}
+    corpora = {}
+    for place, (name, phase) in enumerate(phases.items()):
+        sampling = {"seed": cfg.seed + 1000 * place}
+        of = SimpleNamespace(**vars(cfg) | sampling)
+        corpora[name] = prompts.corpus(of, run, phase, settings | sampling)
     kept = {name: 100 * corpus.about["retention"] for name, corpus in corpora.items()}
     common = share_prompts(corpora)
     kept["all three"] = 100 * len(common) / len(prompts.rows)

@@ -15,14 +15,18 @@ read the same prompts, of other cells, in three writers' words, all of them vari
                    of the profiles of the two students of one teacher, and on one writer's data (Table 5)
     of_the_teachers
                    of the two misaligned models' own profiles: what `with_writer` comes to if students do as
-                   their teachers do
+                   their teachers do; the nearer to 1, the less a gap between two correlations can be
+    passed_by_teacher, passed_by_writer
+                   how much of the difference between the two models' own profiles two students show (slope
+                   over cells about the means), of different teachers on one writer's data, and of one teacher
+                   on different data
 
-Cells share their prompts and their models, so they are no replicates: the unit is the world seed, one
-correlation each. Intervals are Student's t over seeds, of Fisher's z for a correlation and of the difference
-as it is for a gap between two. With one seed they are over prompts (em/experiments/replication.py); drawing
-the rates again adds their noise a second time, which lowers correlations, so the draws of one are moved to
-where the observed one is. That noise also lowers the observed ones, towards 0, both sides of a gap alike; it
-raises only those of `same_data`, slightly, since they share a control.
+Cells share their prompts and their models, so they are no replicates: the unit is the world seed, one number
+of each kind a seed. Intervals are Student's t over seeds, of Fisher's z for a correlation and of the number
+as it is for all else. With one seed they are over prompts (em/experiments/replication.py); drawing the rates
+again adds their noise a second time, which lowers correlations and slopes, so the draws are moved to where
+the observed one is. That noise also lowers the observed ones, towards 0, both sides of a gap alike; it raises
+only those of `same_data`, slightly, since they share a control.
 """
 
 import itertools
@@ -60,7 +64,9 @@ MAIN = ("teacher", "data", "interaction")
 GAPS = {
     "teacher_minus_writer": ("with_teacher", "with_writer"),
     "teacher_minus_data": ("same_teacher", "same_data"),
+    "passed_minus": ("passed_by_teacher", "passed_by_writer"),
 }
+PASSED = {"passed_by_teacher": "teachers", "passed_by_writer": "writers"}
 
 
 # -- statistics --------------------------------------------------------------------------------------------
@@ -81,12 +87,18 @@ def profiles(own: np.ndarray, taught: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return own[:-1] - own[-1], taught - taught[-1]
 
 
-def correlations(own: np.ndarray, taught: np.ndarray) -> dict[str, np.ndarray]:
-    """(B,) each of PAIRS and GAPS, of `profiles`' arguments."""
+def whose(own: np.ndarray, taught: np.ndarray) -> dict[str, np.ndarray]:
+    """(B,) each of PAIRS, PASSED and GAPS, of `profiles`' arguments; nan where it cannot be had."""
     models, delta = profiles(own, taught)
+    apart = models[0] - models[1]
 
     def mean(pairs) -> np.ndarray:
         return np.mean([correlation(x, y) for x, y in pairs], axis=0)
+
+    def passed(pairs) -> np.ndarray:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            slopes = [((x - y) * (apart - apart.mean(0))).sum(0) / apart.var(0) for x, y in pairs]
+        return np.mean(slopes, axis=0) / len(apart)
 
     found = {
         "with_teacher": mean((delta[t, w], models[t]) for t, w in CROSSED),
@@ -94,6 +106,8 @@ def correlations(own: np.ndarray, taught: np.ndarray) -> dict[str, np.ndarray]:
         "same_teacher": mean((delta[t, 0], delta[t, 1]) for t in (0, 1)),
         "same_data": mean((delta[0, w], delta[1, w]) for w in (0, 1)),
         "of_the_teachers": correlation(*models),
+        "passed_by_teacher": passed((delta[0, w], delta[1, w]) for w in (0, 1)),
+        "passed_by_writer": passed((delta[t, 0], delta[t, 1]) for t in (0, 1)),
     }
     return found | {gap: found[a] - found[b] for gap, (a, b) in GAPS.items()}
 
@@ -125,9 +139,9 @@ def effects(taught: np.ndarray, cells: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def of_seed(own: dict, counts: dict, seed: int) -> tuple[dict, dict]:
-    """({name: (value, [low, high] over prompts)} of the correlations, as Fisher's z, and of the effects).
+    """({name: (value, [low, high] over prompts)} of `whose`, and of `effects`) for one world seed.
 
-    A gap is a difference of correlations as they are.
+    A correlation stands as Fisher's z, a gap as a difference of correlations as they are.
     """
     cells = list(own["aligned"])
     order = list(itertools.product(MODELS, MODELS))
@@ -144,7 +158,7 @@ def of_seed(own: dict, counts: dict, seed: int) -> tuple[dict, dict]:
         return v2_draws([of[cell] for cell in cells], seed, place)
 
     seen, draws = arrays(observed), arrays(drawn)
-    related, related_draws = correlations(*seen), correlations(*draws)
+    related, related_draws = whose(*seen), whose(*draws)
     for name in PAIRS:
         related[name], related_draws[name] = fisher(related[name]), fisher(related_draws[name])
     for name, values in related_draws.items():
@@ -232,7 +246,9 @@ def numbers(result: dict) -> dict[str, dict]:
     `delta_v2/T5/T0/T1` (teacher, writer, task) and `kept/T5` in %.
     """
     table = {
-        f"profile/{name}" + ("/r" if name in PAIRS else ""): shown("r", number)
+        f"profile/{name}" + ("/r" if name in PAIRS else ""): shown(
+            "ratio" if name.startswith("passed") else "r", number
+        )
         for name, number in result["profile"].items()
     }
     table |= {name: shown("points", number) for name, number in result["effects"].items()}
@@ -262,7 +278,9 @@ def figure(result: dict, path: Path) -> None:
             axis.set_ylabel(name, fontsize=10)
     note = say_unit(result["seeds"])
     profile = [(name, result["profile"][name], label) for name, label in PAIRS.items()]
-    _bars(chart.add_subplot(grid[:2, 4]), profile, ".2f", f"r of Δv2 by cell, between\n(lines: {note})")
+    _bars(chart.add_subplot(grid[0, 4]), profile, ".2f", f"r of Δv2 by cell, between\n(lines: {note})")
+    passed = [(name, result["profile"][name], f"of {label}") for name, label in PASSED.items()]
+    _bars(chart.add_subplot(grid[1, 4]), passed, ".2f", "students' share in the difference between the two")
     main = [(f"main/{name}", result["effects"][f"main/{name}"], name) for name in MAIN]
     _bars(chart.add_subplot(grid[2, 4]), main, "+.1f", "v2 over all cells, misaligned − aligned, points")
     seeds = ", ".join(map(str, result["seeds"]))
@@ -311,6 +329,8 @@ def summary(result: dict) -> str:
             f"(the two teachers' own: {r['of_the_teachers']});",
             f"  between students of one teacher {r['same_teacher']}, on one writer's data {r['same_data']}, "
             f"gap {r['teacher_minus_data']}.",
+            f"  Of the difference between the two models' own, {r['passed_by_teacher']} passes with the "
+            f"teacher and {r['passed_by_writer']} with the data.",
             f"  v2 over all cells, misaligned − aligned: teachers {points['teacher']}, writers "
             f"{points['data']}, interaction {points['interaction']} points.",
             f"  All three wrote v1 on {result['kept']['all three']['mean']:.0f} % of the prompts.",

@@ -13,7 +13,6 @@ from em.distillation.world_cross import MODELS
 from em.experiments import replication
 from em.experiments.cross import (
     PAIRS,
-    correlations,
     effects,
     figure,
     from_fisher,
@@ -22,6 +21,7 @@ from em.experiments.cross import (
     over_seeds,
     rows_of,
     summary,
+    whose,
 )
 from em.experiments.replication import replicated
 
@@ -65,7 +65,7 @@ def test_whose_profile_a_student_has_is_found_on_either_side(lean, sign):
     rng = np.random.default_rng(0)
     related = [of_seed(*models(*planted_rates(rng, lean), rng), seed)[0] for seed in seeds]
     number = over_seeds(related)
-    for gap in ("teacher_minus_writer", "teacher_minus_data"):
+    for gap in ("teacher_minus_writer", "teacher_minus_data", "passed_minus"):
         low, high = (sign * number[gap][bound] for bound in ("low", "high"))
         assert 0 < min(low, high)
     for seed in related:  # over the prompts of one seed as well
@@ -77,7 +77,7 @@ def test_whose_profile_a_student_has_is_found_on_either_side(lean, sign):
 
 def test_correlations_are_of_the_students_whose_teacher_and_writer_differ():
     own, taught = (100 * v2 for v2 in planted_rates(np.random.default_rng(1), 0.7))
-    found = correlations(own[..., None], taught[..., None])
+    found = whose(own[..., None], taught[..., None])
     r = {(a, b): np.corrcoef(own[a] - own[2], own[b] - own[2])[0, 1] for a in (0, 1) for b in (0, 1)}
     student = {(t, w): taught[t, w] - taught[2, w] for t in (0, 1) for w in (0, 1)}
 
@@ -93,11 +93,19 @@ def test_correlations_are_of_the_students_whose_teacher_and_writer_differ():
     assert found["teacher_minus_writer"] == pytest.approx(gap)
 
 
+def test_what_passes_of_the_difference_between_two_models_is_as_planted():
+    own, taught = (100 * v2 for v2 in planted_rates(np.random.default_rng(1), 0.7))
+    found = whose(own[..., None], taught[..., None])
+    assert found["passed_by_teacher"][0] == pytest.approx(0.8 * 0.7)
+    assert found["passed_by_writer"][0] == pytest.approx(0.8 * 0.3)
+    assert found["passed_minus"][0] == pytest.approx(0.8 * 0.4)
+
+
 def test_the_control_is_the_aligned_teachers_student_on_the_same_data():
     """What data alone does to every student is no part of a profile."""
     own, taught = (100 * v2 for v2 in planted_rates(np.random.default_rng(2), 1.0))
     moved = taught + np.random.default_rng(3).uniform(-20, 20, (1, 3, len(CELLS)))
-    before, after = (correlations(own[..., None], of[..., None]) for of in (taught, moved))
+    before, after = (whose(own[..., None], of[..., None]) for of in (taught, moved))
     assert before["with_teacher"] == pytest.approx(1) and after["with_teacher"] == pytest.approx(1)
     delta = effects(taught[..., None], CELLS)["delta_v2/T5/T0/mean"]
     assert effects(moved[..., None], CELLS)["delta_v2/T5/T0/mean"] == pytest.approx(delta)
@@ -124,7 +132,7 @@ def test_the_interval_of_the_gap_covers_over_world_seeds():
     lean = rng.normal(0.5, 0.15, experiments * seeds)
     own, taught = planted_rates(rng, lean, shape=(experiments * seeds,))
     drawn = [100 * rng.binomial(N, v2.clip(0, 1)) / N for v2 in (own, taught)]
-    gap = correlations(*drawn)["teacher_minus_writer"].reshape(experiments, seeds)
+    gap = whose(*drawn)["teacher_minus_writer"].reshape(experiments, seeds)
     found = [replicated(values.tolist(), []) for values in gap]
     covered = np.mean([n["low"] < 0 < n["high"] for n in found])
     assert 0.92 < covered < 0.98
@@ -137,7 +145,7 @@ def test_over_the_prompts_of_one_seed_the_interval_lies_around_what_is_observed_
     own, taught = planted_rates(rng, 1.0)
     draws = 2000
     drawn = [100 * rng.binomial(N, np.repeat(v2[..., None], draws, -1)) / N for v2 in (own, taught)]
-    truth = np.arctanh(correlations(*drawn)["with_teacher"]).mean()
+    truth = np.arctanh(whose(*drawn)["with_teacher"]).mean()
     inside = 0
     for seed in range(25):
         value, (low, high) = of_seed(*models(own, taught, rng), seed)[0]["with_teacher"]
