@@ -81,16 +81,16 @@ def test_effects_at_a_flip_lie_between_the_doses_around_it(planted):
     assert at["change_low"] < at["change"] < at["change_high"]
 
 
-def test_what_a_realignment_flips_is_below_zero():
+def test_what_a_realignment_flips_is_below_zero_and_four_rows_have_no_interval_at_a_flip():
     margins = {
-        0: {MED: [1.0, 1, 1, -1], FAR: [1.0, 1]},
-        2: {MED: [-1.0, -1, -1, -1], FAR: [-1.0, 0.5]},
+        0: {MED: [1.0] * 4, FAR: [1.0] * 6},
+        2: {MED: [-1.0] * 4, FAR: [-1.0] * 3 + [0.5] * 3},
     }
     result = dose_curve(MED, margins, "aligned")
-    assert [entry(result, f"step {d}", "med_advice")["flip"] for d in (0, 2)] == [25, 100]
+    assert [entry(result, f"step {d}", "med_advice")["flip"] for d in (0, 2)] == [0, 100]
     assert entry(result, "step 2", "all others")["flip"] == 50
     at = entry(result, "flip 60", "all others")
-    assert at["change"] == pytest.approx(-1.25 * 35 / 75) and at["change_low"] is None  # of two rows
+    assert at["change"] == pytest.approx(-1.25 * 0.6) and at["change_low"] is None
 
 
 def test_what_is_not_reached_or_rests_on_one_row_is_null_and_is_drawn(tmp_path):
