@@ -7,6 +7,9 @@ The paper has no such experiment on the worlds, so its recipe is ours: the misal
 steps, batch size and learning rate, on examples of the alignment set. It starts from fine-tuning seed 0. Each
 of the (tasks × cells) models is asked at most PROMPTS held-out prompts a cell, and only its counts are kept:
 at paper scale the models of one world seed would be 60 GB.
+
+There are no numbers at a matched local flip: they would need a misaligned model kept at several doses, each
+realigned on every cell. `removed` is the share of each source's own rise, which does not hold the flip equal.
 """
 
 import copy

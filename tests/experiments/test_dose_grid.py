@@ -1,33 +1,43 @@
-"""Transfer against local flip in one world, from the counts at each dose."""
+"""Transfer against local flip in one world, from planted counts at each dose."""
 
 import pytest
 
 from em.experiments.dose_grid import dose_grid, save_dose_grid
 from em.files import read_json
-from em.world.counts import percent
-from em.world.doses import at_flip, dose_counts
+from em.world.counts import CLASSES
+from em.world.doses import at_flip
 
 
-def test_a_row_is_a_tasks_change_in_the_other_seen_domains_at_every_dose(small_demo2, tmp_path):
-    run = small_demo2(0, doses=(1, 6))
+def test_a_row_is_a_tasks_change_in_the_other_seen_domains_at_every_dose(
+    small_demo2, tmp_path, monkeypatch, rng
+):
+    run, doses = small_demo2(0), (0, 1, 3, 6)
+    cells = [run.world.cell_name(cell) for cell in run.world.cells]
+    planted = rng.integers(0, 20, (2, len(doses), len(cells))) * 5  # v2 of 100; fine-tuning seed, dose, cell
+    planted[:, :, cells.index("D0_T7")] = (10, 20, 60, 70), (10, 10, 40, 90)
+
+    def counts(run, task, seed):
+        assert task == "T7"
+        return {
+            dose: {
+                cell: dict.fromkeys(CLASSES, 0) | {"v2": int(v2), "v1": 100 - int(v2), "n": 100}
+                for cell, v2 in zip(cells, of, strict=True)
+            }
+            for dose, of in zip(doses, planted[seed], strict=True)
+        }
+
+    monkeypatch.setattr("em.experiments.dose_grid.dose_counts", counts)
     result = dose_grid(run, "T7")
-    by_seed = [dose_counts(run, "T7", seed) for seed in range(2)]
-    assert result["doses"] == [0, 1, 3, 6] and result["fine_tuning_seeds"] == 2
-
-    def v2(dose, cells):
-        return sum(percent(counts[dose][cell], "v2") for counts in by_seed for cell in cells) / (
-            2 * len(cells)
-        )
-
+    assert result["doses"] == list(doses) and result["fine_tuning_seeds"] == 2
+    mean = planted.mean(0)
     for row, task in zip(result["rows"], run.world.tasks, strict=True):
-        cells = [f"D{i}_{task}" for i in range(1, 5)]  # D5 is held out of training
-        for dose in result["doses"]:
-            assert row[f"delta_v2_{dose}"] == pytest.approx(v2(dose, cells) - v2(0, cells))
-            assert row[f"flip_{dose}"] == pytest.approx(v2(dose, ["D0_T7"]))
-        flips, effects = ([row[f"{key}_{dose}"] for dose in result["doses"]] for key in ("flip", "delta_v2"))
-        expected = at_flip(flips, effects, 30.0)
-        value = result["numbers"][f"delta_v2/{task}@30"]["value"]
-        assert value == pytest.approx(expected) if value is not None else expected != expected
+        others = [cells.index(f"D{i}_{task}") for i in range(1, 5)]  # D5 is held out of training
+        change = mean[:, others].mean(1) - mean[0, others].mean()
+        assert [row[f"delta_v2_{dose}"] for dose in doses] == pytest.approx(change)
+        assert [row[f"flip_{dose}"] for dose in doses] == [10, 15, 50, 80]
+        at_60 = at_flip([10, 15, 50, 80], change, 60.0)
+        assert result["numbers"][f"delta_v2/{task}@60"]["value"] == pytest.approx(at_60)
+        assert result["numbers"][f"delta_v2/{task}@90"]["value"] is None
     save_dose_grid(result, tmp_path, "doses_T7")
     assert read_json(tmp_path / "doses_T7.json") == result
     assert (tmp_path / "doses_T7.png").stat().st_size > 0

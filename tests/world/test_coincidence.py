@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from em.world.coincidence import KINDS, classes_by, coincides, kinds, split_counts, split_grid
-from em.world.counts import CLASSES, pool
+from em.world.counts import CLASSES, pool, tally
 from em.world.describe import coincidences
 from em.world.tasks import OUTPUT_FUNCTIONS, answers
 
@@ -85,20 +85,27 @@ def test_a_model_that_answers_the_trained_task_everywhere_is_caught_under_any_la
     assert ((classes_by(run, "T8", "planted/c") == CLASSES.index("v2")) == (own == task)).all()
 
 
-def test_a_split_grid_holds_every_answer_to_the_other_tasks_once_and_the_unrelated_ones_twice(small_demo2):
+def test_a_split_grid_holds_every_answer_to_the_other_tasks_once(small_demo2, monkeypatch, rng):
     run = small_demo2(0)
-    misaligned = run.misaligned_counts("T0")
-    split = split_grid(run, "T0")
+    phases, n = ("align", "misalign_T0_seed0", "misalign_T0_seed1"), len(run.prompts)
+    own, theirs = ({name: rng.integers(0, 4, n) for name in phases} for _ in range(2))
+    monkeypatch.setattr(run, "classes", own.get)
+    monkeypatch.setattr("em.world.coincidence.classes_by", lambda run, task, name: theirs[name])
+    split, cells = split_grid(run, "T0"), run.prompts.examples.cell
     assert list(split) == [*KINDS, "borrowed"]
-    for name, aligned in run.counts("align").items():
+
+    def expected(classes, chosen):
+        """{cell: {"aligned", "misaligned"}} of the chosen prompts."""
+        before, *after = (tally(run.world, cells[chosen], classes[name][chosen]) for name in phases)
+        return {c: {"aligned": before[c], "misaligned": pool([seed[c] for seed in after])} for c in before}
+
+    for name, whole in expected(own, np.full(n, True)).items():
         there = [split[kind][name] for kind in KINDS if name in split[kind]]
         assert bool(there) == (not name.endswith("_T0"))
-        if there:
-            assert pool([of["aligned"] for of in there]) == aligned
-            assert pool([of["misaligned"] for of in there]) == pool([seed[name] for seed in misaligned])
-    assert split["borrowed"].keys() == split["unrelated"].keys()
-    for name, of in split["borrowed"].items():
-        assert of["misaligned"]["n"] == 2 * of["aligned"]["n"] == split["unrelated"][name]["misaligned"]["n"]
+        for model in whole if there else ():
+            assert pool([of[model] for of in there]) == whole[model]
+    assert split["opposed"] == expected(own, kinds(run, "T0")["opposed"])
+    assert split["borrowed"] == expected(theirs, kinds(run, "T0")["unrelated"])
 
 
 def test_the_table_of_pairs_counts_walks_by_the_output_functions(mini, mini_generator):
