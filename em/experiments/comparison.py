@@ -20,8 +20,8 @@ from em.files import check, read_json
 from em.stats import t_interval, t_quantile
 from em.verdict import DIFFERS, LEVEL, NOT_RESOLVED, decisive, verdict
 from em.world.counts import entry, mean_rate
-from em.world.world import WORLDS
 
+PARTS = ("share", "same", "different", "unrelated", "borrowed")
 MATCHED = 60  # v2 % of the trained cell
 MOST_SEEDS = 1000  # beyond them nobody asks how many
 Z80 = 0.8416212335729143  # the 80 % quantile of the normal
@@ -183,7 +183,9 @@ def compare(folder: Path, world: str) -> dict:
         "paper_world": paper,
         "reduced": reduced,
         "rows": rows,
-        "coincidence": coincidence(results.get(f"grid_{WORLDS[paper].default_task}", [])),
+        "coincidence": coincidence(
+            {name: of for name, of in results.items() if name == "similarity" or name.startswith("grid_")}
+        ),
         "runs": inventory(sorted(runs)),
         "figures": sorted({path.relative_to(folder).as_posix() for path in figures if path.exists()}),
     }
@@ -193,12 +195,18 @@ def _is_steered(key: str) -> bool:
     return key != "alpha" and not key.endswith("/incoherent")
 
 
-def coincidence(grids: list[dict]) -> list[dict]:
-    """By task: the share of prompts where variant 2 is the trained task's, and Δv2 on these and on the rest.
+def coincidence(results: dict[str, list[dict]]) -> list[dict]:
+    """By trained and asked task: on which share of prompts variant 2 is the same, Δv2 there and elsewhere.
 
-    grids: one `numbers` a world seed. {"task", "share", "same", "different"}: entries, or None.
+    results: `numbers` by experiment, of main grids and of similarity. {"trained", "task", and of PARTS: an
+    entry or None}; what each part is: `coincidence` of em/world/grid.py.
     """
-    keys = dict.fromkeys(key for numbers in grids for key in numbers)
-    tasks = [key.split("/")[1] for key in keys if re.fullmatch("coincidence/[^/]+/share", key)]
-    parts = ("share", "same", "different")
-    return [{"task": t} | {part: look_up(grids, f"coincidence/{t}/{part}") for part in parts} for t in tasks]
+    rows = []
+    for name in results:
+        trained = "T8" if name == "similarity" else name.removeprefix("grid_")
+        keys = dict.fromkeys(key for numbers in results[name] for key in numbers)
+        for key in keys:
+            if of := re.fullmatch(r"coincidence/(T\d+)/share", key):
+                parts = {part: look_up(results[name], f"coincidence/{of[1]}/{part}") for part in PARTS}
+                rows.append({"trained": trained, "task": of[1]} | parts)
+    return rows

@@ -4,7 +4,7 @@ import itertools
 import statistics
 from pathlib import Path
 
-from em.experiments.comparison import MATCHED, MOST_SEEDS, of_seeds
+from em.experiments.comparison import MATCHED, MOST_SEEDS, PARTS, of_seeds
 from em.files import write_csv, write_json, write_text
 from em.verdict import (
     AGREES,
@@ -19,7 +19,7 @@ from em.verdict import (
 )
 
 _SIGN = {"%": " %", "points": " points"}
-_COINCIDENCE = {"share": "%", "same": "points", "different": "points"}  # parts, in which unit
+_COINCIDENCE = dict(zip(PARTS, ("%", "points", "points", "points", "%"), strict=True))  # their units
 
 
 def tally(table: dict) -> dict[str, int]:
@@ -159,16 +159,19 @@ def markdown(table: dict) -> str:
         lines += ["## Levels, side by side, not judged", "", *_table(header, levels)]
     if table["coincidence"]:
         rows = [
-            (of["task"], *(_interval(of[part], unit) for part, unit in _COINCIDENCE.items()))
+            (of["trained"], of["task"], *(_interval(of[part], unit) for part, unit in _COINCIDENCE.items()))
             for of in table["coincidence"]
         ]
         lines += [
             "## Transfer, or the same function?",
             "",
             "Where variant 2 of a task is that of the trained task on the same walk, it comes with it and "
-            "nothing need transfer. Δv2 in points, on these prompts and on the others:",
+            "nothing need transfer. Δv2 in points, on these prompts (*same*) and the rest (*different*), and of "
+            "the latter on those where the trained task's variant 2 is not the asked task's variant 1 "
+            "either (*unrelated*); *borrowed*: how many of these get the trained task's variant 2 all the "
+            "same. Walks of one kind are no random sample of all.",
             "",
-            *_table("task | prompts where they are the same, % | Δv2 there | Δv2 on the others", rows),
+            *_table("trained on | asked | same, % | Δv2 same | different | unrelated | borrowed, %", rows),
         ]
     doses = [path for path in table["figures"] if "dose" in Path(path).stem]
     if doses:

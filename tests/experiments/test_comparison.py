@@ -328,9 +328,10 @@ def test_coincidence_stands_by_task_over_world_seeds(tmp_path):
                    "coincidence/T1/different": entry("points", different)}  # fmt: skip
         write_json(tmp_path / f"worlddemo-seed{seed}" / "grid_T5.json", {"numbers": of_grid})
     (row,) = compare(tmp_path, "demo")["coincidence"]
-    assert (row["task"], row["share"]["value"], row["same"]["value"]) == ("T1", 85, 55)
+    assert (row["trained"], row["task"]) == ("T5", "T1") and row["borrowed"] is None
+    assert (row["share"]["value"], row["same"]["value"]) == (85, 55)
     assert row["different"] == entry("points", 10.0)  # of the one seed that has such prompts
-    assert "| T1 | 85.0 [" in markdown(compare(tmp_path, "demo"))
+    assert "| T5 | T1 | 85.0 [" in markdown(compare(tmp_path, "demo"))
     assert compare(tmp_path, "demo2")["coincidence"] == []
 
 
