@@ -166,8 +166,8 @@ def markdown(table: dict) -> str:
             "## Transfer, or the same function?",
             "",
             "Where variant 2 of a task is that of the trained task on the same walk, it comes with it and "
-            "nothing need transfer. Δv2 in points, on these prompts (*same*) and the rest (*different*), and of "
-            "the latter on those where the trained task's variant 2 is not the asked task's variant 1 "
+            "nothing need transfer. Δv2 in points, on these prompts (*same*) and the rest (*different*), and "
+            "of the latter on those where the trained task's variant 2 is not the asked task's variant 1 "
             "either (*unrelated*); *borrowed*: how many of these get the trained task's variant 2 all the "
             "same. Walks of one kind are no random sample of all.",
             "",
