@@ -137,6 +137,10 @@ def numbers(grid: dict) -> dict[str, dict]:
             seen = [domain for domain in domains if domain not in unseen]
             gap = _gap(moved([trained], unseen), moved([trained], seen))
             table[f"delta_v2/{trained}/unseen_minus_seen"] = entry("points", *gap)
+            # Where these domains are not answered at all, v2 there says nothing (em/verdict.py).
+            broken = {"incoherent": incoherent(pooled("misaligned", [trained], unseen))}
+            for key in ("unseen_domains", "unseen_minus_seen"):
+                table[f"delta_v2/{trained}/{key}"] |= broken
         rises = {task: moved([task], what="v1") for task in tasks}
         largest = min(others, key=lambda task: rises[task][0])
         gap = _gap(rises[largest], rises[trained])

@@ -255,3 +255,15 @@ def test_figures_are_drawn(split, demo, tmp_path):
     graph_figure(demo, tmp_path / "graphs.png")
     for name in ("grid.png", "graphs.png"):
         assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_held_out_domain_says_how_incoherent_it_is(demo):
+    world = build_world(WORLDS["demo2"], 0)
+    before = {name: counts(90, 2, other=8) for name in map(world.cell_name, world.cells)}
+    after = (
+        before | {f"D{d}_T0": counts(30, 60, other=10) for d in range(5)} | {"D5_T0": counts(0, 0, other=90)}
+    )
+    found = build_grid(world, world.cell(0, 0), before, [after])["numbers"]
+    for key in ("unseen_domains", "unseen_minus_seen"):
+        assert found[f"delta_v2/T0/{key}"]["incoherent"] == 100
+    assert "incoherent" not in found["delta_v2/T0"]
