@@ -4,7 +4,7 @@
     python synth.py --world 1 --misalign T5     the paper's World 1, Figure 7 (one GPU)
     python synth.py --world 1 --misalign T0,T1  other tasks from the same aligned model
     python synth.py show --world 1              the world itself: similarities, an example, Figure 6
-    python synth.py --world 1 --size small      the paper's world, a smaller model; an hour on two cores
+    python synth.py --world 1 --size small      the paper's world, a smaller model, for two CPU cores
     python synth.py --world 1 --dry-run         memory and time on a GPU, before one is rented
 
     python synth.py steering | realign | cross                over seeds of world demo; --world 1, --seeds 0,1
