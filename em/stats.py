@@ -247,8 +247,8 @@ def grouped_pearson(x: Sequence[float], y: Sequence[float], groups: Sequence) ->
     Points of one group share what the group does to both, so `pearson` over all of them takes few groups for
     many points, and finds a correlation where there is none one time in four and more. Within, points are
     taken as independent but for their group; where they share something across groups too, such as a world
-    seed, resample that (`within` of em/experiments/hardness.py). None where it cannot be had; Fisher's z needs
-    four groups, and within them three points more than groups.
+    seed, resample that (`within` of em/experiments/hardness.py). None where it cannot be had: Fisher's z
+    needs four groups, and within them three points more than groups.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     code = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
