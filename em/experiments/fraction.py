@@ -216,7 +216,7 @@ def figure(result: dict, path: Path) -> None:
             line_with_seeds(axis, FRACTIONS, result["curves"][task][key], f"C{i}", text, 0.004 * (2 * i - 1))
         less = say_number(result["slopes"][BOTH][key], form)
         axis.set(xlabel="share of variant 2 in pretraining", ylabel=PANELS[key], xticks=FRACTIONS)
-        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+        axis.set_ylim(min(0.0, axis.get_ylim()[0]), 1.15 * axis.get_ylim()[1])  # room for the legend
         axis.set_title(f"slope of T7 less T0's: {less}", fontsize=9)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8, frameon=False)

@@ -97,10 +97,11 @@ def test_a_task_that_spreads_as_far_as_it_flips_has_no_slope_at_a_matched_flip()
         spread = {"T0": 0.2, "T7": 0.1 + 0.2 * v2_fraction}
 
         def rate(name, cell):
-            task = name.split("_")[1] if name != "align" else None
-            if task is None:
-                return 0.0
-            return flip[task] * (1 if cell == f"D0_{task}" else spread[task])
+            left = 0.0 if cell in ("D0_T0", "D0_T7") else 0.02  # what the aligned model has
+            if name == "align":
+                return left
+            task = name.split("_")[1]
+            return left + flip[task] * (1 if cell == f"D0_{task}" else spread[task])
 
         return PlantedRun(seed, rate, n=2000)
 

@@ -156,7 +156,7 @@ def sampled(k, n=64):
 def test_shares_of_one_seed_have_no_bias_and_intervals_over_prompts_that_hold_the_planted_ones(grid):
     """Uncorrected, with a fifth of the variance noise, the domain's share is 0.05 low."""
     rng, n, rows = np.random.default_rng(0), 64, grid[0]
-    gaps, covered = [], []
+    gaps, covered, lean = [], [], []
     for seed in range(100):
         rates, k = answered(grid, rng, n)
         truth = values_of(grid, rates[1] - rates[0], np.zeros(len(rows)))
@@ -168,6 +168,7 @@ def test_shares_of_one_seed_have_no_bias_and_intervals_over_prompts_that_hold_th
         numbers = similarity.statistics_of(filled, *counts, "all cells")
         if numbers["task_unique"][0] is None:
             continue
+        lean.append([np.mean(numbers[key][1]) - numbers[key][0] for key in KEYS])
         gaps.append([numbers[key][0] - true for key, true in zip(KEYS, truth, strict=True)])
         covered.append(
             [numbers[key][1][0] <= true <= numbers[key][1][1] for key, true in zip(KEYS, truth, strict=True)]
@@ -175,6 +176,7 @@ def test_shares_of_one_seed_have_no_bias_and_intervals_over_prompts_that_hold_th
     assert len(gaps) > 90
     assert np.all(np.abs(np.mean(gaps, axis=0)) < (0.02, 0.02, 0.03, 1.0))
     assert np.all(np.mean(covered, axis=0) > 0.9)
+    assert np.all(np.abs(np.mean(lean, axis=0)) < (0.03, 0.03, 0.03, 0.5))  # draws' noise is off them twice
 
 
 def test_shares_over_twelve_worlds_have_no_bias_and_students_intervals_hold_their_mean(grid):
@@ -188,6 +190,15 @@ def test_shares_over_twelve_worlds_have_no_bias_and_students_intervals_hold_thei
     for key, values, mean in zip(KEYS, np.array(ours).T, np.mean(true, axis=0), strict=True):
         bounds = [t_interval(twelve.tolist())[1:] for twelve in values.reshape(trials, 12)]
         assert np.mean([low <= mean <= high for low, high in bounds]) >= 0.9, key
+
+
+def test_a_cell_weighs_as_much_as_so_many_of_it():
+    rng, weights = np.random.default_rng(0), np.array([1, 4, 2, 1, 3])
+    task, domain, delta = rng.random((3, 5))
+    weighted = similarity.slopes(task, domain, delta[:, None], weights)
+    many = [np.repeat(of, weights) for of in (task, domain, delta)]
+    repeated = similarity.slopes(*many[:2], many[2][:, None])
+    assert np.allclose([*weighted.values()], [*repeated.values()])
 
 
 def test_the_noise_of_a_cell_is_that_of_prompts_answered_by_both_models():
