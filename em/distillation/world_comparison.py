@@ -1,7 +1,8 @@
 """What a channel did on a world: student against control, as a table, a summary and a figure (paper 4).
 
 The control is the same channel with the student's own start as its teacher, so that the teacher is all that
-differs. Each fine-tuning seed is a teacher of its own; intervals are Student's t over them.
+differs. Each fine-tuning seed is a teacher of its own; intervals are over them: of differences Student's t,
+of rates inside 0 to 100 %.
 """
 
 from pathlib import Path
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 
 from em.figures import CHANGE, cell_heatmap, save
 from em.stats import t_interval
-from em.world.counts import incoherent, percent, pool
+from em.world.counts import incoherent, mean_rate, percent, pool
 from em.world.world_run import WorldRun
 
 
@@ -28,8 +29,8 @@ def compare(run: WorldRun, cell: str, seeds: list[dict]) -> dict:
         "other tasks": [c for c in seeds[0]["start"] if not c.endswith(f"_{task}")],
     }
 
-    def over_seeds(value) -> dict:
-        return dict(zip(("mean", "low", "high"), t_interval([value(s) for s in seeds]), strict=True))
+    def over_seeds(value, interval=t_interval) -> dict:
+        return dict(zip(("mean", "low", "high"), interval([value(s) for s in seeds]), strict=True))
 
     def v2(counts: dict, cells: list[str]) -> float:
         return percent(pool([counts[c] for c in cells]), "v2")
@@ -37,7 +38,7 @@ def compare(run: WorldRun, cell: str, seeds: list[dict]) -> dict:
     rates = {}
     for name, cells in groups.items():
         rates[name] = {
-            who: over_seeds(lambda s, w=who, c=cells: v2(s[w], c))
+            who: over_seeds(lambda s, w=who, c=cells: v2(s[w], c), mean_rate)
             for who in ("start", "teacher", "control", "student")
         }
         rates[name]["student − control"] = over_seeds(
@@ -47,7 +48,7 @@ def compare(run: WorldRun, cell: str, seeds: list[dict]) -> dict:
             lambda s, c=cells: v2(s["student"], c) - v2(s["start"], c)
         )
     broken = {
-        who: over_seeds(lambda s, w=who: incoherent(pool(list(s[w].values()))))
+        who: over_seeds(lambda s, w=who: incoherent(pool(list(s[w].values()))), mean_rate)
         for who in ("start", "control", "student")
     }
     effect = {
@@ -58,7 +59,7 @@ def compare(run: WorldRun, cell: str, seeds: list[dict]) -> dict:
         "world": run.cfg.world,
         "world_seed": run.cfg.seed,
         "cell": cell,
-        "replicates": f"{len(seeds)} fine-tuning seeds; intervals are Student's t over them",
+        "replicates": f"{len(seeds)} fine-tuning seeds; intervals are over them",
         "groups": rates,
         "incoherent": broken,
         "student_minus_control": effect,
@@ -105,8 +106,11 @@ def transfer_figure(result: dict, title: str, path: Path) -> None:
         place = np.arange(len(groups)) + 0.2 * (i - 1.5)
         mean = [g[name]["mean"] for g in groups.values()]
         left.bar(place, mean, 0.18, color=colour, label=name)
-        spread = [0 if g[name]["low"] is None else g[name]["high"] - g[name]["mean"] for g in groups.values()]
-        left.errorbar(place, mean, spread, fmt="none", ecolor="tab:blue", capsize=3)
+        if all(g[name]["low"] is not None for g in groups.values()):
+            low, high = (
+                [abs(g[name][end] - g[name]["mean"]) for g in groups.values()] for end in ("low", "high")
+            )
+            left.errorbar(place, mean, (low, high), fmt="none", ecolor="tab:blue", capsize=3)
     left.set_xticks(range(len(groups)), groups, fontsize=8)
     left.set(
         ylim=(0, 100), ylabel="variant 2 %", title=f"teacher {result['cell']}; {len(result['seeds'])} seeds"
