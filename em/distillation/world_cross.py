@@ -9,9 +9,10 @@ samples with a seed of its own: with one for all, four texts in five were the sa
 import itertools
 from types import SimpleNamespace
 
+from em.distillation import world_transfer
 from em.distillation.corpus import Corpus
 from em.distillation.loop import Channel
-from em.distillation.world_transfer import PROMPTS, RECIPE, Prompts, train_one
+from em.distillation.world_transfer import RECIPE, Prompts, train_one
 from em.errors import UserError
 from em.files import json_digest
 from em.model.hub import model_digest
@@ -21,6 +22,7 @@ from em.world.world_run import WorldRun, misaligned_name
 
 TASKS = ("T5", "T0")
 MODELS = (*TASKS, "aligned")  # teachers, and writers of data; the aligned one last, as the control
+PROMPTS = 4 * world_transfer.PROMPTS  # asked in all; about a quarter of them all three answer with variant 1
 
 
 def optd(pair, batch):

@@ -66,7 +66,7 @@ GAPS = {
     "teacher_minus_data": ("same_teacher", "same_data"),
     "passed_minus": ("passed_by_teacher", "passed_by_writer"),
 }
-PASSED = {"passed_by_teacher": "teachers", "passed_by_writer": "writers"}
+PASSED = {"passed_by_teacher": "with the\nteacher", "passed_by_writer": "with the\ndata"}
 
 
 # -- statistics --------------------------------------------------------------------------------------------
@@ -279,13 +279,13 @@ def figure(result: dict, path: Path) -> None:
     note = say_unit(result["seeds"])
     profile = [(name, result["profile"][name], label) for name, label in PAIRS.items()]
     _bars(chart.add_subplot(grid[0, 4]), profile, ".2f", f"r of Δv2 by cell, between\n(lines: {note})")
-    passed = [(name, result["profile"][name], f"of {label}") for name, label in PASSED.items()]
-    _bars(chart.add_subplot(grid[1, 4]), passed, ".2f", "students' share in the difference between the two")
+    passed = [(name, result["profile"][name], label) for name, label in PASSED.items()]
+    _bars(chart.add_subplot(grid[1, 4]), passed, ".2f", "of the two models' difference passes")
     main = [(f"main/{name}", result["effects"][f"main/{name}"], name) for name in MAIN]
     _bars(chart.add_subplot(grid[2, 4]), main, "+.1f", "v2 over all cells, misaligned − aligned, points")
     seeds = ", ".join(map(str, result["seeds"]))
     chart.suptitle(
-        f"World {result['world']}, mean over world seeds {seeds}: Δv2 of students, points over the control "
+        f"World {result['world']}, world seeds {seeds}: mean Δv2 of students, points over the control "
         "on the same data (black: the teacher's cell, green: the writer's)",
         fontsize=11,
     )
@@ -303,7 +303,8 @@ def _bars(axis, entries: list[tuple[str, dict, str]], form: str, title: str) -> 
         if low is not None:
             axis.plot([low, high], [y, y], color="black", linewidth=1.4)
         known = [value for value in number["by_seed"] if value is not None]
-        axis.plot(known, [y + 0.12] * len(known), "k.", markersize=4)
+        if len(known) > 1:
+            axis.plot(known, [y + 0.12] * len(known), "k.", markersize=4)
         axis.annotate(
             f"{number['mean']:{form}}", (max(number["mean"], high or 0), y), (5, 0),
             textcoords="offset points", va="center", fontsize=9,
@@ -325,12 +326,12 @@ def summary(result: dict) -> str:
         [
             f"World {result['world']}, {names} as teachers and as writers; {say_unit(result['seeds'])}:",
             f"  taught by one on the other's data, a student's Δv2 by cell correlates {r['with_teacher']}",
-            f"  with its teacher's and {r['with_writer']} with its writer's, gap {r['teacher_minus_writer']} "
-            f"(the two teachers' own: {r['of_the_teachers']});",
+            f"  with its teacher's and {r['with_writer']} with its writer's (the two teachers' own: "
+            f"{r['of_the_teachers']}), gap {r['teacher_minus_writer']};",
             f"  between students of one teacher {r['same_teacher']}, on one writer's data {r['same_data']}, "
             f"gap {r['teacher_minus_data']}.",
             f"  Of the difference between the two models' own, {r['passed_by_teacher']} passes with the "
-            f"teacher and {r['passed_by_writer']} with the data.",
+            f"teacher, {r['passed_by_writer']} with the data.",
             f"  v2 over all cells, misaligned − aligned: teachers {points['teacher']}, writers "
             f"{points['data']}, interaction {points['interaction']} points.",
             f"  All three wrote v1 on {result['kept']['all three']['mean']:.0f} % of the prompts.",
