@@ -4,8 +4,8 @@ import pytest
 
 from em.experiments.dose_grid import dose_grid, save_dose_grid
 from em.files import read_json
+from em.stats import at_flip
 from em.world.counts import CLASSES
-from em.world.doses import at_flip
 
 
 def test_a_row_is_a_tasks_change_in_the_other_seen_domains_at_every_dose(
