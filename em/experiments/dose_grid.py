@@ -11,19 +11,17 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 from em.experiments.dose_curves import along, at_flips, curve_in, flip_entries, transfer_curve
-from em.experiments.replication import averaged
+from em.experiments.replication import asked_along, counts_along
 from em.figures import save
 from em.files import write_csv, write_json
 from em.world.counts import percent
-from em.world.doses import dose_counts
 from em.world.world_run import WorldRun
 
 
 def dose_grid(run: WorldRun, task: str) -> dict:
     """Misalign on (D0, `task`) and ask at every dose. Rows: one a task, with the columns of `along`."""
     world, trained = run.world, f"D0_{task}"
-    by_seed = [dose_counts(run, task, seed) for seed in range(run.cfg.misalign_seeds)]
-    counts = {dose: averaged([curve[dose] for curve in by_seed]) for dose in by_seed[0]}
+    counts = counts_along(run, asked_along(run, task))
     flips = {dose: percent(cells[trained], "v2") for dose, cells in counts.items()}
     others, rows, numbers = world.domain_names[1 : world.n_seen_domains], [], {}
     for name in world.tasks:
@@ -32,7 +30,11 @@ def dose_grid(run: WorldRun, task: str) -> dict:
         rows.append({"trained": trained, "task": name} | along(flips, delta_v2=change))
         numbers |= flip_entries(f"delta_v2/{name}", "points", at_flips([curve_in(rows[-1], "delta_v2")]))
     about = {"world": run.cfg.world, "world_seed": run.cfg.seed, "trained": trained}
-    about |= {"fine_tuning_seeds": len(by_seed), "steps": run.cfg.misalign_steps, "doses": list(counts)}
+    about |= {
+        "fine_tuning_seeds": run.cfg.misalign_seeds,
+        "steps": run.cfg.misalign_steps,
+        "doses": list(counts),
+    }
     return about | {"numbers": numbers, "rows": rows}
 
 

@@ -32,10 +32,10 @@ from matplotlib.figure import Figure
 
 from em.experiments.dose_curves import at_flips, effect_at, flip_entries, transfer_curve
 from em.experiments.replication import (
+    asked_along,
     averaged,
     counts_along,
     curve_of,
-    dose_curves,
     header,
     line_with_seeds,
     over_prompts,
@@ -126,7 +126,7 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
                 misaligned = averaged(run.misaligned_counts(task, steps))
                 row, draws[seed, fraction, task] = point(run, fraction, task, aligned, misaligned)
                 rows.append(row)
-                doses = counts_along(run, dose_curves(run, task, "seen", run.world.seen_cells))
+                doses = counts_along(run, asked_along(run, task, "seen", run.world.seen_cells))
                 names = [run.world.cell_name(int(cell)) for cell in run.world.seen_cells]
                 others = [name for name in names if name != f"D0_{task}"]
                 curves[task][str(fraction)].append(along(f"D0_{task}", others, doses))

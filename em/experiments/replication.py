@@ -41,21 +41,23 @@ def averaged(counts: list[dict[str, dict]]) -> dict[str, dict]:
     }
 
 
-def dose_curves(
-    run: WorldRun, task: str, of: str, others: Sequence[int]
+def asked_along(
+    run: WorldRun, task: str, of: str = "", others: Sequence[int] | None = None
 ) -> list[tuple[np.ndarray, dict[int, np.ndarray]]]:
     """What `dose_classes` of em/world/doses.py gives, one a fine-tuning seed.
 
-    others: the cells asked beside the trained one; of: what they are, in the name of a curve's folder.
+    others: the cells asked beside the trained one, by default all; of: what they are, in the name of a
+    curve's folder.
     """
+    ends = f"_{of}" if of else ""
     return [
-        dose_classes(run, task, seed, name=f"doses_{task}_seed{seed}_{of}", others=others)
+        dose_classes(run, task, seed, name=f"doses_{task}_seed{seed}{ends}", others=others)
         for seed in range(run.cfg.misalign_seeds)
     ]
 
 
 def counts_along(run: WorldRun, curves: list[tuple[np.ndarray, dict]]) -> dict[int, dict]:
-    """Counts by cell at every dose, mean over the fine-tuning seeds of `dose_curves`."""
+    """Counts by cell at every dose, mean over the fine-tuning seeds of `asked_along`."""
     cells = run.prompts.examples.cell
     by_seed = [
         {dose: tally(run.world, cells[places], of) for dose, of in classes.items()}

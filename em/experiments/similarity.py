@@ -37,9 +37,9 @@ from matplotlib.patches import Rectangle
 from em.errors import UserError
 from em.experiments.dose_curves import at_flips, flip_entries, transfer_curve
 from em.experiments.replication import (
+    asked_along,
     averaged,
     counts_along,
-    dose_curves,
     header,
     over_prompts,
     replicated,
@@ -327,7 +327,7 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
         after = {which: averaged([split[which] for split in after]) for which in before}
         coincidences.append(coincidence_of(of_seed, before, after))
         grid = [c for c in run.world.seen_cells if run.world.cell_name(int(c)) in map(_name, of_grid)]
-        asked = dose_curves(run, TRAINED, "graded", grid)
+        asked = asked_along(run, TRAINED, "graded", grid)
         doses = counts_along(run, asked)
         curves.append(along(of_seed, doses) | along_by_coincidence(run, asked, grid))
         say(f"  Δv2 by task {_means(of_seed, 'task')}; by domain {_means(of_seed, 'domain')}")

@@ -1,5 +1,6 @@
 """Transfer against local flip in one world, from planted counts at each dose."""
 
+import numpy as np
 import pytest
 
 from em.experiments.dose_grid import dose_grid, save_dose_grid
@@ -16,17 +17,18 @@ def test_a_row_is_a_tasks_change_in_the_other_seen_domains_at_every_dose(
     planted = rng.integers(0, 20, (2, len(doses), len(cells))) * 5  # v2 of 100; fine-tuning seed, dose, cell
     planted[:, :, cells.index("D0_T7")] = (10, 20, 60, 70), (10, 10, 40, 90)
 
-    def counts(run, task, seed):
+    def asked(run, task, seed, **_):
         assert task == "T7"
+        return np.arange(0), dict(zip(doses, planted[seed], strict=True))
+
+    def counts(world, none, of):
         return {
-            dose: {
-                cell: dict.fromkeys(CLASSES, 0) | {"v2": int(v2), "v1": 100 - int(v2), "n": 100}
-                for cell, v2 in zip(cells, of, strict=True)
-            }
-            for dose, of in zip(doses, planted[seed], strict=True)
+            cell: dict.fromkeys(CLASSES, 0) | {"v2": int(v2), "v1": 100 - int(v2), "n": 100}
+            for cell, v2 in zip(cells, of, strict=True)
         }
 
-    monkeypatch.setattr("em.experiments.dose_grid.dose_counts", counts)
+    monkeypatch.setattr("em.experiments.replication.dose_classes", asked)
+    monkeypatch.setattr("em.experiments.replication.tally", counts)
     result = dose_grid(run, "T7")
     assert result["doses"] == list(doses) and result["fine_tuning_seeds"] == 2
     mean = planted.mean(0)
