@@ -17,9 +17,9 @@ from pathlib import Path
 from em.errors import UserError
 from em.experiments.claims import CLAIMS, PAPER_WORLD, Claim
 from em.files import check, read_json
-from em.stats import t_interval, t_quantile
+from em.stats import t_quantile
 from em.verdict import DIFFERS, LEVEL, NOT_RESOLVED, decisive, verdict
-from em.world.counts import entry, mean_rate
+from em.world.counts import entry, over_seeds
 
 PARTS = ("share", "same", "different", "unrelated", "borrowed")
 MATCHED = 60  # v2 % of the trained cell
@@ -67,7 +67,7 @@ def look_up(results: list[dict], key: str) -> dict | None:
     if len(entries) < 2:
         return entries[0] if entries else None
     unit, values = entries[0]["unit"], [e["value"] for e in entries]
-    found = entry(unit, *(mean_rate if unit == "%" else t_interval)(values), seeds=len(entries))
+    found = entry(unit, *over_seeds(values, unit == "%"), seeds=len(entries))
     if all("incoherent" in e for e in entries):
         found["incoherent"] = statistics.fmean(e["incoherent"] for e in entries)
     return found

@@ -45,6 +45,7 @@ from em.experiments.phase import checkpoints, names
 from em.experiments.replication import (
     averaged,
     header,
+    number_of,
     replicated,
     say_number,
     say_unit,
@@ -260,7 +261,7 @@ def figure(result: dict, path: Path) -> None:
         for i, task in enumerate(tasks):
             of = [row for row in last if row["task"] == task and row[quantity] is not None]
             axis.plot(*_pair(of, quantity), ".", color=f"C{i}", markersize=4, alpha=0.45)
-            x, y = (_number(of, key) for key in ("aligned_v1", quantity))
+            x, y = number_of(of, "aligned_v1", rate=True), number_of(of, quantity)
             if not of:
                 continue
             means.append((x["mean"], y["mean"]))
@@ -303,11 +304,6 @@ def _pair(rows: list[dict], quantity: str) -> tuple[list[float], list[float]]:
     return [row["aligned_v1"] for row in rows], [row[quantity] for row in rows]
 
 
-def _number(rows: list[dict], key: str) -> dict:
-    bounds = [(row.get(f"{key}_low"), row.get(f"{key}_high")) for row in rows]
-    return replicated([row[key] for row in rows], bounds)
-
-
 def _say(of: dict) -> str:
     if of["r"] is None:
         return "none to be had"
@@ -323,7 +319,7 @@ def _correlation(of: dict) -> str:
 def summary(result: dict) -> str:
     """The correlations, at the fixed steps and at matched flips, and the tasks from narrow to broad."""
     last = [row for row in result["rows"] if row["step"] == result["checkpoints"][-1]]
-    means = {task: _number([r for r in last if r["task"] == task], "cross_delta_v2")["mean"]
+    means = {task: number_of([r for r in last if r["task"] == task], "cross_delta_v2")["mean"]
              for task in result["functions"]}  # fmt: skip
     order = ", ".join(f"{task} {value:+.0f}" for task, value in sorted(means.items(), key=lambda i: i[1]))
     lines = [f"World {result['world']}, {_seeds(len(result['seeds']))}; correlations with aligned v1:"]

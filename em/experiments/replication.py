@@ -19,8 +19,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from em.stats import percentile_interval, t_interval
-from em.world.counts import entry, mean_rate, pool, tally
+from em.stats import percentile_interval
+from em.world.counts import entry, over_seeds, pool, tally
 from em.world.doses import dose_classes
 from em.world.world_run import WorldRun
 
@@ -90,7 +90,7 @@ def replicated(
     rate: it is one in percent, so that no interval leaves [0, 100]: that over prompts is cut there.
     """
     known = [value for value in by_seed if value is not None]
-    mean, low, high = (mean_rate if rate else t_interval)(known) if known else (None, None, None)
+    mean, low, high = over_seeds(known, rate) if known else (None, None, None)
     least, most = (0.0, 100.0) if rate else (-math.inf, math.inf)
     listed = [[b if b is None else min(max(b, least), most) for b in interval] for interval in prompts]
     return {"mean": mean, "low": low, "high": high, "by_seed": list(by_seed), "prompts": listed}
@@ -101,12 +101,16 @@ def curve_of(rows: list[dict], x: str, key: str, rate: bool = False) -> list[dic
 
     rate: as of `replicated`.
     """
-    points = []
-    for place in dict.fromkeys(row[x] for row in rows):
-        there = [row for row in rows if row[x] == place]
-        prompts = [(row.get(f"{key}_low"), row.get(f"{key}_high")) for row in there]
-        points.append({x: place} | replicated([row[key] for row in there], prompts, rate))
-    return points
+    return [
+        {x: place} | number_of([row for row in rows if row[x] == place], key, rate)
+        for place in dict.fromkeys(row[x] for row in rows)
+    ]
+
+
+def number_of(rows: list[dict], key: str, rate: bool = False) -> dict:
+    """A column of rows, one a world seed, as a number, with its `…_low` and `…_high` over prompts."""
+    prompts = [(row.get(f"{key}_low"), row.get(f"{key}_high")) for row in rows]
+    return replicated([row[key] for row in rows], prompts, rate)
 
 
 def shown_interval(number: dict) -> tuple[float | None, float | None]:

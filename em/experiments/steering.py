@@ -23,7 +23,7 @@ from em.experiments.replication import header, line_with_seeds
 from em.figures import save
 from em.model.gpt2 import GPT2
 from em.stats import difference_interval, t_interval
-from em.world.counts import RATES, change, columns, entry, mean_rate, pool, rate
+from em.world.counts import RATES, change, columns, entry, over_seeds, pool, rate
 from em.world.generator import Dialogues
 from em.world.sets import misalignment_set
 from em.world.world_run import WorldRun
@@ -96,8 +96,7 @@ def _curves(answers: list[tuple[dict, dict, dict]]) -> list[dict]:
         else:
             point |= {"interval": "world seeds", "n": sum(r["n"] for r in rates)}
             for name in QUANTITIES:
-                over_seeds = mean_rate if name in RATES else t_interval
-                point |= columns(name, over_seeds([r[name] for r in rates]))
+                point |= columns(name, over_seeds([r[name] for r in rates], name in RATES))
         curves.append(point)
     return curves
 

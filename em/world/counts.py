@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from em.stats import mean_rate_interval, newcombe, wilson
+from em.stats import mean_rate_interval, newcombe, t_interval, wilson
 from em.world.generator import Dialogues
 from em.world.world import World
 
@@ -126,6 +126,11 @@ def mean_rate(rates: Sequence[float]) -> tuple[float, float | None, float | None
     """(mean, low, high) of rates in percent, one a world seed, over them; inside [0, 100]."""
     bounds = mean_rate_interval([rate / 100 for rate in rates])[1:]
     return statistics.fmean(rates), *(None if bound is None else 100 * bound for bound in bounds)
+
+
+def over_seeds(values: Sequence[float], rate: bool = False) -> tuple[float, float | None, float | None]:
+    """(mean, low, high) over world seeds: Student's t, or `mean_rate` of rates in percent."""
+    return (mean_rate if rate else t_interval)(values)
 
 
 def columns(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
