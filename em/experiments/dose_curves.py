@@ -2,7 +2,7 @@
 
 A *curve* is one world seed's list of (local flip %, effect) by dose, rising from dose 0, the aligned model:
 
-    row |= along(flips, cross=effects)                         columns `flip_16`, `cross_16`, …, `cross@60`
+    row |= dose_columns(flips, cross=effects)                  columns `flip_16`, `cross_16`, …, `cross@60`
     curve = curve_in(row, "cross")                             what they say, again
     numbers = at_flips([curve, …])                             {30.0: number, 60.0: …, 90.0: …}
     entries |= flip_entries("T0/delta_v2", "points", numbers)  `T0/delta_v2@30`, …@60, …@90
@@ -32,7 +32,7 @@ def effect_at(curve: Curve, level: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def along(flips: dict[int, float], **effects: dict[int, float]) -> dict[str, float | None]:
+def dose_columns(flips: dict[int, float], **effects: dict[int, float]) -> dict[str, float | None]:
     """Columns of a row: `flip_<dose>`, `<effect>_<dose>`, and `<effect>@<level>` at each of FLIPS.
 
     flips, effects: by dose, rising from 0.
@@ -46,7 +46,7 @@ def along(flips: dict[int, float], **effects: dict[int, float]) -> dict[str, flo
 
 
 def curve_in(row: dict, effect: str) -> Curve:
-    """The curve of `effect` in a row with the columns of `along`."""
+    """The curve of `effect` in a row with the columns of `dose_columns`."""
     doses = sorted(int(key.removeprefix("flip_")) for key in row if key.startswith("flip_"))
     return [(row[f"flip_{dose}"], row[f"{effect}_{dose}"]) for dose in doses]
 

@@ -10,7 +10,7 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from em.experiments.dose_curves import along, at_flips, curve_in, flip_entries, transfer_curve
+from em.experiments.dose_curves import at_flips, curve_in, dose_columns, flip_entries, transfer_curve
 from em.experiments.replication import asked_along, counts_along
 from em.figures import save
 from em.files import write_csv, write_json
@@ -19,7 +19,7 @@ from em.world.world_run import WorldRun
 
 
 def dose_grid(run: WorldRun, task: str) -> dict:
-    """Misalign on (D0, `task`) and ask at every dose. Rows: one a task, with the columns of `along`."""
+    """Misalign on (D0, `task`) and ask at every dose. Rows: one a task, with `dose_columns`."""
     world, trained = run.world, f"D0_{task}"
     counts = counts_along(run, asked_along(run, task))
     flips = {dose: percent(cells[trained], "v2") for dose, cells in counts.items()}
@@ -27,7 +27,7 @@ def dose_grid(run: WorldRun, task: str) -> dict:
     for name in world.tasks:
         v2 = {dose: fmean(percent(of[f"{d}_{name}"], "v2") for d in others) for dose, of in counts.items()}
         change = {dose: value - v2[0] for dose, value in v2.items()}
-        rows.append({"trained": trained, "task": name} | along(flips, delta_v2=change))
+        rows.append({"trained": trained, "task": name} | dose_columns(flips, delta_v2=change))
         numbers |= flip_entries(f"delta_v2/{name}", "points", at_flips([curve_in(rows[-1], "delta_v2")]))
     about = {"world": run.cfg.world, "world_seed": run.cfg.seed, "trained": trained}
     about |= {

@@ -102,7 +102,7 @@ def point(run: WorldRun, fraction: float, task: str, aligned: dict, misaligned: 
     return row, draws
 
 
-def along(trained: str, others: Sequence[str], doses: dict[int, dict]) -> list[tuple[float, float]]:
+def cross_curve(trained: str, others: Sequence[str], doses: dict[int, dict]) -> list[tuple[float, float]]:
     """(v2 % of the trained cell, cross-domain Δv2) by dose; doses: counts by cell, by dose."""
     cross = {dose: fmean(percent(of[name], "v2") for name in others) for dose, of in doses.items()}
     return [(percent(of[trained], "v2"), cross[dose] - cross[0]) for dose, of in doses.items()]
@@ -129,7 +129,7 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
                 doses = counts_along(run, asked_along(run, task, "seen", run.world.seen_cells))
                 names = [run.world.cell_name(int(cell)) for cell in run.world.seen_cells]
                 others = [name for name in names if name != f"D0_{task}"]
-                curves[task][str(fraction)].append(along(f"D0_{task}", others, doses))
+                curves[task][str(fraction)].append(cross_curve(f"D0_{task}", others, doses))
                 say(
                     f"  v2 share {fraction:.3f}, {task}: trained cell {row['trained_v2']:.1f} %, other cells "
                     f"{row['cross_v2']:.1f} % ({row['aligned_cross_v2']:.1f} % aligned)"

@@ -40,7 +40,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from em.experiments.dose_curves import along, curve_in, transfer_curve
+from em.experiments.dose_curves import curve_in, dose_columns, transfer_curve
 from em.experiments.phase import checkpoints, names
 from em.experiments.replication import (
     averaged,
@@ -104,7 +104,7 @@ def doses(run: WorldRun, task: str, curve: dict[int, dict]) -> dict:
     """Trained v2 and cross Δv2 by dose, and at matched flips. curve: counts by cell, by dose."""
     flips = {dose: percent(counts[f"D0_{task}"], "v2") for dose, counts in curve.items()}
     effects = {dose: cross(run, task, curve[0], counts)[0] for dose, counts in curve.items()}
-    return along(flips, cross_delta_v2=effects)
+    return dose_columns(flips, cross_delta_v2=effects)
 
 
 # -- correlations ------------------------------------------------------------------------------------------

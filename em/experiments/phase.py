@@ -24,7 +24,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from em.errors import UserError
-from em.experiments.dose_curves import along, curve_in, flip_entries, transfer_curve
+from em.experiments.dose_curves import curve_in, dose_columns, flip_entries, transfer_curve
 from em.experiments.replication import (
     averaged,
     curve_of,
@@ -113,7 +113,7 @@ def doses(run: WorldRun, task: str, curve: dict[int, dict]) -> dict:
         group: {dose: fmean(of[c] - v2[0][c] for c in cells[group]) for dose, of in v2.items()}
         for group in SPREAD
     }
-    return along({dose: of[f"D0_{task}"] for dose, of in v2.items()}, **effects)
+    return dose_columns({dose: of[f"D0_{task}"] for dose, of in v2.items()}, **effects)
 
 
 def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> dict:

@@ -7,7 +7,7 @@ import pytest
 from planted_run import PlantedRun
 
 from em.errors import UserError
-from em.experiments import replication, similarity
+from em.experiments import replication, similarity, two_axes
 from em.stats import t_interval
 from em.world.coincidence import coincides
 from em.world.counts import CLASSES, percent
@@ -16,7 +16,7 @@ from em.world.world import WORLDS, build_world
 
 scipy = pytest.importorskip("scipy")
 
-GRADED = [f"D{d}_{t}" for d in range(4) for t in similarity.TASKS]
+GRADED = [f"D{d}_{t}" for d in range(4) for t in two_axes.TASKS]
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def errors(before, after):
 
 def found(world, before, after, cells="all cells", seed=1, noise=1.0):
     of_noise = {name: noise * error for name, error in errors(before, after).items()}
-    rows = similarity.rows_of(world, seed, before, after, of_noise)
-    return similarity.statistics_of(rows, before, after, cells)
+    rows = two_axes.rows_of(world, seed, before, after, of_noise)
+    return two_axes.statistics_of(rows, before, after, cells)
 
 
 def drawn(exact, n, rng):
@@ -71,7 +71,7 @@ def test_task_similarity_is_the_overlap_the_world_was_built_with():
 
 def test_rows_say_which_domains_are_graded_random_and_held_out():
     world = build_world(WORLDS["2"], seed=0)
-    kinds = [similarity.kind(world, d) for d in range(10)]
+    kinds = [two_axes.kind(world, d) for d in range(10)]
     assert kinds == ["graded"] * 4 + ["random"] * 4 + ["held-out"] * 2
 
 
@@ -91,7 +91,7 @@ def test_shares_are_those_of_the_correlations(demo2, cells, n):
     rng = np.random.default_rng(0)
     before = planted(demo2, lambda t, d: 0.05)
     after = planted(demo2, lambda t, d: 0.1 + 0.3 * t + 0.2 * d + 0.2 * rng.random())
-    rows = similarity.rows_of(demo2, 1, before, after, errors(before, after))
+    rows = two_axes.rows_of(demo2, 1, before, after, errors(before, after))
     rows = [r for r in rows if r["kind"] == "graded"][16 - n :]
     t, d, y = (np.array([r[k] for r in rows]) for k in ("task_similarity", "domain_similarity", "delta_v2"))
     assert len(y) == n
@@ -126,7 +126,7 @@ def test_where_noise_is_all_there_is_there_are_slopes_and_no_shares(demo2):
 def grid(demo2):
     """Rows of the graded cells, to be filled, with their similarities."""
     still = planted(demo2, lambda t, d: 0.0)
-    rows = similarity.graded(similarity.rows_of(demo2, 1, still, still, errors(still, still)))
+    rows = two_axes.graded(two_axes.rows_of(demo2, 1, still, still, errors(still, still)))
     return rows, *(np.array([r[f"{axis}_similarity"] for r in rows]) for axis in ("task", "domain"))
 
 
@@ -143,7 +143,7 @@ KEYS = ("task_unique", "domain_unique", "unique_minus", "task_slope")
 
 def values_of(grid, delta, noise):
     _, t, d = grid
-    table = similarity.shares(t, d, delta[:, None], noise)[0] | similarity.slopes(t, d, delta[:, None])
+    table = two_axes.shares(t, d, delta[:, None], noise)[0] | two_axes.slopes(t, d, delta[:, None])
     return [float(table[key][0]) for key in KEYS]
 
 
@@ -165,7 +165,7 @@ def test_shares_of_one_seed_have_no_bias_and_intervals_over_prompts_that_hold_th
         counts = [{name: {"v2": int(v2), "n": n} for name, v2 in zip(names, of, strict=True)} for of in k]
         filled = [r | {"seed": seed, "delta_v2": y, "delta_v2_error": e**0.5}
                   for r, y, e in zip(rows, delta, noise, strict=True)]  # fmt: skip
-        numbers = similarity.statistics_of(filled, *counts, "all cells")
+        numbers = two_axes.statistics_of(filled, *counts, "all cells")
         if numbers["task_unique"][0] is None:
             continue
         lean.append([np.mean(numbers[key][1]) - numbers[key][0] for key in KEYS])
@@ -195,9 +195,9 @@ def test_shares_over_twelve_worlds_have_no_bias_and_students_intervals_hold_thei
 def test_a_cell_weighs_as_much_as_so_many_of_it():
     rng, weights = np.random.default_rng(0), np.array([1, 4, 2, 1, 3])
     task, domain, delta = rng.random((3, 5))
-    weighted = similarity.slopes(task, domain, delta[:, None], weights)
+    weighted = two_axes.slopes(task, domain, delta[:, None], weights)
     many = [np.repeat(of, weights) for of in (task, domain, delta)]
-    repeated = similarity.slopes(*many[:2], many[2][:, None])
+    repeated = two_axes.slopes(*many[:2], many[2][:, None])
     assert np.allclose([*weighted.values()], [*repeated.values()])
 
 
@@ -209,7 +209,7 @@ def test_the_noise_of_a_cell_is_that_of_prompts_answered_by_both_models():
     first = np.arange(len(cells)) % 64 < 8  # eight prompts a cell change for one of two seeds
     answers["misalign_T8_seed0"] = np.where(first, 1, answers["align"])
     run.classes = answers.__getitem__
-    errors = similarity.errors_over_prompts(run)
+    errors = two_axes.errors_over_prompts(run)
     for cell in (0, 17, 33):
         mine = cells == cell
         change = 50.0 * (first & (answers["align"] != 1))[mine]
@@ -219,17 +219,17 @@ def test_the_noise_of_a_cell_is_that_of_prompts_answered_by_both_models():
 def test_the_contrast_is_the_trained_task_elsewhere_less_the_other_tasks_here(demo2):
     before = planted(demo2, lambda t, d: 0.0)
     after = planted(demo2, lambda t, d: 0.9 if t == d == 1 else 0.5 if t == 1 else 0.2 if d == 1 else 0.1)
-    rows = similarity.graded(similarity.rows_of(demo2, 1, before, after, errors(before, after)))
+    rows = two_axes.graded(two_axes.rows_of(demo2, 1, before, after, errors(before, after)))
     delta = np.array([[r["delta_v2"]] for r in rows])
-    assert similarity.contrast(rows, delta) == pytest.approx(30)
+    assert two_axes.contrast(rows, delta) == pytest.approx(30)
 
 
 def test_slopes_along_the_doses_are_those_of_every_cells_interpolated_change(demo2):
     """The trained cell goes 0, 20, 80 %; at 60 % every cell is two thirds of the way between the last two."""
     rates = {0: (0, 0, 0), 1: (0.0, 0.1, 0.1), 2: (0.0, 0.7, 0.1)}
     doses = {dose: planted(demo2, lambda t, d, r=r: r[0] + r[1] * t + r[2] * d) for dose, r in rates.items()}
-    rows = similarity.rows_of(demo2, 1, doses[0], doses[2], errors(doses[0], doses[2]))
-    curves = similarity.along(rows, doses)
+    rows = two_axes.rows_of(demo2, 1, doses[0], doses[2], errors(doses[0], doses[2]))
+    curves = two_axes.curves_of(rows, doses)
     assert [flip for flip, _ in curves["T9"]] == [0, 20, 80]
     numbers = similarity.at_flips([curves["without the trained cell/task_slope"]])
     assert numbers[60.0]["mean"] == pytest.approx(10 + 60 * 2 / 3, abs=0.2) and numbers[90.0]["mean"] is None
@@ -244,26 +244,26 @@ def test_a_change_on_coinciding_prompts_alone_is_all_coincidence(demo2):
     def split(same, different):
         """Counts of 100 and 50 prompts; T9 and D0 have no prompt on which answers differ."""
         cell = lambda v2, n: {"v1": n - v2, "v2": v2, "other": 0, "unparseable": 0, "n": n}  # noqa: E731
-        names = [f"D{d}_{t}" for d in range(6) for t in similarity.TASKS]
+        names = [f"D{d}_{t}" for d in range(6) for t in two_axes.TASKS]
         rest = [name for name in names if name[:2] != "D0" and not name.endswith(("T8", "T9"))]
         on_rest = {name: cell(different + 5 * name.endswith("T11"), 50) for name in rest}
         return {"same": {name: cell(same, 100) for name in names}, "different": on_rest}
 
     before, still = planted(demo2, lambda t, d: 0.02), split(2, 0)
-    rows = similarity.rows_of(demo2, 1, before, before, errors(before, before))
-    table = {key: value for key, (value, _) in similarity.coincidence_of(rows, still, split(42, 0)).items()}
+    rows = two_axes.rows_of(demo2, 1, before, before, errors(before, before))
+    table = {key: value for key, (value, _) in two_axes.coincidence_of(rows, still, split(42, 0)).items()}
     assert table["T10/same"] == table["others/same"] == pytest.approx(40)
     assert table["T10/different"] == 0 and table["T9/different"] is None
     assert table["T9/share"] == 100 and table["T10/share"] == pytest.approx(100 * 400 / 550)
     assert table["others/of_change"] == 100
     assert table["task_slope"] == pytest.approx(0)  # +10 for T11 in both models
-    moved = similarity.coincidence_of(rows, still, split(42, 20))
+    moved = two_axes.coincidence_of(rows, still, split(42, 20))
     table = {key: value for key, (value, _) in moved.items()}
     assert table["T11/different"] == pytest.approx(40) and table["T10/of_change"] == pytest.approx(
         100 * 160 / 220
     )
     alone = {"same": still["same"], "different": {}}
-    table = similarity.coincidence_of(rows, alone, alone)
+    table = two_axes.coincidence_of(rows, alone, alone)
     assert table["task_slope"] == (None, [None, None]) and table["others/of_change"][0] is None
     json.dumps(table, allow_nan=False)
 
@@ -301,7 +301,7 @@ def test_curves_by_coincidence_are_of_the_other_tasks_in_the_graded_domains_alon
     other = np.isin(cell, cells) & (cell % 6 != 2)
     before = np.full(len(cell), CLASSES.index("v1"))
     after = np.where(trained | (same & (np.arange(len(cell)) % 2 == 0)), CLASSES.index("v2"), before)
-    curves = similarity.along_by_coincidence(run, [(np.arange(len(cell)), {0: before, 8: after})], cells)
+    curves = two_axes.curves_by_coincidence(run, [(np.arange(len(cell)), {0: before, 8: after})], cells)
     share = 100 * (np.arange(len(cell)) % 2 == 0)[other & same].mean()
     assert curves == {"same": [(0, 0), (100, pytest.approx(share))], "different": [(0, 0), (100, 0)]}
 
@@ -320,7 +320,7 @@ def test_a_row_is_what_the_models_answered(planted_doses):
 
 
 def test_statistics_over_seeds_are_students_t_of_the_seeds_own(planted_doses, monkeypatch):
-    monkeypatch.setattr(similarity, "SIGNAL", -1.0)  # what is planted is noise alone
+    monkeypatch.setattr(two_axes, "SIGNAL", -1.0)  # what is planted is noise alone
     result = similarity.measure(PlantedRun, [1, 2, 3], say=lambda *_: None)
     number = result["statistics"]["without the trained cell"]["task_unique"]
     alone = [similarity.measure(PlantedRun, [seed], say=lambda *_: None)["statistics"] for seed in (1, 2, 3)]
