@@ -11,7 +11,8 @@ import synth
 from em.cli import command_line
 from em.errors import UserError
 from em.experiments import power
-from em.experiments.power import Group, components, decompose, needed, plan
+from em.experiments.power import needed, plan
+from em.experiments.variance_components import COMPONENTS, Group, components, decompose
 from em.files import read_json, write_json
 from em.world.world import WORLDS
 from em.world.world_run import write_classes
@@ -21,7 +22,7 @@ scipy = pytest.importorskip("scipy.stats")
 
 def planted(rng, sd, worlds=6, tasks=3, tuned=(2,), missing=0.0, shared=0.5):
     """Groups whose effects have these standard deviations by name of COMPONENTS. tuned: numbers of seeds."""
-    world, world_task, task, tuning, prompts = (sd.get(name, 0.0) for name in power.COMPONENTS)
+    world, world_task, task, tuning, prompts = (sd.get(name, 0.0) for name in COMPONENTS)
     of_world, of_task = rng.normal(0, world, worlds), rng.normal(0, task, tasks)
     groups = []
     for w, t in np.ndindex(worlds, tasks):
@@ -34,7 +35,7 @@ def planted(rng, sd, worlds=6, tasks=3, tuned=(2,), missing=0.0, shared=0.5):
     return groups
 
 
-SD = dict(zip(power.COMPONENTS, (12.0, 6.0, 15.0, 5.0, 3.0), strict=True))
+SD = dict(zip(COMPONENTS, (12.0, 6.0, 15.0, 5.0, 3.0), strict=True))
 
 
 def test_without_prompts_and_with_nothing_missing_they_are_those_of_the_analysis_of_variance():
