@@ -64,7 +64,7 @@ plan: setup
 
 # -- the synthetic experiments ---------------------------------------------------------------------------
 # WORLD  paper (worlds 1 and 2), demo (demo and demo2), or a single 1 or 2
-# SEEDS  how many world seeds (of demo2; demo, for steering, realignment and the cross, takes at most 3)
+# SEEDS  how many world seeds (of demo2; demo, for steering, realignment and the cross, takes at most 6)
 # RUNS   the folder of everything; parts whose result is there are skipped
 # RUN    a launcher before every python, such as RUN="srun --gpus=1" with make -j8
 WORLD ?= paper
@@ -76,7 +76,7 @@ SEED_LIST := $(if $(REDUCED),$(shell seq 1 $(SEEDS)),$(shell seq 0 $$(($(SEEDS) 
 EXPECTED := $(if $(REDUCED),100 minutes on two cores for twelve seeds and a quarter of an hour for one (by CPU times),60 minutes a seed on one H100 (an aim; not measured yet))
 SYNTH := $(RUN) $(BIN)/python synth.py
 
-seeds  = $(if $(filter demo,$(1)),$(wordlist 1,3,$(SEED_LIST)),$(SEED_LIST))
+seeds  = $(if $(filter demo,$(1)),$(wordlist 1,6,$(SEED_LIST)),$(SEED_LIST))
 listed = $(subst $(space),$(comma),$(call seeds,$(1)))
 space := $(subst ,, )
 base   = $(patsubst %,$(RUNS)/world$(1)-seed%/summary.json,$(call seeds,$(1)))
