@@ -16,6 +16,7 @@ from em.estimate.trace import CACHE, Cost, Trace, line_through
 from em.model.gpt2 import GPT2, GPT2Config, supervised_loss
 from em.sampling.batch import Batch
 from em.training.optim import adamw
+from em.world.doses import PROMPTS
 from em.world.generator import ExampleGenerator
 from em.world.world import WORLDS, build_world
 from em.world.world_run import COMPILED_FROM
@@ -130,6 +131,10 @@ def world_run(cfg) -> Plan:
         "align, a step": (cfg.align_steps, cfg.align_batch, tuned, 1),
         "misalign, a step": (*misalign, len(cfg.misalign) * cfg.misalign_seeds),
     }
+    curves = phases["misalign, a step"][3] if cfg.doses else 0
+    doses = {*(cfg.doses or ()), cfg.misalign_steps}
+    if curves:  # em/world/doses.py
+        phases["along the doses, a step"] = (max(doses), cfg.misalign_batch, tuned, curves)
     shapes = {(batch, length) for steps, batch, length, _ in phases.values() if steps >= COMPILED_FROM}
     parts = [Part("start, build the world", 1, seconds=START), Part("compile", len(shapes), seconds=COMPILE)]
     for name, (steps, batch, length, times) in phases.items():
@@ -142,8 +147,9 @@ def world_run(cfg) -> Plan:
     models = 2 + phases["misalign, a step"][3]
     watched = cfg.evals * 8 * len(world.seen_cells) / asked  # a sample of the prompts while it pretrains
     steps, captures = asking(config, gpu, prompts, generator.max_answer, lengths)
-    steps.times *= models + watched
-    captures.times = models + 1  # each model's sampler captures its own
+    of_a_dose = cfg.eval_prompts + min(PROMPTS, cfg.eval_prompts) * (len(world.cells) - 1)
+    steps.times *= models + watched + curves * len(doses) * of_a_dose / asked
+    captures.times = models + curves + 1  # each model's sampler captures its own
     parts += [steps, captures]
     tokens = cfg.batch * cfg.length
     millions, mean = cfg.steps * tokens / 1e6, drawn.total.mean()

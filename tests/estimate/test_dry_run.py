@@ -67,6 +67,19 @@ def test_a_world_has_its_sheet(dry):
     assert status == 0 and "pretrain, a step" in out and "ask: decode" in out
 
 
+def test_doses_of_a_world_cost_their_steps_and_their_answers(dry, monkeypatch):
+    plans = []
+    monkeypatch.setattr("em.estimate.sheet.lines", lambda plan: plans.append(plan) or [])
+    for doses in ("", " --doses 4", " --doses 4,32"):
+        dry(f"synth --world demo --misalign T5,T0 --misalign-steps 8 --misalign-seeds 3{doses}")
+    without, one, two = ({part.name: part.times for part in plan.parts} for plan in plans)
+    along, asked = "along the doses, a step", "ask: decode, a token a row"
+    assert along not in without and one[along] == 6 * 8 and two[along] == 6 * 32
+    assert without[asked] < one[asked] < two[asked]
+    # The own number of steps is a dose too, so that is two doses and three.
+    assert (two[asked] - without[asked]) / (one[asked] - without[asked]) == pytest.approx(3 / 2)
+
+
 # Bytes at the peak of a 14B on one H100, with the scripts' own settings.
 @pytest.mark.parametrize("line, gigabytes", [
     ("train --cell all", 70),
