@@ -129,6 +129,15 @@ CLAIMS = {
         Claim("Figure 3(c), natural language", "share of the v2 rise that realigning on another task and "
               "domain removes (“near-zero” EM: read as ≥ 90 %, in a reduced world as most)",
               90, INF, "%", "realign", "other task, other domain/removed", "", 50),
+        Claim("Table 5, natural language", "r of a student's profile with its teacher − with the writer of "
+              "its data (“the pattern is dominated by the teacher”)",
+              0, INF, "r", "cross", "profile/teacher_minus_writer", FUNCTIONS, 0),
+        Claim("Table 5, natural language", "r of the profiles of students of one teacher − of students on "
+              "one writer's data (likewise)",
+              0, INF, "r", "cross", "profile/teacher_minus_data", FUNCTIONS, 0),
+        Claim("Table 5, natural language", "part of the two models' difference that passes with the teacher "
+              "− with the data (ours, likewise)",
+              0, INF, "ratio", "cross", "profile/passed_minus", FUNCTIONS, 0),
     ],
     "2": [
         Claim("Figure 9, B.5", "similarity of D1 to D0",

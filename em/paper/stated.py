@@ -29,7 +29,7 @@ def read_items() -> list[dict]:
             item["stated"] = [*item["stated"], *by_id[item["like"]]["stated"]]
     for world, claims in CLAIMS.items():
         for claim in claims:
-            number = re.match(r"Figure (\d+)", claim.figure)[1]
+            kind, number = re.match(r"(Figure|Table) (\d+)", claim.figure).groups()
             about = {"what": claim.words, "where": claim.figure, "world": world, "claim": claim.words}
-            by_id[f"figure{number}"]["stated"].append(about | claim.stated())
+            by_id[f"{kind.lower()}{number}"]["stated"].append(about | claim.stated())
     return items

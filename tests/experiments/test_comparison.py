@@ -227,7 +227,7 @@ def test_nothing_measured_is_said_of_every_claim(tmp_path):
         assert {row["verdict"] for row in table["rows"]} == {"not measured"} | levels
         assert set(tally(table)) == {"not measured"}
         page = markdown(table)
-        assert page.count("\n- Figure ") == len(CLAIMS[paper]) and "| verdict |" not in page
+        assert page.count("\n- ") == len(CLAIMS[paper]) and "| verdict |" not in page
         assert table["figures"] == table["runs"] == []
 
 
