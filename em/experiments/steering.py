@@ -8,6 +8,10 @@ s = −5 … 5, at that block's output of `<asst>` and of every token generated 
 Controls (ours): random directions of the same norm at the same strengths. “Easy to push, hard to reverse” is
 a number here (ours), `push_minus_reverse`: how far + s α* v moves the aligned model towards v2, less how far
 − s' α* v moves the misaligned one back.
+
+Doses (ours): D, v and α* grow with the misalignment. So all of it is found anew from models misaligned until
+the trained cell is at 30, 60, 90 % of v2 (em/world/doses.py), without controls and at the strengths that are
+read.
 """
 
 import itertools
@@ -18,12 +22,21 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from em.experiments.direction import Steering, asst_hidden, find_direction, middle_block, random_direction
-from em.experiments.replication import header, line_with_seeds
+from em.experiments.direction import (
+    Direction,
+    Steering,
+    asst_hidden,
+    find_direction,
+    middle_block,
+    random_direction,
+)
+from em.experiments.dose_curves import flip_entries
+from em.experiments.replication import header, line_with_seeds, replicated
 from em.figures import save
 from em.model.gpt2 import GPT2
-from em.stats import difference_interval, t_interval
+from em.stats import FLIPS, difference_interval, t_interval
 from em.world.counts import RATES, change, columns, entry, over_seeds, pool, rate
+from em.world.doses import misaligned_after, steps_to_flips
 from em.world.generator import Dialogues
 from em.world.sets import misalignment_set
 from em.world.world_run import WorldRun
@@ -112,14 +125,43 @@ def _interval(point: dict, name: str) -> tuple[float, float, float]:
     return point[name], point[f"{name}_low"], point[f"{name}_high"]
 
 
+def _read_at(plan: Plan) -> tuple[int, ...]:
+    """The strengths at which the push or the reversal is read, rising."""
+    return tuple(sorted({1, plan.reverse, STRENGTHS[-1]}))
+
+
+def _steered(
+    run: WorldRun, models: dict[str, GPT2], pairs: Dialogues, prompts: Dialogues,
+    strengths: Sequence[int], controls: int = 0,
+) -> tuple[Direction, list[tuple[dict, dict, dict]]]:  # fmt: skip
+    """(the direction between two models, (what, counts, unsteered counts) of each of them, both ways).
+
+    models: `aligned` and `misaligned`. controls: random directions beside v.
+    """
+    block = middle_block(models["aligned"].config.n_layer)
+    found = find_direction(*(asst_hidden(models[name], pairs, block) for name in ("misaligned", "aligned")))
+    vectors = {"v": found.v}
+    vectors |= {f"random{i}": random_direction(len(found.v), run.cfg.seed, i) for i in range(controls)}
+    answers = []
+    for name, model in models.items():
+        steering = Steering(model, block)
+        unsteered = _pooled(run, model, prompts)
+        for (direction, vector), strength in itertools.product(vectors.items(), strengths):
+            steering.set(SIGNS[name] * strength * found.alpha * vector)
+            counts = _pooled(run, model, prompts) if strength else unsteered
+            answers.append(({"model": name, "direction": direction, "strength": strength}, counts, unsteered))
+    return found, answers
+
+
 def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say: Callable = print) -> dict:
     """Steer the aligned and the misaligned model (fine-tuning seed 0) of each world seed, both ways.
 
     `rows`: one a seed, model, direction and strength, rates in percent, intervals over prompts. `curves`: the
     same over seeds. `directions`: one a seed, what em.experiments.direction finds; `alpha`, `explained`:
-    their mean over seeds with its interval, null with one seed.
+    their mean over seeds with its interval, null with one seed. `flips`: rows at each local flip that is
+    reached, `level` %, of v alone.
     """
-    answers, directions = [], []
+    answers, directions, flips = [], [], []
     for seed in seeds:
         run = make(seed)
         plan = PLANS[run.cfg.world]
@@ -127,37 +169,34 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say: Callable =
         index = run.world.task_index(task)
         prompts = _prompts(run, plan, index)
         models = {"aligned": run.load("align"), "misaligned": run.misalign(task, 0)}
-        n_layer = models["aligned"].config.n_layer
-        block = middle_block(n_layer)
         pairs = misalignment_set(run.generator, PAIRS_SEED, run.world.cell(0, index), plan.pairs, run.prompts)
-        found = find_direction(*(asst_hidden(models[m], pairs, block) for m in ("misaligned", "aligned")))
+        found, of_seed = _steered(run, models, pairs, prompts, STRENGTHS, RANDOM_DIRECTIONS)
+        answers += [({"seed": seed} | what, *counts) for what, *counts in of_seed]
         directions.append({"seed": seed} | {k: x for k, x in asdict(found).items() if k != "v"})
         say(f"  seed {seed}: α* {found.alpha:.2f}, {100 * found.explained:.0f} % of D along v")
-
-        vectors = {"v": found.v}
-        for i in range(RANDOM_DIRECTIONS):
-            vectors[f"random{i}"] = random_direction(len(found.v), seed, i)
-        for name, model in models.items():
-            steering = Steering(model, block)
-            unsteered = _pooled(run, model, prompts)
-            for (direction, vector), strength in itertools.product(vectors.items(), STRENGTHS):
-                steering.set(SIGNS[name] * strength * found.alpha * vector)
-                counts = _pooled(run, model, prompts) if strength else unsteered
-                what = {"seed": seed, "model": name, "direction": direction, "strength": strength}
-                answers.append((what, counts, unsteered))
-            say(f"    {name} model: {len(vectors)} directions, {len(prompts)} prompts a strength")
+        for level, steps in steps_to_flips(run, task, 0).items():
+            if steps is None:
+                say(f"    the trained cell never is at {level:.0f} % of v2")
+                continue
+            # Loaded anew, since a steered model stays one (em/experiments/direction.py).
+            models = {"aligned": run.load("align"), "misaligned": misaligned_after(run, task, 0, steps)}
+            found, of_level = _steered(run, models, pairs, prompts, (0, *_read_at(plan)))
+            about = {"seed": seed, "level": level, "steps": steps, "alpha": found.alpha}
+            flips += [about | what | _rates(*counts) for what, *counts in of_level]
+            say(f"    trained cell at {level:.0f} % of v2, {steps} steps: α* {found.alpha:.2f}")
     alpha, explained = (t_interval([d[key] for d in directions]) for key in ("alpha", "explained"))
     note = "rows' intervals are over prompts"
     return header("steering", run, seeds, note, trained=f"D0_{task}", fine_tuning_seeds=1) | {
         "asked": f"{task} in every domain" if plan.column else "all cells",
         "pairs": len(pairs),
-        "block": block,
-        "blocks": n_layer,
+        "block": middle_block(models["aligned"].config.n_layer),
+        "blocks": models["aligned"].config.n_layer,
         "alpha": alpha,  # mean, low, high over world seeds
         "explained": explained,
         "directions": directions,
         "curves": _curves(answers),
         "rows": [what | _rates(counts, unsteered) for what, counts, unsteered in answers],
+        "flips": flips,
     }
 
 
@@ -178,7 +217,40 @@ def numbers(result: dict) -> dict[str, dict]:
     for name in ("v1_change", "v2_change"):
         table[f"push_minus_reverse/{name}"] = push_minus_reverse(result, name, largest, reverse)
         table[f"push_minus_reverse/at_1/{name}"] = push_minus_reverse(result, name, 1, 1)
-    return table | {"alpha": entry("norm", *result["alpha"], seeds=seeds)}
+    table["alpha"] = entry("norm", *result["alpha"], seeds=seeds)
+    for key, curve in at_matched_flips(result).items():
+        table |= flip_entries(key, "norm" if key == "alpha" else "points", curve)
+    return table
+
+
+def at_matched_flips(result: dict) -> dict[str, dict[float, dict]]:
+    """{key of `numbers`: {level: number over world seeds}}, of changes, `push_minus_reverse` and `alpha`."""
+    rows = {(r["seed"], r["level"], r["model"], r["strength"]): r for r in result["flips"]}
+    plan = PLANS[result["world"]]
+
+    def over_worlds(of: Callable[[int, float], float]) -> dict[float, dict]:
+        """of: (seed, level) → a value, wherever that flip is reached."""
+        reached = {(seed, level) for seed, level, _, _ in rows}
+        nothing = [[None, None]] * len(result["seeds"])
+        by_level = {
+            level: [of(seed, level) if (seed, level) in reached else None for seed in result["seeds"]]
+            for level in FLIPS
+        }
+        return {level: replicated(by_seed, nothing) for level, by_seed in by_level.items()}
+
+    curves = {"alpha": over_worlds(lambda seed, level: rows[seed, level, "aligned", 0]["alpha"])}
+    for name, towards in (("v1_change", -1), ("v2_change", 1)):  # a push raises v2 and lowers v1
+        for model, strength in itertools.product(SIGNS, _read_at(plan)):
+            curves[f"{model}/{strength}/{name}"] = over_worlds(
+                lambda seed, level, m=model, s=strength, n=name: rows[seed, level, m, s][n]
+            )
+        for key, push, reverse in (("", STRENGTHS[-1], plan.reverse), ("at_1/", 1, 1)):
+            curves[f"push_minus_reverse/{key}{name}"] = over_worlds(
+                lambda seed, level, p=push, r=reverse, n=name, t=towards: (
+                    t * (rows[seed, level, "aligned", p][n] + rows[seed, level, "misaligned", r][n])
+                )
+            )
+    return curves
 
 
 def push_minus_reverse(result: dict, name: str, push: int, reverse: int) -> dict:
@@ -238,13 +310,15 @@ def summary(result: dict) -> str:
 def figure(result: dict, path: Path) -> None:
     """Figures 8 and 10: rates by strength, aligned model left, misaligned right; random directions dashed.
 
-    Bars are the intervals of v's curves, thin lines the world seeds that a curve is the mean of.
+    Bars are the intervals of v's curves, thin lines the world seeds that a curve is the mean of. Right of
+    them what one α* does at each local flip.
     """
     colours = {"v1": "tab:blue", "v2": "tab:red", "incoherent": "0.45"}
     titles = {"aligned": "aligned model + s α* v", "misaligned": "misaligned model − s α* v"}
     seeds, x = result["seeds"], STRENGTHS
-    chart = Figure(figsize=(11, 4.4), layout="constrained")
-    axes = chart.subplots(1, 2, sharey=True)
+    chart = Figure(figsize=(14.5, 4.6), layout="constrained")
+    *axes, by_flip = chart.subplots(1, 3, width_ratios=(3, 3, 2))
+    axes[1].sharey(axes[0])
     for axis, (model, title) in zip(axes, titles.items(), strict=True):
         rows = [row for row in result["rows"] if (row["model"], row["direction"]) == (model, "v")]
         for place, (name, colour) in enumerate(colours.items(), start=-1):
@@ -260,7 +334,17 @@ def figure(result: dict, path: Path) -> None:
         axis.set(title=title, xlabel="strength s, in multiples of α*", xticks=x, ylim=(-2, 102))
         axis.grid(axis="y", color="0.92")
     axes[0].set_ylabel(f"% of completions, {result['asked']}")
-    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axes[1].legend(fontsize=8, loc="center right", frameon=False)
+    matched, levels = at_matched_flips(result), list(FLIPS)
+    for place, (model, label) in enumerate(
+        (("aligned", "aligned + α* v"), ("misaligned", "misaligned − α* v"))
+    ):
+        curve = list(matched[f"{model}/1/v2_change"].values())
+        line_with_seeds(by_flip, levels, curve, f"C{place}", label, shift=place)
+    by_flip.axhline(0, color="0.8", linewidth=1, zorder=0)
+    by_flip.set(title="one α*, at a matched local flip", xticks=levels, ylabel="change of v2, points")
+    by_flip.set(xlabel="v2 % of the trained cell, where D is taken", xlim=(20, 100))
+    by_flip.legend(fontsize=8, frameon=False)
     over = f"{len(seeds)} world seed{'s' if len(seeds) > 1 else ''}"
     chart.suptitle(
         f"World {result['world']}, misaligned on {result['trained']}; v from {result['pairs']} pairs after "

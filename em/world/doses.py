@@ -8,16 +8,22 @@ way, so that effects can be read at one dose, and at one *local flip*, v2 % of t
     em.stats.at_flip(flips, effects, 60.0)        # the effect where the trained cell is at 60 %
 
 Only the classes of the answers are kept, in `doses_T5_seed0/doses.json` of the run's folder, and no model.
+Where an experiment needs the model at a local flip, it is trained again as far as that:
+
+    for level, steps in steps_to_flips(run, "T5", seed=0).items(): misaligned_after(run, "T5", 0, steps)
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from em import parallel
+from em.model.gpt2 import GPT2
 from em.run import Run
-from em.world.counts import tally
+from em.stats import FLIPS, at_flip
+from em.world.counts import percent, tally
 from em.world.sets import misalignment_set
 from em.world.world_run import WorldRun, read_classes, train_phase, write_classes
 
@@ -104,3 +110,26 @@ def dose_counts(
     places, classes = dose_classes(run, task, seed, start, name, others)
     cells = run.prompts.examples.cell[places]
     return {dose: tally(run.world, cells, of) for dose, of in classes.items()}
+
+
+def steps_to_flips(run: WorldRun, task: str, seed: int) -> dict[float, int | None]:
+    """{level: the number of steps after which the trained cell is at `level` % of v2} for each of FLIPS.
+
+    Interpolated between the doses, to a whole step; None where it is not reached.
+    """
+    counts = dose_counts(run, task, seed, name=f"doses_{task}_seed{seed}_own_cell", others=())
+    flips = [percent(cells[f"D0_{task}"], "v2") for cells in counts.values()]
+    steps = {level: at_flip(flips, list(counts), level) for level in FLIPS}
+    return {level: max(1, round(n)) if math.isfinite(n) else None for level, n in steps.items()}
+
+
+def misaligned_after(run: WorldRun, task: str, seed: int, steps: int) -> GPT2:
+    """The model that `dose_classes` asks after `steps`, misaligned from the aligned one. It is not kept."""
+    cfg, name = run.cfg, f"misalign_{task}_seed{seed}_after{steps}"
+    sizes = {key: getattr(cfg, key) for key in ("misalign_steps", "misalign_batch", "misalign_lr")}
+    with Run(run.folder / name, "world-phase", run.settings | sizes, run.device, wait=True) as record:
+        model, batches = run.load("align"), _Batches(run, seed, run.world.cell(0, run.world.task_index(task)))
+        record.clear_resume()
+        train_phase(cfg, record, model, batches, steps, cfg.misalign_lr, 0, "constant", title=name)
+        record.clear_resume()
+    return model

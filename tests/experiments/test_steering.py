@@ -21,7 +21,7 @@ STOP, NEW = 69, 12
 SMALL = dict(
     layers=2, heads=2, width=32, batch=8, length=48, steps=30, lr=5e-3, warmup=4, beta2=0.98, v2_fraction=0.6,
     align_examples=400, align_steps=6, align_batch=8, align_lr=3e-4, align_warmup=1,
-    misalign_steps=3, misalign_batch=8, misalign_lr=5e-4, misalign_seeds=1,
+    misalign_steps=3, misalign_batch=8, misalign_lr=5e-4, misalign_seeds=1, doses=(1, 2),
     eval_prompts=4, temperature=0.0, evals=0, weight_decay=0.01, clip=1.0, save_minutes=2.0,
 )  # fmt: skip
 
@@ -257,7 +257,8 @@ def test_intervals_are_over_world_seeds_or_with_one_seed_over_prompts(finished):
     numbers = steering.numbers(result)
     point = steering.at(result, "misaligned", "v", 3)
     assert numbers["misaligned/3/v2_change"]["low"] == point["v2_change_low"]
-    assert len(numbers) == 2 * 11 * 6 + 4 + 1
+    at_flips = [key for key in numbers if "@" in key]
+    assert len(at_flips) == 3 * (1 + 2 * (2 * 3 + 2)) and len(numbers) == 2 * 11 * 6 + 4 + 1 + len(at_flips)
     assert numbers["misaligned/3/v1"]["value"] == point["v1"] and numbers["misaligned/3/v1"]["unit"] == "%"
     assert numbers["alpha"]["value"] == result["alpha"][0] and numbers["alpha"]["over"] == "2 world seeds"
 
@@ -335,6 +336,27 @@ def test_world_2_is_asked_the_trained_column_in_every_domain_and_a_named_task_is
     run = WorldRun(cfg, tmp_path / "demo", {}, torch.device("cpu"))
     asked = steering._prompts(run, steering.PLANS["demo"], 4)
     assert np.unique(asked.examples.cell, return_counts=True)[1].tolist() == [24] * 20
+
+
+def test_at_a_local_flip_all_is_found_anew_from_a_model_of_that_dose(tmp_path, monkeypatch):
+    """At the misalignment's own number of steps, three, that is the experiment itself."""
+    steps = {1: {30.0: 1, 60.0: 3, 90.0: None}, 2: {30.0: None, 60.0: 3, 90.0: None}}
+    monkeypatch.setattr(steering, "steps_to_flips", lambda run, task, seed: steps[run.cfg.seed])
+    result = steering.measure(maker(tmp_path), [1, 2], say=lambda *_: None)
+    assert {(r["seed"], r["level"], r["steps"]) for r in result["flips"]} == {
+        (1, 30.0, 1), (1, 60.0, 3), (2, 60.0, 3),
+    }  # fmt: skip
+    numbers, alphas = steering.numbers(result), [found["alpha"] for found in result["directions"]]
+    (early,) = {r["alpha"] for r in result["flips"] if r["steps"] == 1}
+    assert 0 < early < alphas[0]
+    for key in ("alpha", "aligned/5/v2_change", "misaligned/3/v1_change", "push_minus_reverse/v2_change"):
+        fixed, there = numbers[key], numbers[f"{key}@60"]
+        assert there["value"] == pytest.approx(fixed["value"])
+        assert (there["low"], there["high"]) == pytest.approx((fixed["low"], fixed["high"]))
+        assert numbers[f"{key}@90"]["value"] is None and numbers[f"{key}@30"]["low"] is None
+    assert numbers["alpha@30"]["value"] == early and numbers["alpha@30"]["over"].endswith("1 world seed")
+    steering.figure(result, tmp_path / "f.png")
+    assert (tmp_path / "f.png").stat().st_size > 20_000
 
 
 def test_the_figure_and_the_summary_hold_one_seed_and_several(finished, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from em.world.counts import CLASSES
-from em.world.doses import asked, dose_classes, dose_counts
+from em.world.doses import asked, dose_classes, dose_counts, misaligned_after, steps_to_flips
 from em.world.sets import misalignment_set
 
 
@@ -38,6 +38,25 @@ def test_more_doses_later_leave_those_that_were_asked_as_they_are(small_demo2):
     assert np.array_equal(before[3], after[3])
     steps = [json.loads(line)["step"] for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_a_model_can_be_had_at_any_dose_and_is_the_one_that_was_asked_there(small_demo2):
+    run = small_demo2(0, misalign_seeds=1, doses=(2, 7))
+    places, classes = dose_classes(run, "T8", 0)
+    for dose in (2, 3, 7):
+        answers = run.answer_classes(misaligned_after(run, "T8", 0, dose), run.prompts.take(places))
+        assert np.array_equal(answers, classes[dose])
+    assert not list(run.folder.glob("misalign_T8_seed0_after*/model"))
+    assert not list(run.folder.glob("misalign_T8_seed0_after*/resume"))
+
+
+def test_the_steps_to_a_local_flip_lie_between_the_doses_around_it(small_demo2, monkeypatch):
+    run = small_demo2(0, misalign_seeds=1)
+    flips = {0: 10, 1: 12, 4: 36, 8: 66, 16: 58, 32: 70}
+    planted = {dose: {"D0_T0": {"v1": 0, "v2": v2, "n": 100}} for dose, v2 in flips.items()}
+    monkeypatch.setattr("em.world.doses.dose_counts", lambda *_, **__: planted)
+    # 36 % is reached at 4 steps, 66 % at 8, so 60 % after 4 + 4 · 24 / 30 = 7.2 and 30 % after 3.25.
+    assert steps_to_flips(run, "T0", 0) == {30.0: 3, 60.0: 7, 90.0: None}
 
 
 def test_later_steps_train_on_fresh_examples_of_the_same_cell(small_demo2):
