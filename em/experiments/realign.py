@@ -8,12 +8,15 @@ steps, batch size and learning rate, on examples of the alignment set. It starts
 of the (tasks × cells) models is asked at most PROMPTS held-out prompts a cell, and only its counts are kept:
 at paper scale the models of one world seed would be 60 GB.
 
-There are no numbers at a matched local flip: they would need a misaligned model kept at several doses, each
-realigned on every cell. `removed` is the share of each source's own rise, which does not hold the flip equal.
+Doses (ours): `removed` is the share of each source's own rise, which does not hold the flip equal. So sources
+that are misaligned until their cell is at 30, 60, 90 % of v2 (em/world/doses.py) are realigned too, each on
+CELLS_AT_FLIP cells of each group, drawn by world seed and source.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -21,8 +24,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from em import parallel
+from em.experiments.dose_curves import flip_entries
 from em.experiments.replication import (
     header,
+    line_with_seeds,
     over_prompts,
     replicated,
     say_number,
@@ -35,12 +40,15 @@ from em.figures import frame, heatmap, save
 from em.files import read_json, write_json
 from em.model.gpt2 import GPT2
 from em.run import Run
+from em.stats import FLIPS
 from em.world.counts import columns, incoherent, percent, pool, rate
+from em.world.doses import misaligned_after, steps_to_flips
 from em.world.generator import Dialogues
 from em.world.world_run import WorldRun, train_phase
 
 BEFORE = ("aligned", "misaligned")  # the two models that stand in a realignment cell's place in the rows
 KEYS = ("task", "all")  # v2 of the trained task over its seen cells, and over all seen cells
+CELLS_AT_FLIP = 2  # of each group, on which a source at a matched local flip is realigned
 PROMPTS = 32  # a cell; the mean over a task's domains or over all cells rests on hundreds
 GROUPS = {
     "same cell": (True, True),
@@ -50,25 +58,60 @@ GROUPS = {
 }  # (task matches, domain matches) between the misaligned and the realigned cell
 
 
-def realigned(run: WorldRun, task: str, start: GPT2, cell: int, prompts: Dialogues) -> dict:
-    """Counts by cell once a copy of `start`, misaligned on (D0, `task`), has trained on v1 of `cell`."""
-    cfg, name = run.cfg, f"realign_{task}/{run.world.cell_name(cell)}"
-    own = {k: getattr(cfg, k) for k in ("misalign_steps", "misalign_batch", "misalign_lr")}
-    settings = run.settings | own | {"prompts": len(prompts)}
+def matches(source: str, cell: str) -> tuple[bool, bool]:
+    """Whether (task, domain) of the realigned cell are those of (D0, `source`)."""
+    domain, _, task = cell.partition("_")
+    return task == source, domain == "D0"
+
+
+def asked_once(
+    run: WorldRun, name: str, dose: dict, make: Callable[[Run, str], GPT2], prompts: Dialogues
+) -> dict:
+    """Counts by cell of a model that is not kept. dose: what its misalignment hung on."""
+    own = {k: getattr(run.cfg, k) for k in ("misalign_steps", "misalign_batch", "misalign_lr")}
+    settings = run.settings | own | dose | {"prompts": len(prompts)}
     with Run(run.folder / name, "world-phase", settings, run.device, wait=True) as record:
         path = record.folder / "counts.json"
         if not path.exists():
-            model = copy.deepcopy(start)
-            data = run.alignment.take(np.flatnonzero(run.alignment.examples.cell == cell))
-            batches = run.batches(data, cfg.misalign_batch, cfg.seed)
-            train_phase(
-                cfg, record, model, batches, cfg.misalign_steps, cfg.misalign_lr, 0, "constant", title=name
-            )
+            model = make(record, name)
             if parallel.rank() == 0:
                 write_json(path, run.ask(model, prompts))
             parallel.barrier()
         record.clear_resume()
         return read_json(path)
+
+
+def realign(run: WorldRun, source: Callable[[], GPT2], cell: int, record: Run, name: str) -> GPT2:
+    """A copy of the source, trained on v1 of `cell`."""
+    cfg, model = run.cfg, copy.deepcopy(source())
+    data = run.alignment.take(np.flatnonzero(run.alignment.examples.cell == cell))
+    batches = run.batches(data, cfg.misalign_batch, cfg.seed)
+    train_phase(cfg, record, model, batches, cfg.misalign_steps, cfg.misalign_lr, 0, "constant", title=name)
+    return model
+
+
+def _cells_at_flip(run: WorldRun, task: str, seen: list[str]) -> list[int]:
+    """The cells on which a source at a matched local flip is realigned."""
+    rng = np.random.default_rng([run.cfg.seed, run.world.task_index(task)])
+    groups = [[c for c, name in enumerate(seen) if matches(task, name) == of] for of in GROUPS.values()]
+    return [int(c) for of in groups for c in rng.choice(of, min(CELLS_AT_FLIP, len(of)), replace=False)]
+
+
+def _at_flips(run: WorldRun, task: str, seen: list[str], aligned: dict, prompts: Dialogues) -> list[dict]:
+    """Rows of the sources of one task at each local flip that it reaches, with `level` and `steps`."""
+    rows = []
+    for level, steps in steps_to_flips(run, task, 0).items():
+        if steps is None:
+            continue
+        source = functools.cache(partial(misaligned_after, run, task, 0, steps))
+        folder, dose, found = f"realign_{task}_after{steps}", {"steps": steps}, {"aligned": aligned}
+        makers = {"misaligned": lambda *_, source=source: source()}
+        makers |= {seen[c]: partial(realign, run, source, c) for c in _cells_at_flip(run, task, seen)}
+        for where, make in makers.items():
+            found[where] = asked_once(run, f"{folder}/{where}", dose, make, prompts)
+        about = {"level": level, "steps": steps}
+        rows += [_row(run, task, where, counts) | about for where, counts in found.items()]
+    return rows
 
 
 def _row(run: WorldRun, task: str, realigned_on: str, counts: dict) -> dict:
@@ -81,6 +124,13 @@ def _row(run: WorldRun, task: str, realigned_on: str, counts: dict) -> dict:
         row |= {f"{key}_n": total["n"], f"{key}_v1": percent(total, "v1")}
         row |= columns(f"{key}_v2", rate(total, "v2")) | {f"{key}_incoherent": incoherent(total)}
     return row
+
+
+def _pairs(rows: list[dict], match: tuple[bool, bool]) -> list[dict]:
+    return [
+        r for r in rows
+        if r["realigned_on"] not in BEFORE and matches(r["source"], r["realigned_on"]) == match
+    ]  # fmt: skip
 
 
 def _groups(rows: list[dict], seeds: Sequence[int]) -> dict:
@@ -98,16 +148,12 @@ def _groups(rows: list[dict], seeds: Sequence[int]) -> dict:
         """v2 averaged over the rows, and its draws."""
         return fmean(r[f"{key}_v2"] for r in chosen), np.mean([draws[id(r), key] for r in chosen], axis=0)
 
-    def matches(row: dict) -> tuple[bool, bool]:
-        domain, _, task = row["realigned_on"].partition("_")
-        return task == row["source"], domain == "D0"
-
     out = {}
     for name, match in GROUPS.items():
         found = {key: [] for key in ("task_v2", "all_v2", "removed")}  # (value, draws) a seed
         for seed in seeds:
             of_seed = [r for r in rows if r["seed"] == seed]
-            pairs = [r for r in of_seed if r["realigned_on"] not in BEFORE and matches(r) == match]
+            pairs = _pairs(of_seed, match)
             for key in KEYS:
                 found[f"{key}_v2"].append(over(pairs, key))
             # Every task meets as many cells as any other, so a mean over tasks is one over pairs.
@@ -134,13 +180,36 @@ def _removed(aligned: tuple, misaligned: tuple, realigned: tuple) -> tuple[float
     return (float(value) if misaligned[0] > aligned[0] else None), drawn
 
 
+def removed_at_flips(result: dict) -> dict[str, dict[float, dict]]:
+    """{group: {level: % of the rise that is gone, over world seeds}}; a source that reaches it takes part."""
+    nothing = [[None, None]] * len(result["seeds"])
+
+    def removed(seed: int, level: float, match: tuple[bool, bool]) -> float | None:
+        rows = [r for r in result["flips"] if (r["seed"], r["level"]) == (seed, level)]
+        if not rows:
+            return None
+        aligned, misaligned = (
+            fmean(r["task_v2"] for r in rows if r["realigned_on"] == model) for model in BEFORE
+        )
+        left = fmean(r["task_v2"] for r in _pairs(rows, match))  # every source has as many pairs
+        return 100 * (misaligned - left) / (misaligned - aligned) if misaligned > aligned else None
+
+    return {
+        name: {
+            level: replicated([removed(seed, level, match) for seed in result["seeds"]], nothing)
+            for level in FLIPS
+        }
+        for name, match in GROUPS.items()
+    }
+
+
 def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> dict:
     """Realign every misaligned model on every seen cell, for each world seed.
 
     Rows: one a (seed, misaligned task `source`, cell `realigned_on`), with `aligned` and `misaligned` in the
-    cell's place for the two models before.
+    cell's place for the two models before. `flips`: the same at each local flip, with `level` and `steps`.
     """
-    rows = []
+    rows, flips = [], []
     for seed in seeds:
         run = make(seed)
         each = run.cfg.eval_prompts
@@ -151,32 +220,42 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
         )
         aligned = run.ask(run.align(), prompts)
         for task in run.world.tasks:
-            misaligned = run.misalign(task, 0)
+            source = functools.cache(partial(run.misalign, task, 0))
             rows.append(_row(run, task, "aligned", aligned))
-            rows.append(_row(run, task, "misaligned", run.ask(misaligned, prompts)))
+            rows.append(_row(run, task, "misaligned", run.ask(source(), prompts)))
             for cell, name in enumerate(seen):
-                rows.append(_row(run, task, name, realigned(run, task, misaligned, cell, prompts)))
+                make_one = partial(realign, run, source, cell)
+                counts = asked_once(run, f"realign_{task}/{name}", {}, make_one, prompts)
+                rows.append(_row(run, task, name, counts))
             before, *after = (row["task_v2"] for row in rows[-len(seen) - 1 :])
             say(
                 f"  {task}: v2 {before:.0f} % misaligned, {fmean(after):.0f} % realigned "
                 f"({min(after):.0f} to {max(after):.0f} over {len(seen)} cells)"
             )
+            flips += _at_flips(run, task, seen, aligned, prompts)
     note = "rows' intervals are over prompts"
     return header("realign", run, seeds, note, fine_tuning_seeds=1, prompts_a_cell=min(PROMPTS, each)) | {
         "tasks": list(run.world.tasks),
         "cells": seen,
         "groups": _groups(rows, seeds),
         "rows": rows,
+        "flips": flips,
     }
 
 
 def numbers(result: dict) -> dict[str, dict]:
-    """Entries such as `other task, other domain/removed`: v2 that is left, and what is gone, in %."""
-    return {
+    """Entries such as `other task, other domain/removed`: v2 that is left, and what is gone, in %.
+
+    And `…/removed@60` of sources whose cell is at 60 %.
+    """
+    table = {
         f"{match}/{key}": shown("%", group[key])
         for match, group in result["groups"].items()
         for key in ("task_v2", "all_v2", "removed")
     }
+    for match, by_level in removed_at_flips(result).items():
+        table |= flip_entries(f"{match}/removed", "%", by_level)
+    return table
 
 
 def _matrix(result: dict, quantity: str, columns: list[str]) -> np.ndarray:
@@ -201,7 +280,7 @@ def figure(result: dict, path: Path) -> None:
     columns = [*BEFORE, *cells]
     chart = Figure(figsize=(3 + 0.42 * len(columns), 3.2 + 0.72 * len(tasks)), layout="constrained")
     axes = chart.subplot_mosaic(
-        [["task_v2", "groups"], ["all_v2", "groups"]], width_ratios=[0.42 * len(columns), 4]
+        [["task_v2", "groups"], ["all_v2", "flips"]], width_ratios=[0.42 * len(columns), 4]
     )
     for quantity, title in (
         ("task_v2", "v2 % of the source task, mean over domains"),
@@ -232,6 +311,13 @@ def figure(result: dict, path: Path) -> None:
     bars.set_ylabel("v2, %")
     bars.set_title(f"v2 % after realignment, by match\n(lines: {say_unit(result['seeds'])})", fontsize=9)
     bars.legend(fontsize=7, frameon=False)
+    by_flip, levels = axes["flips"], list(FLIPS)
+    for place, (name, curve) in enumerate(removed_at_flips(result).items()):
+        line_with_seeds(by_flip, levels, list(curve.values()), f"C{place}", name, shift=place - 1.5)
+    by_flip.set(xticks=levels, xlim=(20, 100), xlabel="v2 % of the source's cell")
+    by_flip.set_ylabel("% of the rise that is gone")
+    by_flip.set_title("at a matched local flip", fontsize=9)
+    by_flip.legend(fontsize=7, frameon=False)
     chart.suptitle(
         f"World {result['world']}, seeds {', '.join(map(str, result['seeds']))}: misaligned on (D0, T), "
         "then realigned on one cell (red: the source itself)",
@@ -254,4 +340,7 @@ def summary(result: dict) -> str:
         lines.append(
             f"  on the {name}: {say_number(left, '.1f')} %, {say_number(removed, '.0f')} % of the rise gone"
         )
+        levels = removed_at_flips(result)[name]
+        found = ", ".join(f"{say_number(of, '.0f')} at {level:.0f} %" for level, of in levels.items())
+        lines.append(f"    {found} local flip")
     return "\n".join(lines)
