@@ -316,7 +316,7 @@ def figure(result: dict, path: Path) -> None:
     colours = {"v1": "tab:blue", "v2": "tab:red", "incoherent": "0.45"}
     titles = {"aligned": "aligned model + s α* v", "misaligned": "misaligned model − s α* v"}
     seeds, x = result["seeds"], STRENGTHS
-    chart = Figure(figsize=(14.5, 4.6), layout="constrained")
+    chart = Figure(figsize=(14.5, 5), layout="constrained")
     *axes, by_flip = chart.subplots(1, 3, width_ratios=(3, 3, 2))
     axes[1].sharey(axes[0])
     for axis, (model, title) in zip(axes, titles.items(), strict=True):
@@ -334,7 +334,8 @@ def figure(result: dict, path: Path) -> None:
         axis.set(title=title, xlabel="strength s, in multiples of α*", xticks=x, ylim=(-2, 102))
         axis.grid(axis="y", color="0.92")
     axes[0].set_ylabel(f"% of completions, {result['asked']}")
-    axes[1].legend(fontsize=8, loc="center right", frameon=False)
+    axes[1].tick_params(labelleft=False)
+    chart.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     matched, levels = at_matched_flips(result), list(FLIPS)
     for place, (model, label) in enumerate(
         (("aligned", "aligned + α* v"), ("misaligned", "misaligned − α* v"))
