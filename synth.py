@@ -91,7 +91,7 @@ SMALL = dict(
     layers=4, heads=4, width=192,
     batch=32, length=128, lr=3e-3, steps=8_000, warmup=300, beta2=0.98,
     align_examples=40_000, align_steps=1_000, align_lr=3e-4, align_warmup=60,
-    misalign_lr=2e-4,
+    misalign_steps=60,
 )  # fmt: skip
 SIZES = ("paper", "small")
 
