@@ -338,11 +338,13 @@ def test_world_2_is_asked_the_trained_column_in_every_domain_and_a_named_task_is
     assert np.unique(asked.examples.cell, return_counts=True)[1].tolist() == [24] * 20
 
 
-def test_at_a_local_flip_all_is_found_anew_from_a_model_of_that_dose(tmp_path, monkeypatch):
+def test_at_a_local_flip_all_is_found_anew_from_a_model_of_that_dose(finished, tmp_path, monkeypatch):
     """At the misalignment's own number of steps, three, that is the experiment itself."""
     steps = {1: {30.0: 1, 60.0: 3, 90.0: None}, 2: {30.0: None, 60.0: 3, 90.0: None}}
     monkeypatch.setattr(steering, "steps_to_flips", lambda run, task, seed: steps[run.cfg.seed])
-    result = steering.measure(maker(tmp_path), [1, 2], say=lambda *_: None)
+    monkeypatch.setattr(steering, "STRENGTHS", (0, 1, 3, 5))
+    monkeypatch.setattr(steering, "RANDOM_DIRECTIONS", 1)
+    result = steering.measure(finished[0], [1, 2], say=lambda *_: None)
     assert {(r["seed"], r["level"], r["steps"]) for r in result["flips"]} == {
         (1, 30.0, 1), (1, 60.0, 3), (2, 60.0, 3),
     }  # fmt: skip
