@@ -220,3 +220,5 @@ def test_a_small_size_is_the_same_world_with_another_model(capsys):
     assert synth.resolve(synth.Config(world="1", size="small", steps=7)).steps == 7
     assert command_line(synth.COMMANDS, argv=["--world", "demo", "--size", "small"]) == 2
     assert "world demo is small already" in capsys.readouterr().err
+    assert command_line(synth.COMMANDS, argv=["steering", "--world", "2", "--size", "small"]) == 2
+    assert "world 2 is not learnt by a model so small" in capsys.readouterr().err

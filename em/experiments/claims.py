@@ -13,7 +13,7 @@ lies, and that a quantity is flat. All else is a level, which is shown and not j
 import math
 from dataclasses import dataclass
 
-PAPER_WORLD = {"1": "1", "1-small": "1", "demo": "1", "2": "2", "2-small": "2", "demo2": "2"}
+PAPER_WORLD = {"1": "1", "1-small": "1", "demo": "1", "2": "2", "demo2": "2"}
 FUNCTIONS, PARTITIONS = "the output functions", "the output functions, World 2's overlaps and partitions"
 INF = math.inf
 
