@@ -73,7 +73,7 @@ SEEDS ?= $(if $(REDUCED),12,3)
 FIRST  := $(if $(REDUCED),demo,$(filter-out 2,$(WORLD:paper=1)))
 SECOND := $(if $(REDUCED),demo2,$(filter-out 1,$(WORLD:paper=2)))
 SEED_LIST := $(if $(REDUCED),$(shell seq 1 $(SEEDS)),$(shell seq 0 $$(($(SEEDS) - 1))))
-EXPECTED := $(if $(REDUCED),two hours on two cores for twelve seeds and a quarter of an hour for one (by the times of its parts),60 minutes a seed on one H100 (an aim; not measured yet))
+EXPECTED := $(if $(REDUCED),two hours on two cores for twelve seeds and a quarter of an hour for one (by the times of its parts on one core),60 minutes a seed on one H100 (an aim; not measured yet))
 SYNTH := $(RUN) $(BIN)/python synth.py
 
 seeds  = $(if $(filter demo,$(1)),$(wordlist 1,6,$(SEED_LIST)),$(SEED_LIST))
