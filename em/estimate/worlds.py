@@ -16,7 +16,7 @@ from em.estimate.trace import CACHE, Cost, Trace, line_through
 from em.model.gpt2 import GPT2, GPT2Config, supervised_loss
 from em.sampling.batch import Batch
 from em.training.optim import adamw
-from em.world.doses import PROMPTS
+from em.world.doses import PROMPTS, doses_of
 from em.world.generator import ExampleGenerator
 from em.world.world import WORLDS, build_world
 from em.world.world_run import COMPILED_FROM
@@ -131,9 +131,8 @@ def world_run(cfg) -> Plan:
         "align, a step": (cfg.align_steps, cfg.align_batch, tuned, 1),
         "misalign, a step": (*misalign, len(cfg.misalign) * cfg.misalign_seeds),
     }
-    curves = phases["misalign, a step"][3] if cfg.doses else 0
-    doses = {*(cfg.doses or ()), cfg.misalign_steps}
-    if curves:  # em/world/doses.py
+    curves, doses = (phases["misalign, a step"][3], doses_of(cfg)) if cfg.doses else (0, ())
+    if curves:
         phases["along the doses, a step"] = (max(doses), cfg.misalign_batch, tuned, curves)
     shapes = {(batch, length) for steps, batch, length, _ in phases.values() if steps >= COMPILED_FROM}
     parts = [Part("start, build the world", 1, seconds=START), Part("compile", len(shapes), seconds=COMPILE)]

@@ -13,7 +13,8 @@ seeds than one at 30 %: the entry says how many.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from em.experiments.replication import replicated
 from em.stats import FLIPS, at_flip, t_interval
 from em.world.counts import entry
 
+T = TypeVar("T")
 Curve = Sequence[tuple[float, float | None]]
 GRID = np.arange(0.0, 100.5, 2.0)  # flips at which a line is drawn
 
@@ -51,10 +53,18 @@ def curve_in(row: dict, effect: str) -> Curve:
     return [(row[f"flip_{dose}"], row[f"{effect}_{dose}"]) for dose in doses]
 
 
+def at_levels(effect: Callable[[T, float], float | None], worlds: Sequence[T]) -> dict[float, dict]:
+    """{level: number over world seeds} at each of FLIPS (em/experiments/replication.py).
+
+    effect: (what is known of a world, level) → its effect there; None where it does not reach the level.
+    """
+    nothing = [[None, None]] * len(worlds)  # over prompts: the flip has noise of its own
+    return {level: replicated([effect(world, level) for world in worlds], nothing) for level in FLIPS}
+
+
 def at_flips(curves: Sequence[Curve]) -> dict[float, dict]:
-    """{level: number over world seeds} of the effect at each of FLIPS (em/experiments/replication.py)."""
-    nothing = [[None, None]] * len(curves)  # over prompts: the flip has noise of its own
-    return {level: replicated([effect_at(curve, level) for curve in curves], nothing) for level in FLIPS}
+    """`at_levels` of the effect of curves, one a world seed."""
+    return at_levels(effect_at, curves)
 
 
 def flip_entries(key: str, unit: str, numbers: dict[float, dict]) -> dict[str, dict]:

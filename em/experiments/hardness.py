@@ -213,7 +213,7 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
     last = [row for row in rows if row["step"] == steps[-1]]
     return header("hardness", run, seeds, note, misalign_steps=run.cfg.misalign_steps) | {
         "checkpoints": steps,
-        "doses": [0, *doses_of(run)],
+        "doses": [0, *doses_of(run.cfg)],
         "functions": functions,
         "relations": {quantity: relation(rows, quantity) for quantity in (*PANELS, *AT_FLIPS)},
         "efficiencies": efficiencies(last),

@@ -139,7 +139,11 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
             )
     note = "rows' intervals are over prompts"
     flips = [f"{group}@{level:.0f}" for group in SPREAD for level in FLIPS]
-    more = {"trained": f"D0_{task}", "misalign_steps": run.cfg.misalign_steps, "doses": [0, *doses_of(run)]}
+    more = {
+        "trained": f"D0_{task}",
+        "misalign_steps": run.cfg.misalign_steps,
+        "doses": [0, *doses_of(run.cfg)],
+    }
     return header("phase", run, seeds, note, **more) | {
         "curves": {key: curve_of(rows, "step", key, key in LEVELS) for key in (*LEVELS, *CHANGES, *flips)},
         "rows": rows,

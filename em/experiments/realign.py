@@ -14,9 +14,8 @@ CELLS_AT_FLIP cells of each group, drawn by world seed and source.
 """
 
 import copy
-import functools
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 
@@ -24,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from em import parallel
-from em.experiments.dose_curves import flip_entries
+from em.experiments.dose_curves import at_levels, flip_entries
 from em.experiments.replication import (
     header,
     line_with_seeds,
@@ -68,8 +67,7 @@ def asked_once(
     run: WorldRun, name: str, dose: dict, make: Callable[[Run, str], GPT2], prompts: Dialogues
 ) -> dict:
     """Counts by cell of a model that is not kept. dose: what its misalignment hung on."""
-    own = {k: getattr(run.cfg, k) for k in ("misalign_steps", "misalign_batch", "misalign_lr")}
-    settings = run.settings | own | dose | {"prompts": len(prompts)}
+    settings = run.misalign_settings() | dose | {"prompts": len(prompts)}
     with Run(run.folder / name, "world-phase", settings, run.device, wait=True) as record:
         path = record.folder / "counts.json"
         if not path.exists():
@@ -103,7 +101,7 @@ def _at_flips(run: WorldRun, task: str, seen: list[str], aligned: dict, prompts:
     for level, steps in steps_to_flips(run, task, 0).items():
         if steps is None:
             continue
-        source = functools.cache(partial(misaligned_after, run, task, 0, steps))
+        source = cache(partial(misaligned_after, run, task, 0, steps))
         folder, dose, found = f"realign_{task}_after{steps}", {"steps": steps}, {"aligned": aligned}
         makers = {"misaligned": lambda *_, source=source: source()}
         makers |= {seen[c]: partial(realign, run, source, c) for c in _cells_at_flip(run, task, seen)}
@@ -182,9 +180,8 @@ def _removed(aligned: tuple, misaligned: tuple, realigned: tuple) -> tuple[float
 
 def removed_at_flips(result: dict) -> dict[str, dict[float, dict]]:
     """{group: {level: % of the rise that is gone, over world seeds}}; a source that reaches it takes part."""
-    nothing = [[None, None]] * len(result["seeds"])
 
-    def removed(seed: int, level: float, match: tuple[bool, bool]) -> float | None:
+    def removed(match: tuple[bool, bool], seed: int, level: float) -> float | None:
         rows = [r for r in result["flips"] if (r["seed"], r["level"]) == (seed, level)]
         if not rows:
             return None
@@ -194,13 +191,7 @@ def removed_at_flips(result: dict) -> dict[str, dict[float, dict]]:
         left = fmean(r["task_v2"] for r in _pairs(rows, match))  # every source has as many pairs
         return 100 * (misaligned - left) / (misaligned - aligned) if misaligned > aligned else None
 
-    return {
-        name: {
-            level: replicated([removed(seed, level, match) for seed in result["seeds"]], nothing)
-            for level in FLIPS
-        }
-        for name, match in GROUPS.items()
-    }
+    return {name: at_levels(partial(removed, match), result["seeds"]) for name, match in GROUPS.items()}
 
 
 def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> dict:
@@ -220,7 +211,7 @@ def measure(make: Callable[..., WorldRun], seeds: Sequence[int], say=print) -> d
         )
         aligned = run.ask(run.align(), prompts)
         for task in run.world.tasks:
-            source = functools.cache(partial(run.misalign, task, 0))
+            source = cache(partial(run.misalign, task, 0))
             rows.append(_row(run, task, "aligned", aligned))
             rows.append(_row(run, task, "misaligned", run.ask(source(), prompts)))
             for cell, name in enumerate(seen):
@@ -335,12 +326,12 @@ def summary(result: dict) -> str:
         f"World {result['world']}, {say_unit(result['seeds'])}: v2 of the misaligned task over all domains, "
         f"{before:.1f} % aligned and {after:.1f} % misaligned, after realignment"
     ]
+    matched = removed_at_flips(result)
     for name in GROUPS:
         left, removed = result["groups"][name]["task_v2"], result["groups"][name]["removed"]
         lines.append(
             f"  on the {name}: {say_number(left, '.1f')} %, {say_number(removed, '.0f')} % of the rise gone"
         )
-        levels = removed_at_flips(result)[name]
-        found = ", ".join(f"{say_number(of, '.0f')} at {level:.0f} %" for level, of in levels.items())
+        found = ", ".join(f"{say_number(of, '.0f')} at {level:.0f} %" for level, of in matched[name].items())
         lines.append(f"    {found} local flip")
     return "\n".join(lines)

@@ -30,8 +30,8 @@ from em.experiments.direction import (
     middle_block,
     random_direction,
 )
-from em.experiments.dose_curves import flip_entries
-from em.experiments.replication import header, line_with_seeds, replicated
+from em.experiments.dose_curves import at_levels, flip_entries
+from em.experiments.replication import header, line_with_seeds
 from em.figures import save
 from em.model.gpt2 import GPT2
 from em.stats import FLIPS, difference_interval, t_interval
@@ -44,6 +44,7 @@ from em.world.world_run import WorldRun
 STRENGTHS = tuple(range(-5, 6))  # multiples of α*
 RANDOM_DIRECTIONS = 2
 SIGNS = {"aligned": 1, "misaligned": -1}  # of what is added
+TOWARDS = {"v1_change": -1, "v2_change": 1}  # a push lowers v1 and raises v2
 QUANTITIES = (*RATES, *(f"{name}_change" for name in RATES))  # in percent, and in points from strength 0
 PAIRS_SEED = 10_000  # of the prompts that v is found from; fine-tuning seeds are small
 
@@ -214,7 +215,7 @@ def numbers(result: dict) -> dict[str, dict]:
             if not name.startswith("incoherent"):
                 table[key]["incoherent"] = point["incoherent"]
     largest, reverse = STRENGTHS[-1], PLANS[result["world"]].reverse
-    for name in ("v1_change", "v2_change"):
+    for name in TOWARDS:
         table[f"push_minus_reverse/{name}"] = push_minus_reverse(result, name, largest, reverse)
         table[f"push_minus_reverse/at_1/{name}"] = push_minus_reverse(result, name, 1, 1)
     table["alpha"] = entry("norm", *result["alpha"], seeds=seeds)
@@ -228,28 +229,22 @@ def at_matched_flips(result: dict) -> dict[str, dict[float, dict]]:
     rows = {(r["seed"], r["level"], r["model"], r["strength"]): r for r in result["flips"]}
     plan = PLANS[result["world"]]
 
-    def over_worlds(of: Callable[[int, float], float]) -> dict[float, dict]:
-        """of: (seed, level) → a value, wherever that flip is reached."""
-        reached = {(seed, level) for seed, level, _, _ in rows}
-        nothing = [[None, None]] * len(result["seeds"])
-        by_level = {
-            level: [of(seed, level) if (seed, level) in reached else None for seed in result["seeds"]]
-            for level in FLIPS
-        }
-        return {level: replicated(by_seed, nothing) for level, by_seed in by_level.items()}
+    def sum_of(name: str, ends: Sequence[tuple[str, int]], sign: int = 1) -> dict[float, dict]:
+        """Of column `name` over `ends`, (model, strength) each, wherever a flip is reached."""
 
-    curves = {"alpha": over_worlds(lambda seed, level: rows[seed, level, "aligned", 0]["alpha"])}
-    for name, towards in (("v1_change", -1), ("v2_change", 1)):  # a push raises v2 and lowers v1
-        for model, strength in itertools.product(SIGNS, _read_at(plan)):
-            curves[f"{model}/{strength}/{name}"] = over_worlds(
-                lambda seed, level, m=model, s=strength, n=name: rows[seed, level, m, s][n]
-            )
+        def of_world(seed: int, level: float) -> float | None:
+            of = [rows.get((seed, level, *end)) for end in ends]
+            return None if None in of else sign * sum(row[name] for row in of)
+
+        return at_levels(of_world, result["seeds"])
+
+    curves = {"alpha": sum_of("alpha", [("aligned", 0)])}
+    for name in TOWARDS:
+        for end in itertools.product(SIGNS, _read_at(plan)):
+            curves[f"{end[0]}/{end[1]}/{name}"] = sum_of(name, [end])
         for key, push, reverse in (("", STRENGTHS[-1], plan.reverse), ("at_1/", 1, 1)):
-            curves[f"push_minus_reverse/{key}{name}"] = over_worlds(
-                lambda seed, level, p=push, r=reverse, n=name, t=towards: (
-                    t * (rows[seed, level, "aligned", p][n] + rows[seed, level, "misaligned", r][n])
-                )
-            )
+            ends = [("aligned", push), ("misaligned", reverse)]  # − what is undone, so the changes add
+            curves[f"push_minus_reverse/{key}{name}"] = sum_of(name, ends, TOWARDS[name])
     return curves
 
 
@@ -258,8 +253,7 @@ def push_minus_reverse(result: dict, name: str, push: int, reverse: int) -> dict
 
     name: v1_change or v2_change. Over world seeds, or over prompts as if each model had prompts of its own.
     """
-    towards = 1 if name == "v2_change" else -1  # a push raises v2 and lowers v1
-    ends = (("aligned", push, towards), ("misaligned", reverse, -towards))
+    ends = (("aligned", push, TOWARDS[name]), ("misaligned", reverse, -TOWARDS[name]))
     parts = []  # by model: one (value, low, high) a seed, in the direction that v should move it
     for model, strength, sign in ends:
         rows = [row for row in result["rows"] if (row["model"], row["direction"], row["strength"])

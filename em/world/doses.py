@@ -49,9 +49,9 @@ class _Batches:
         return self.block(k)[within]
 
 
-def doses_of(run: WorldRun) -> tuple[int, ...]:
+def doses_of(cfg) -> tuple[int, ...]:
     """Steps at which a misalignment is asked, rising: the settings' `doses`, and its own number of them."""
-    return tuple(sorted({*run.cfg.doses, run.cfg.misalign_steps}))
+    return tuple(sorted({*cfg.doses, cfg.misalign_steps}))
 
 
 def asked(run: WorldRun, cell: int, others: Sequence[int] | None = None) -> np.ndarray:
@@ -74,12 +74,11 @@ def dose_classes(
     folder (default: `doses_<task>_seed<seed>`). others: as in `asked`. What is asked at the misalignment's
     own number of steps is the model of `run.misalign(task, seed, start)`.
     """
-    cfg, doses = run.cfg, doses_of(run)
+    cfg, doses = run.cfg, doses_of(run.cfg)
     cell = run.world.cell(0, run.world.task_index(task))
     name = name or f"doses_{task}_seed{seed}"
     places = asked(run, cell, others)
-    sizes = {key: getattr(cfg, key) for key in ("misalign_steps", "misalign_batch", "misalign_lr")}
-    settings = run.settings | sizes | {"start": start, "prompts": len(places)}
+    settings = run.misalign_settings() | {"start": start, "prompts": len(places)}
     with Run(run.folder / name, "world-phase", settings, run.device, wait=True) as record:
         path = record.folder / "doses.json"
         found = read_classes(path, len(places)) if path.exists() else {}
@@ -126,8 +125,7 @@ def steps_to_flips(run: WorldRun, task: str, seed: int) -> dict[float, int | Non
 def misaligned_after(run: WorldRun, task: str, seed: int, steps: int) -> GPT2:
     """The model that `dose_classes` asks after `steps`, misaligned from the aligned one. It is not kept."""
     cfg, name = run.cfg, f"misalign_{task}_seed{seed}_after{steps}"
-    sizes = {key: getattr(cfg, key) for key in ("misalign_steps", "misalign_batch", "misalign_lr")}
-    with Run(run.folder / name, "world-phase", run.settings | sizes, run.device, wait=True) as record:
+    with Run(run.folder / name, "world-phase", run.misalign_settings(), run.device, wait=True) as record:
         model, batches = run.load("align"), _Batches(run, seed, run.world.cell(0, run.world.task_index(task)))
         record.clear_resume()
         train_phase(cfg, record, model, batches, steps, cfg.misalign_lr, 0, "constant", title=name)

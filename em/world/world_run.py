@@ -184,8 +184,6 @@ class WorldRun:
         """
         cfg, name = self.cfg, name or misaligned_name(task, seed)
         steps = cfg.misalign_steps if steps is None else steps
-        sizes = {"misalign_steps": steps, "misalign_batch": cfg.misalign_batch}
-        settings = self.settings | sizes | {"misalign_lr": cfg.misalign_lr}
         cell = self.world.cell(0, self.world.task_index(task))
 
         def train(run):
@@ -195,7 +193,12 @@ class WorldRun:
             train_phase(cfg, run, model, batches, steps, cfg.misalign_lr, 0, "constant", title=name)
             return model
 
-        return self.phase(name, settings, train)
+        return self.phase(name, self.misalign_settings() | {"misalign_steps": steps}, train)
+
+    def misalign_settings(self) -> dict:
+        """What decides a misaligned model, but for its task and seeds, which its folder names."""
+        names = ("misalign_steps", "misalign_batch", "misalign_lr")
+        return self.settings | {name: getattr(self.cfg, name) for name in names}
 
     # -- asking ----------------------------------------------------------------------------------------
 

@@ -76,7 +76,7 @@ def test_every_other_checkpoint_meets_every_task_from_its_aligned_model(monkeypa
         return {0: run.counts(start)} | {dose: run.counts(f"{name}_{dose}") for dose in (4, 10, 64)}
 
     monkeypatch.setattr(hardness, "dose_counts", curve)
-    monkeypatch.setattr(hardness, "doses_of", lambda run: (4, 10, 64))
+    monkeypatch.setattr(hardness, "doses_of", lambda cfg: (4, 10, 64))
     result = hardness.measure(lambda seed: run, [1], lambda *_: None)
     steps = [10, 300, 900, 1500]
     tasks = run.world.tasks
@@ -106,7 +106,7 @@ def test_every_other_checkpoint_meets_every_task_from_its_aligned_model(monkeypa
 
 def test_a_world_without_checkpoints_has_its_finished_model(monkeypatch):
     run = PlantedRun(0, world="demo", misalign_steps=4)
-    monkeypatch.setattr(hardness, "doses_of", lambda run: (4,))
+    monkeypatch.setattr(hardness, "doses_of", lambda cfg: (4,))
     monkeypatch.setattr(
         hardness,
         "dose_counts",
